@@ -1,0 +1,31 @@
+"""Pick entries of a slot cache by index: the one data movement of eviction after a prompt."""
+
+import torch
+from torch import Tensor
+
+
+def gather_slots(slots: Tensor, index: Tensor, capacity: int | None = None) -> Tensor:
+    """Copy the indexed slots to the front of a fresh buffer.
+
+    Args:
+        slots: [batch, kv_heads, m] or [batch, kv_heads, m, head_dim]; only the slot dimension may be strided.
+        index: int64 [batch, kv_heads, k] with values in [0, m).
+        capacity: number of slots of the result, at least k (default k). Slots past k are uninitialised.
+
+    Returns:
+        [batch, kv_heads, capacity, ...] of the dtype of `slots`.
+    """
+    batch, kv_heads, k = index.shape
+    capacity = k if capacity is None else capacity
+    trailing = slots.shape[3:]
+    flat = slots.reshape(batch * kv_heads * slots.shape[2], *trailing) if slots.is_contiguous() else None
+    result = slots.new_empty(batch, kv_heads, capacity, *trailing)
+    if flat is not None and capacity == k:
+        rows = torch.arange(batch * kv_heads, device=index.device)[:, None] * slots.shape[2]
+        torch.index_select(flat, 0, (rows + index.flatten(0, 1)).flatten(), out=result.view(-1, *trailing))
+        return result
+    for row, source, target in zip(
+        index.flatten(0, 1), slots.flatten(0, 1), result.flatten(0, 1), strict=True
+    ):  # a strided or padded buffer: one flat gather per kv head, never an expanded index
+        target[:k] = source.index_select(0, row)
+    return result

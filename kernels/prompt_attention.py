@@ -1,0 +1,196 @@
+"""Exact attention of a prompt pass: q new tokens over what the cache held before and over themselves, causally.
+
+Two ways to the same result, neither with a q x n matrix:
+
+- parts: the entries held before and the new tokens are attended separately and merged by their log-sum-exp (LSE).
+  The first part needs no causal mask (all of it is older), the second is an ordinary square causal attention.
+- tiles: a tile of query rows sees its whole row of scores at once. Costs more, and gives the attention mass of every
+  entry (the column sums that H2O accumulates) from the same scores.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Scores of one tile of query rows, in float32 numbers: 4 Mi numbers are 16 MiB, near the size of a last-level cache.
+TILE_SCORES = 1 << 22
+
+
+def prompt_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    moved: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition of `prompt_attention`, in plain float32 with the q x n matrix."""
+    group = query.shape[1] // key.shape[1]
+    rows, entries = query.shape[2], key.shape[2]
+    past = entries - rows
+    keys, values = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
+    scores = query.float() @ keys.transpose(-1, -2) * scale
+    if moved is not None:
+        other = moved[0].float() @ keys.transpose(-1, -2) * scale
+        shifted = functional.pad(moved[1], (0, rows)).repeat_interleave(group, dim=1)
+        scores = torch.where(shifted[:, :, None], other, scores)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    visible = torch.ones(rows, entries, dtype=torch.bool, device=query.device).tril(past)
+    if valid is not None:
+        visible = visible & functional.pad(valid, (0, rows), value=True).repeat_interleave(group, dim=1)[:, :, None]
+    scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(dim=-1)[..., :entries]
+    mass = weights.sum(2).unflatten(1, (-1, group)).sum(2)
+    return (weights @ values).to(query.dtype), mass
+
+
+def prompt_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None = None,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    moved: tuple[Tensor, Tensor] | None = None,
+    with_mass: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Causal attention of the last q of n entries over all n.
+
+    Args:
+        query: [batch, heads, q, head_dim], the new tokens; query head h reads kv head h // (heads / kv_heads).
+        key, value: [batch, kv_heads, n, head_dim]: n - q entries held before, in any order, all older than the new
+            tokens, then the q new ones in order. Only the entry dimension may be strided.
+        valid: bool [batch, kv_heads, n - q], False for an empty slot among the older ones; None when none is empty.
+        scale: factor on q.k, from the model.
+        softcap: s -> softcap * tanh(s / softcap) on the scaled scores.
+        sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
+        moved: (query, slots): a second query of the shape of `query` that is used instead on the older entries where
+            the bool [batch, kv_heads, n - q] is True (re-indexed positions).
+        with_mass: also return the attention weights, summed over the rows and over the group.
+
+    Returns:
+        output: [batch, heads, q, head_dim] in the dtype of `query`.
+        mass: float32 [batch, kv_heads, n] or None. Sums to q times the group size over the entries (less with sinks).
+    """
+    past = key.shape[2] - query.shape[2]
+    if with_mass or softcap is not None:
+        output, mass = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved)
+        return output, mass if with_mass else None
+    if past == 0 and sinks is None:
+        return _causal(query, key, value, scale), None
+    if query.device.type == "cpu":
+        return _in_parts(query, key, value, valid, scale, sinks, moved), None
+    return _in_tiles(query, key, value, valid, scale, softcap, sinks, moved)[0], None
+
+
+def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    rows = query.flatten(0, 1).unflatten(0, (-1, query.shape[1] // key.shape[1]))
+    # Each kv head is one "batch" whose G heads share K and V through a stride of zero: nothing is repeated in memory.
+    keys, values = (x.flatten(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for x in (key, value))
+    output = functional.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=scale)
+    return output.reshape(query.shape[:3] + value.shape[-1:])
+
+
+def _in_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    sinks: Tensor | None,
+    moved: tuple[Tensor, Tensor] | None,
+) -> Tensor:
+    batch, heads, q, head_dim = query.shape
+    kv_heads = key.shape[1]
+    past = key.shape[2] - q
+
+    def part(rows: Tensor, start: int, stop: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        rows = rows.reshape(batch * kv_heads, heads // kv_heads, q, head_dim)
+        keys, values = (x[:, :, start:stop].flatten(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for x in (key, value))
+        bias = None
+        if mask is not None:
+            bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+            bias = bias.view(batch * kv_heads, 1, 1, stop - start)
+        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, keys, values, 0.0, start == past, attn_mask=bias, scale=scale
+        )
+        output, lse = output.reshape(batch, heads, q, head_dim), lse.reshape(batch, heads, q)
+        if mask is not None:  # a part without entries has weight zero; the operator says LSE 0 for it
+            empty = ~mask.any(-1).repeat_interleave(heads // kv_heads, dim=1)
+            lse = lse.masked_fill(empty[..., None], float("-inf"))
+        return output, lse
+
+    parts = [part(query, past, past + q, None)]
+    if past and moved is not None:
+        filled = torch.ones_like(moved[1]) if valid is None else valid
+        parts.append(part(query, 0, past, filled & ~moved[1]))
+        parts.append(part(moved[0], 0, past, filled & moved[1]))
+    elif past:
+        parts.append(part(query, 0, past, valid))
+
+    lses = torch.stack([lse for _, lse in parts])
+    if sinks is not None:
+        lses = torch.cat((lses, sinks.float().view(1, 1, heads, 1).expand(1, *lses.shape[1:])))
+    weights = lses.softmax(dim=0)
+    output = sum(weight[..., None] * part_output.float() for weight, (part_output, _) in zip(weights, parts, strict=False))
+    return output.to(query.dtype)  # type: ignore[union-attr]
+
+
+def _in_tiles(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    moved: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor]:
+    batch, heads, q, head_dim = query.shape
+    kv_heads, entries = key.shape[1], key.shape[2]
+    group, past = heads // kv_heads, entries - q
+    lowest = torch.finfo(torch.float32).min
+    keys, values = key.flatten(0, 1).float(), value.flatten(0, 1)
+    rows = query.reshape(batch * kv_heads, group, q, head_dim)
+    moved_rows = None if moved is None else moved[0].reshape(batch * kv_heads, group, q, head_dim)
+    moved_slots = None if moved is None else moved[1].view(batch * kv_heads, 1, 1, past)
+    empty = None if valid is None else ~valid.reshape(batch * kv_heads, 1, 1, past)
+    column = None if sinks is None else sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, -1, -1)
+
+    output = torch.empty(batch * kv_heads, group, q, value.shape[-1], dtype=query.dtype, device=query.device)
+    mass = torch.zeros(batch * kv_heads, entries, dtype=torch.float32, device=query.device)
+    tile = max(16, min(256, TILE_SCORES // (batch * heads * entries)))
+    future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu_(1)
+    for start in range(0, q, tile):
+        stop = min(q, start + tile)
+        seen = past + stop  # entries that any row of the tile may see
+        tile_rows = rows[:, :, start:stop].float().mul_(scale) if rows.dtype != torch.float32 else rows[:, :, start:stop] * scale
+        scores = torch.bmm(tile_rows.flatten(1, 2), keys[:, :seen].transpose(1, 2))
+        scores = scores.view(batch * kv_heads, group, stop - start, seen)
+        if moved_rows is not None and past:
+            other = moved_rows[:, :, start:stop].float().mul(scale).flatten(1, 2)
+            other = torch.bmm(other, keys[:, :past].transpose(1, 2)).view(*scores.shape[:3], past)
+            scores[..., :past] = torch.where(moved_slots, other, scores[..., :past])  # type: ignore[arg-type]
+        if softcap is not None:
+            scores = scores.div_(softcap).tanh_().mul_(softcap)
+        scores[..., past + start :].masked_fill_(future[: stop - start, : stop - start], lowest)
+        if empty is not None and past:
+            scores[..., :past].masked_fill_(empty, lowest)
+        if column is not None:
+            tile_column = column.reshape(batch * kv_heads, group, 1, 1).expand(-1, -1, stop - start, 1)
+            weights = torch.cat((scores, tile_column), dim=-1).softmax(dim=-1)[..., :seen]
+        else:
+            weights = scores.softmax(dim=-1)
+        mass[:, :seen] += weights.sum(dim=(1, 2))
+        tile_weights = weights.to(values.dtype).flatten(1, 2)
+        output[:, :, start:stop] = torch.bmm(tile_weights, values[:, :seen]).view(batch * kv_heads, group, stop - start, -1)
+    return output.view(batch, heads, q, -1), mass.view(batch, kv_heads, entries)

@@ -1,0 +1,37 @@
+"""Move rotary-encoded vectors to other positions.
+
+Rotations add up: R(a) R(b) x = R(a + b) x, so a query or key that was rotated at position p is moved to p + shift by
+rotating it once more, by the shift. A constant that a model multiplies into cos and sin (YaRN) is already in the vector
+and is not applied again.
+"""
+
+import torch
+from torch import Tensor
+
+
+def rope_shift(x: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool = False) -> Tensor:
+    """Rotate `x` by `shift` positions.
+
+    Args:
+        x: [batch, heads, tokens, head_dim], any floating dtype. Only the first `2 * len(inv_freq)` channels are rotary;
+            the rest passes through (partial rotary).
+        shift: [batch] or [batch, heads, tokens], in positions; negative moves towards the start.
+        inv_freq: [rotary_dim / 2], the model's own inverse frequencies.
+        interleaved: channel pairs are (0, 1), (2, 3), ... instead of the two halves.
+
+    Returns:
+        A new tensor of the shape and dtype of `x`, computed in float32.
+    """
+    if shift.ndim == 1:
+        shift = shift[:, None, None]
+    angle = shift.to(x.device, torch.float32)[..., None] * inv_freq.to(x.device, torch.float32)
+    cos, sin = angle.cos(), angle.sin()
+    rotary_dim = 2 * inv_freq.shape[0]
+    rotary, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    if interleaved:
+        first, second = rotary[..., 0::2], rotary[..., 1::2]
+        moved = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    else:
+        first, second = rotary.chunk(2, dim=-1)
+        moved = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    return torch.cat((moved.to(x.dtype), rest), dim=-1)
