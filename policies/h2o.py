@@ -1,0 +1,89 @@
+"""H2O: the heavy-hitter oracle."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvpress.errors import PolicyError
+from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, entries_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class H2O(EvictionPolicy):
+    """Keep the tokens that got the most attention so far (heavy hitters) and the most recent ones.
+
+    An entry's score is the softmax weight it received, accumulated in float32 over every row since it came in, summed over
+    the query heads of its kv head; it is neither decayed nor normalised, and lost when the entry is dropped. After every
+    pass, prompt or decode step, each layer and kv head keeps its last `recent` entries and the `heavy` best of the others;
+    in decode that drops exactly one entry a step.
+
+    Source: Zhang et al., "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+    arXiv 2306.14048, and the authors' real-drop code. Deviations:
+
+    - The paper's Algorithm 1 writes the score of the current row only; text, figures and all code accumulate. So does this.
+    - One set per kv head (the authors' code has one per query head and works for multi-head attention only).
+    - Scores are summed in float32 (authors: in the model's dtype, where large sums stop growing).
+    - With one `budget`, heavy and recent are its two halves, and an odd entry goes to recent (the authors round each down).
+    - Sequences of a batch have their own scores (the authors sum over the batch).
+
+    Args:
+        heavy: heavy hitters kept; int, or float share of the prompt's length. May be 0 (a sliding window).
+        recent: most recent tokens kept, likewise. May be 0, which leaves a cache of heavy hitters alone.
+        budget: heavy and recent together (paper: 4 % to 60 % of the prompt, 20 % in the main results); equal halves, or
+            the remainder when one of the two is given.
+        evict: see `EvictionPolicy`.
+
+    Raises:
+        PolicyError: a value out of range, parts that do not fit the budget or do not add up to it, or nothing to keep.
+    """
+
+    name: ClassVar[str] = "h2o"
+    paper: ClassVar[str] = "arXiv 2306.14048"
+    observes: ClassVar = "every row"
+
+    heavy: Budget | None = None
+    recent: Budget | None = None
+    budget: Budget | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in ("heavy", "recent"):
+            if getattr(self, part) is not None:
+                check_budget(getattr(self, part), part, minimum=0)
+        if self.budget is not None:
+            check_budget(self.budget)
+            self._check_parts_fit(self.budget)
+        elif self.heavy is None or self.recent is None:
+            raise PolicyError(
+                f"heavy={self.heavy!r}, recent={self.recent!r} without a budget: give both, or budget= alone for equal halves"
+            )
+        elif not self.heavy and not self.recent:
+            raise PolicyError("heavy=0 and recent=0 keep nothing; give at least one entry")
+
+    def _check_parts_fit(self, budget: Budget) -> None:
+        given = {name: value for name in ("heavy", "recent") if (value := getattr(self, name)) is not None}
+        if any(value and isinstance(value, int) != isinstance(budget, int) for value in given.values()):
+            raise PolicyError(f"budget={budget!r} with {given}: give all as entries (int) or all as shares (float)")
+        used = sum(given.values())
+        if used > budget + 1e-9:
+            raise PolicyError(f"heavy + recent = {used:g} is larger than budget={budget!r}; lower them or raise the budget")
+        if len(given) == 2 and used < budget - 1e-9:
+            raise PolicyError(f"heavy + recent = {used:g} is less than budget={budget!r}; drop the budget or one of the parts")
+
+    def quota(self, tokens: int, layer: int, layers: int) -> Quota:
+        if self.heavy is not None and self.recent is not None:
+            heavy, recent = entries_for(self.heavy, tokens), entries_for(self.recent, tokens)
+            return Quota(heavy + recent, recent) if heavy + recent else Quota(1, 1)
+        assert self.budget is not None
+        total = max(1, entries_for(self.budget, tokens))
+        if self.heavy is not None:
+            return Quota(total, total - min(total, entries_for(self.heavy, tokens)))
+        if self.recent is not None:
+            return Quota(total, min(total, entries_for(self.recent, tokens)))
+        return Quota(total, total - total // 2)
+
+    def score(self, entries: Entries) -> Tensor:
+        """The accumulated attention mass, [batch, kv_heads, n]."""
+        assert entries.mass is not None
+        return entries.mass
