@@ -1,0 +1,54 @@
+"""KV-cache compression and sparse attention for Hugging Face models: one call patches a model, a policy does the rest.
+
+>>> import kvpress
+>>> from kvpress.policies import H2O
+>>> with kvpress.patch(model, H2O(budget=0.2)) as handle:
+...     model.generate(**inputs)
+...     print(handle.report())
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvpress.errors import PolicyError, UnsupportedModelError
+    from kvpress.patching import Handle, patch, unpatch
+    from kvpress.policy import EvictionPolicy, Policy
+    from kvpress.registry import available, make_policy
+
+__version__ = "0.1.0"
+
+# Loaded when first used: `import kvpress` stays light, and a kernel can be imported without transformers.
+_HOMES = {
+    "EvictionPolicy": "kvpress.policy",
+    "Handle": "kvpress.patching",
+    "Policy": "kvpress.policy",
+    "PolicyError": "kvpress.errors",
+    "UnsupportedModelError": "kvpress.errors",
+    "available": "kvpress.registry",
+    "make_policy": "kvpress.registry",
+    "patch": "kvpress.patching",
+    "unpatch": "kvpress.patching",
+}
+
+__all__ = [
+    "EvictionPolicy",
+    "Handle",
+    "Policy",
+    "PolicyError",
+    "UnsupportedModelError",
+    "available",
+    "make_policy",
+    "patch",
+    "unpatch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'kvpress' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

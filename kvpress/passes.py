@@ -1,0 +1,123 @@
+"""The forward pass in progress on this thread, and the tokens it brings."""
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from kvpress.layer import KVLayer
+    from kvpress.rotary import Rotary
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How a model turns q.k into scores: `scale`, and `softcap` and `sinks` ([heads]) where it has them."""
+
+    scale: float
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The new tokens of one pass, the same for every layer.
+
+    Attributes:
+        count: columns fed, padding included.
+        padded: some of them may be padding.
+        positions: int32 [batch, count], the position of each token among its sequence's real ones, -1 for padding.
+        columns: for a padded prompt pass, the columns of each sequence's real tokens, int64 [real] each; else None.
+        seen: real tokens per sequence after the pass; None where only the device knows (a decode step with a mask).
+        seen_tensor: int32 [batch], the same on the device.
+    """
+
+    count: int
+    padded: bool
+    positions: Tensor
+    columns: list[Tensor] | None
+    seen: list[int] | None
+    seen_tensor: Tensor
+
+
+def plain_tokens(batch: int, count: int, before: list[int] | None, before_tensor: Tensor | None, device: Any) -> Tokens:
+    """The tokens of a pass without padding, after `before` real tokens per sequence (None for a new cache)."""
+    if before_tensor is None:
+        before, before_tensor = [0] * batch, torch.zeros(batch, dtype=torch.int32, device=device)
+    positions = before_tensor[:, None]
+    if count > 1:
+        positions = positions + torch.arange(count, dtype=torch.int32, device=device)
+    seen = None if before is None else [number + count for number in before]
+    return Tokens(count, before is None, positions, None, seen, before_tensor + count)
+
+
+def masked_tokens(new: Tensor, before: list[int] | None, before_tensor: Tensor | None, prompt: bool) -> Tokens:
+    """The tokens of a pass with a padding mask.
+
+    Args:
+        new: bool [batch, count], the mask's columns for the tokens of this pass.
+        before, before_tensor: real tokens per sequence before it, as in `Tokens`; None for a new cache.
+        prompt: a prompt pass may wait for the device once; a decode step may not.
+    """
+    batch, count = new.shape
+    if (prompt or new.device.type == "cpu") and bool(new.all()):
+        return plain_tokens(batch, count, before, before_tensor, new.device)
+    if before_tensor is None:
+        before, before_tensor = [0] * batch, torch.zeros(batch, dtype=torch.int32, device=new.device)
+    steps = new.to(torch.int32).cumsum(dim=1, dtype=torch.int32)
+    positions = torch.where(new, before_tensor[:, None] + steps - 1, -1)
+    seen_tensor = before_tensor + steps[:, -1]
+    if not prompt:
+        return Tokens(count, True, positions, None, None, seen_tensor)
+    columns = [row.nonzero().flatten() for row in new]
+    return Tokens(count, True, positions, columns, seen_tensor.tolist(), seen_tensor)
+
+
+@dataclass
+class Pass:
+    """One forward pass of a patched model.
+
+    Attributes:
+        modules: id of each attention module that the policies act on -> index of its layer.
+        rotary: the rotary embedding of each such layer, for policies that re-index positions; else empty.
+        tokens: the new tokens.
+        layers: the cache's layers that the policies act on; empty when the model runs without a cache.
+        prompt: whether it is a prompt pass (several tokens, or the first of a cache) or a decode step.
+    """
+
+    modules: dict[int, int]
+    rotary: "list[Rotary]"
+    tokens: Tokens
+    layers: "list[KVLayer]"
+    prompt: bool
+
+    def holds(self, layer: "KVLayer") -> bool:
+        """Whether the layer belongs to the cache of this pass."""
+        return layer.index < len(self.layers) and self.layers[layer.index] is layer
+
+
+_thread = threading.local()
+
+
+def active_pass() -> Pass | None:
+    """The pass in progress on this thread, if any."""
+    stack: list[Pass] = getattr(_thread, "passes", [])
+    return stack[-1] if stack else None
+
+
+def enter_pass(current: Pass) -> None:
+    """Make `current` the pass in progress on this thread."""
+    if not hasattr(_thread, "passes"):
+        _thread.passes = []
+    _thread.passes.append(current)
+
+
+def leave_pass(modules: dict[int, int]) -> bool:
+    """End the pass in progress if it is one over `modules`; whether it was."""
+    stack: list[Pass] = getattr(_thread, "passes", [])
+    if not stack or stack[-1].modules is not modules:
+        return False
+    stack.pop()
+    return True

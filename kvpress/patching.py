@@ -1,0 +1,387 @@
+"""Put policies on a loaded model with one call, and take them off without a trace."""
+
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from kvpress.attention import NAME, originals, register
+from kvpress.errors import PolicyError, UnsupportedModelError
+from kvpress.layer import Facts, KVLayer
+from kvpress.passes import Pass, Tokens, enter_pass, leave_pass, masked_tokens, plain_tokens
+from kvpress.policy import EvictionPolicy, Policy
+from kvpress.registry import PolicySpec, make_policies
+from kvpress.report import LayerReport, Report
+from kvpress.rotary import Rotary, find_rotary
+from kvpress.support import check_cache, find_attention, find_decoder
+
+_handles: "weakref.WeakKeyDictionary[Any, Handle]" = weakref.WeakKeyDictionary()
+_handles_lock = threading.Lock()
+
+
+def patch(model: Any, policy: PolicySpec) -> "Handle":
+    """Put a policy on a loaded transformers causal LM.
+
+    From then on `model.generate`, `model(...)` and pipelines over the model use caches that follow the policy, until
+    `handle.unpatch()`. The weights are not touched, and nothing is set globally but one attention and one mask name that
+    transformers needs to know.
+
+    Args:
+        model: a decoder-only `PreTrainedModel`, on its device, with weights.
+        policy: a policy, a name ("h2o"), a mapping ({"name": "h2o", "budget": 0.2}), the path of a YAML file that holds
+            one, or a list of policies that play different roles.
+
+    Returns:
+        A handle: `report()`, `unpatch()`, and a context manager that unpatches at its end.
+
+    Raises:
+        PolicyError: the policy does not exist or its values do not work, or the model is patched already.
+        UnsupportedModelError: the model cannot be patched. In both cases the model is as it was.
+
+    Example:
+        >>> with kvpress.patch(model, H2O(budget=0.2)) as handle:
+        ...     model.generate(**inputs, max_new_tokens=50)
+        ...     print(handle.report())
+    """
+    policies = make_policies(policy)
+    decoder = find_decoder(model)
+    attention = find_attention(decoder)
+    eviction = next((one for one in policies if isinstance(one, EvictionPolicy)), None)
+    rotary = _rotary(decoder, attention, eviction)
+    with _handles_lock:
+        if decoder in _handles:
+            raise PolicyError(
+                f"{type(model).__name__} is already patched with {_handles[decoder].describe()}; call kvpress.unpatch(model) first"
+            )
+        handle = Handle(model, decoder, policies, eviction, attention, rotary)
+        _handles[decoder] = handle
+    return handle
+
+
+def unpatch(model: Any) -> None:
+    """Take the policy off a patched model.
+
+    Raises:
+        PolicyError: the model is not patched, or it is generating right now.
+    """
+    handle = _handles.get(model.get_decoder()) if hasattr(model, "get_decoder") else None
+    if handle is None:
+        raise PolicyError(f"{type(model).__name__} is not patched; nothing to take off")
+    handle.unpatch()
+
+
+def _rotary(decoder: Any, attention: dict[int, Any], eviction: EvictionPolicy | None) -> list[Rotary]:
+    if eviction is None or not eviction.reindexed_sinks:
+        return []
+    found = [find_rotary(decoder, module) for module in attention.values()]
+    if any(rotary is None for rotary in found):
+        raise UnsupportedModelError(
+            f"{eviction.describe()} re-indexes rotary positions, and {type(decoder).__name__} has none that can be moved "
+            "(learned positions, or frequencies that depend on the length); use rope='original'"
+        )
+    return [rotary for rotary in found if rotary is not None]
+
+
+class Handle:
+    """A patched model's policy: report on it, take it off. Made by `patch`."""
+
+    def __init__(
+        self,
+        model: Any,
+        decoder: Any,
+        policies: list[Policy],
+        eviction: EvictionPolicy | None,
+        attention: dict[int, Any],
+        rotary: list[Rotary],
+    ) -> None:
+        self.policies = policies
+        self._eviction = eviction
+        self._rotary = rotary
+        self._model, self._decoder = weakref.ref(model), weakref.ref(decoder)
+        self._layer_indices = list(attention)
+        self._modules = {id(module): ordinal for ordinal, module in enumerate(attention.values())}
+        self._parameters = list(inspect.signature(decoder.forward).parameters)
+        self._lock = threading.RLock()
+        self._busy = 0
+        self._patched = True
+        self._facts: dict[int, Facts] = {}
+        self._others: dict[int, tuple[int, int]] = {}
+
+        register()
+        self._configs = _configs(decoder)
+        for config in self._configs:
+            originals.switch(config)
+        self._hooks = [
+            decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
+            decoder.register_forward_hook(self._after_pass, always_call=True),
+        ]
+        self._wraps_generate = hasattr(model, "generate")
+        if self._wraps_generate:
+            model.generate = _watched(self, model)
+
+    def describe(self) -> str:
+        """The policies with the fields that differ from their defaults."""
+        return " + ".join(policy.describe() for policy in self.policies)
+
+    def __repr__(self) -> str:
+        return f"<kvpress handle: {self.describe()}{'' if self._patched else ', unpatched'}>"
+
+    def __enter__(self) -> "Handle":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._patched:
+            self.unpatch()
+
+    def unpatch(self) -> None:
+        """Put the model back as it was: the same attributes, hooks, attention implementation and results.
+
+        Raises:
+            PolicyError: it is unpatched already, or generating right now (in another thread, or in a callback).
+        """
+        with self._lock:
+            if not self._patched:
+                raise PolicyError(f"this handle ({self.describe()}) is unpatched already")
+            if self._busy:
+                raise PolicyError("the model is generating right now; unpatch it when generate() or forward() has returned")
+            self._patched = False
+        for hook in self._hooks:
+            hook.remove()
+        for config in self._configs:
+            originals.restore(config)
+        model, decoder = self._model(), self._decoder()
+        if model is not None and self._wraps_generate:
+            model.__dict__.pop("generate", None)
+        with _handles_lock:
+            if decoder is not None:
+                _handles.pop(decoder, None)
+
+    def report(self) -> Report:
+        """What the policy did in the cache that the model used last.
+
+        Raises:
+            PolicyError: the model has not run since it was patched.
+        """
+        if not self._facts:
+            raise PolicyError("nothing to report yet: the model has not run with a cache since it was patched")
+        layers = {index: _layer_report(facts) for index, facts in self._facts.items()}
+        acted = list(layers.values())
+        sequences = _sequences(self._facts)
+        for index, (seen, nbytes) in self._others.items():
+            layers[index] = LayerReport(seen * sequences, seen * sequences, nbytes, nbytes, 1.0)
+        read = sum(facts.read or facts.length for facts in self._facts.values())
+        readable = sum(facts.readable or facts.seen for facts in self._facts.values())
+        total = LayerReport(
+            seen=acted[0].seen,
+            kept=sum(layer.kept for layer in acted) / len(acted),
+            bytes=sum(layer.bytes for layer in layers.values()),
+            full_bytes=sum(layer.full_bytes for layer in layers.values()),
+            read_share=read / readable if readable else 1.0,
+        )
+        return Report(self.describe(), total, dict(sorted(layers.items())))
+
+    def _check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        config = kwargs.get("generation_config") or model.generation_config
+        wanted = {name: kwargs.get(name, getattr(config, name, None)) for name in ("cache_implementation", "prompt_lookup_num_tokens")}
+        if wanted["cache_implementation"] not in (None, "dynamic", "dynamic_full", "hybrid"):
+            raise PolicyError(
+                f"cache_implementation={wanted['cache_implementation']!r} has storage of its own that a policy cannot evict from; "
+                "leave it out"
+            )
+        if self._eviction is not None and (kwargs.get("assistant_model") is not None or wanted["prompt_lookup_num_tokens"]):
+            raise PolicyError(
+                f"assisted decoding takes tokens back from the cache, and {self.describe()} evicts entries for good; leave the "
+                "assistant out, or use the policy Full"
+            )
+
+    # ------------------------------------------------------------------ around a forward pass
+
+    def _before_pass(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        self._check_call(decoder, kwargs)
+        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        batch, count = inputs.shape[:2]
+        cache = kwargs.get("past_key_values")
+        wants_cache = kwargs.get("use_cache") if kwargs.get("use_cache") is not None else decoder.config.use_cache
+        if cache is None and not wants_cache:
+            tokens = self._tokens(batch, count, kwargs.get("attention_mask"), inputs.device, None)
+            current = Pass(self._modules, self._rotary, tokens, [], prompt=True)
+        else:
+            self._check_no_training(decoder)
+            if cache is None:
+                cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
+            layers = self._take_over(decoder, cache, kwargs.get("attention_mask"), batch)
+            tokens = self._tokens(batch, count, kwargs.get("attention_mask"), inputs.device, layers[0])
+            prompt = count > 1 or layers[0].facts.seen == 0
+            current = Pass(self._modules, self._rotary, tokens, layers, prompt)
+        with self._lock:
+            self._busy += 1
+        enter_pass(current)
+        if current.layers:
+            self._facts = {index: layer.facts for index, layer in zip(self._layer_indices, current.layers, strict=True)}
+            self._cache = weakref.ref(cache)
+        return (), kwargs
+
+    def _after_pass(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
+        if not leave_pass(self._modules):
+            return  # the pass was refused before it began
+        with self._lock:
+            self._busy -= 1
+        cache = self._cache() if self._facts else None
+        if cache is not None and len(cache.layers) > len(self._facts):
+            for index, layer in enumerate(cache.layers):
+                if index not in self._facts and getattr(layer, "keys", None) is not None:
+                    self._others[index] = layer.keys.shape[-2], _nbytes(layer.keys) + _nbytes(layer.values)
+
+    def _check_call(self, decoder: Any, kwargs: dict[str, Any]) -> None:
+        if decoder.config._attn_implementation != NAME:
+            raise PolicyError(
+                f"the attention implementation was changed to {decoder.config._attn_implementation!r} while the model is patched; "
+                "unpatch it first, or change it before patching"
+            )
+        if kwargs.get("output_attentions"):
+            raise PolicyError("output_attentions=True is not possible on a patched model; unpatch it to look at attention weights")
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise PolicyError(f"a {mask.ndim}-D attention mask cannot be used on a patched model; pass a 2-D padding mask, or none")
+        if isinstance(mask, dict):
+            raise PolicyError("a mapping of attention masks cannot be used on a patched model; pass a 2-D padding mask, or none")
+        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        if inputs is None or inputs.shape[1] == 0:
+            raise PolicyError("the prompt is empty (no tokens); give at least one token")
+
+    def _check_no_training(self, decoder: Any) -> None:
+        if decoder.training and torch.is_grad_enabled():
+            raise PolicyError(
+                "the model is in training mode with gradients on, and a kvpress cache carries none; call model.eval() or use "
+                "torch.no_grad() to generate, or use_cache=False (exact attention) or unpatch to train"
+            )
+
+    def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, layer: KVLayer | None) -> Tokens:
+        before, before_tensor, seen = None, None, 0
+        if layer is not None and layer.is_initialized:
+            before, before_tensor, seen = layer.tokens, layer.facts.tokens, layer.facts.seen
+            assert before_tensor is not None
+            if before_tensor.shape[0] != batch:
+                raise PolicyError(f"the cache holds {before_tensor.shape[0]} sequences and the input has {batch}; give as many")
+            before_tensor = before_tensor.to(device)
+        prompt = count > 1 or seen == 0
+        if mask is None:
+            if prompt and before is None and before_tensor is not None:
+                before = before_tensor.tolist()
+            return plain_tokens(batch, count, before, before_tensor, device)
+        if mask.shape[1] != seen + count:
+            raise PolicyError(
+                f"attention_mask has {mask.shape[1]} columns; the cache has seen {seen} tokens and the input has {count}, so it "
+                f"must have {seen + count}"
+            )
+        mask = mask.to(device=device, dtype=torch.bool)
+        if prompt and before_tensor is not None:
+            known, told = before_tensor.tolist(), mask[:, :seen].sum(1).tolist()
+            if known != told:
+                raise PolicyError(
+                    f"attention_mask calls {told} of the tokens seen before real, and the cache took {known} for real; pass the "
+                    "mask of the earlier passes, extended"
+                )
+            before = known
+        return masked_tokens(mask[:, -count:], before, before_tensor, prompt)
+
+    def _take_over(self, decoder: Any, cache: Any, mask: Tensor | None, batch: int) -> list[KVLayer]:
+        """The cache's layers that the policies act on; a plain DynamicCache's own are replaced in place."""
+        layers = [cache.layers[index] for index in self._layer_indices] if _is_ours(cache, self._layer_indices) else []
+        if layers:
+            if layers[0].policy != self._eviction:
+                held = "full" if layers[0].policy is None else layers[0].policy.describe()
+                raise PolicyError(f"this cache belongs to the policy {held}; start a new cache for {self.describe()}")
+            return layers
+        check_cache(cache)
+        plain = list(cache.layers)
+        if not plain:  # a DynamicCache() without config adds its layers as they are used
+            plain = [DynamicLayer() for _ in DynamicCache(config=decoder.config).layers]
+        layers = [KVLayer(self._eviction, ordinal, len(self._layer_indices)) for ordinal in range(len(self._layer_indices))]
+        for layer, index in zip(layers, self._layer_indices, strict=True):
+            if index >= len(plain) or type(plain[index]) is not DynamicLayer:
+                kind = type(plain[index]).__name__ if index < len(plain) else "no"
+                raise PolicyError(f"the cache has {kind} layer at {index}; pass DynamicCache(config=model.config), or none")
+            if plain[index].get_seq_length():
+                self._adopt(layer, plain[index], mask, batch)
+        for layer, index in zip(layers, self._layer_indices, strict=True):
+            plain[index] = layer
+        cache.layers[:] = plain
+        cache.layer_class_to_replicate = None
+        return layers
+
+    def _adopt(self, layer: KVLayer, plain: Any, mask: Tensor | None, batch: int) -> None:
+        """Take over what an unpatched run left in a plain layer."""
+        if self._eviction is not None and self._eviction.observes == "every row":
+            raise PolicyError(
+                f"{self._eviction.describe()} needs the attention of every token, and this cache was filled by an unpatched run; "
+                "run the whole prompt on the patched model, or use a policy that looks at the last rows only"
+            )
+        seen = plain.get_seq_length()
+        if plain.keys.shape[0] != batch:
+            raise PolicyError(f"the cache holds {plain.keys.shape[0]} sequences and the input has {batch}; give as many")
+        earlier = None if mask is None or mask.shape[1] <= seen else mask[:, :seen].to(plain.keys.device, torch.bool)
+        if earlier is None:
+            tokens = plain_tokens(batch, seen, None, None, plain.keys.device)
+        else:
+            tokens = masked_tokens(earlier, None, None, prompt=True)
+        layer.append(plain.keys, plain.values, tokens)
+
+
+def _is_ours(cache: Any, indices: list[int]) -> bool:
+    layers = getattr(cache, "layers", [])
+    return len(layers) > indices[-1] and isinstance(layers[indices[0]], KVLayer)
+
+
+def _configs(decoder: Any) -> list[Any]:
+    """The config objects that the decoder's modules read their attention implementation from, each once."""
+    found = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}
+    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _watched(handle: Handle, model: Any) -> Callable[..., Any]:
+    """`model.generate` that refuses what cannot work before it starts, and holds off unpatching while it runs."""
+    generate = type(model).generate
+    reference = weakref.ref(model)
+
+    @functools.wraps(generate)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        handle._check_generate(reference(), args, kwargs)
+        with handle._lock:
+            handle._busy += 1
+        try:
+            return generate(reference(), *args, **kwargs)
+        finally:
+            with handle._lock:
+                handle._busy -= 1
+
+    return watched
+
+
+def _nbytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _sequences(facts: dict[int, Facts]) -> int:
+    tokens = next(iter(facts.values())).tokens
+    return 1 if tokens is None else tokens.shape[0]
+
+
+def _layer_report(facts: Facts) -> LayerReport:
+    assert facts.positions is not None and facts.tokens is not None
+    kv_heads = facts.positions.shape[1]
+    return LayerReport(
+        seen=int(facts.tokens.sum()),
+        kept=int((facts.positions >= 0).sum()) / kv_heads,
+        bytes=facts.nbytes,
+        full_bytes=facts.entry_bytes * facts.seen,
+        read_share=facts.read / facts.readable if facts.readable else facts.length / max(1, facts.seen),
+    )

@@ -1,0 +1,88 @@
+"""What a policy did: tokens seen and kept, bytes, share of entries read."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.table import Table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer, or the total over layers.
+
+    Attributes:
+        seen: tokens seen, padding not counted, summed over the sequences of the batch (total: mean over layers).
+        kept: entries held of them, summed over the sequences, mean over kv heads (total: mean over layers).
+        bytes: bytes of all tensors that the layer holds for the cache, statistics and spare slots included.
+        full_bytes: bytes of K and V that transformers' DynamicCache would hold.
+        read_share: entries that decode steps read, of those full attention would have read; before the first step, what
+            the next one would read.
+    """
+
+    seen: float
+    kept: float
+    bytes: int
+    full_bytes: int
+    read_share: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """The state of the cache that a patched model used last. Prints as a table."""
+
+    policy: str
+    total: LayerReport
+    layers: dict[int, LayerReport]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The totals under `seen`, `kept`, `bytes`, `full_bytes`, `read_share`; the same per layer under `layers`."""
+        layers = [{"layer": index, **asdict(layer)} for index, layer in self.layers.items()]
+        return {"policy": self.policy, **asdict(self.total), "layers": layers}
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        table = Table(title=self.policy)
+        for heading in ("layer", "seen", "kept", "bytes", "full bytes", "of full", "read share"):
+            table.add_column(heading, justify="right")
+        for name, layer in _alike(self.layers):
+            table.add_row(name, *_cells(layer))
+        table.add_section()
+        table.add_row("total", *_cells(self.total))
+        yield table
+
+    def __str__(self) -> str:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get()
+
+
+def _alike(layers: dict[int, LayerReport]) -> list[tuple[str, LayerReport]]:
+    """Rows of the table: neighbouring layers with the same figures share one."""
+    rows: list[tuple[int, int, LayerReport]] = []
+    for index, layer in layers.items():
+        if rows and rows[-1][2] == layer and rows[-1][1] == index - 1:
+            rows[-1] = rows[-1][0], index, layer
+        else:
+            rows.append((index, index, layer))
+    return [(f"{first}" if first == last else f"{first}-{last}", layer) for first, last, layer in rows]
+
+
+def _cells(layer: LayerReport) -> list[str]:
+    share = layer.bytes / layer.full_bytes if layer.full_bytes else 0.0
+    return [
+        f"{layer.seen:g}",
+        f"{layer.kept:g}",
+        _size(layer.bytes),
+        _size(layer.full_bytes),
+        f"{share:.1%}",
+        f"{layer.read_share:.1%}",
+    ]
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.2f} GiB"

@@ -1,0 +1,79 @@
+"""Which models and caches can be patched, decided before anything is changed."""
+
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
+
+from kvpress.errors import PolicyError, UnsupportedModelError
+
+
+def find_decoder(model: Any) -> Any:
+    """The module of a causal LM that takes `past_key_values` and owns the layers.
+
+    Raises:
+        UnsupportedModelError: the model is not one that kvpress can patch.
+    """
+    if not isinstance(model, PreTrainedModel):
+        inner = " (for a PEFT model pass model.get_base_model())" if hasattr(model, "get_base_model") else ""
+        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel; pass the model itself{inner}")
+    name, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        raise UnsupportedModelError(f"{name} is an encoder-decoder model; kvpress patches decoder-only models")
+    if (
+        getattr(config, "alibi", False)
+        or getattr(config, "position_embedding_type", None) == "alibi"
+        or config.model_type in ("bloom", "mpt")
+    ):
+        raise UnsupportedModelError(f"{name} uses ALiBi biases, which depend on slots that eviction moves; not supported")
+    if getattr(config, "kv_lora_rank", None):
+        raise UnsupportedModelError(f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); not supported yet")
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UnsupportedModelError(f"{name} shares K and V between layers; not supported")
+    if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
+        raise UnsupportedModelError(f"{name} has cross-attention layers; not supported")
+    decoder = model.get_decoder()
+    if not isinstance(decoder, PreTrainedModel) or not decoder._can_set_attn_implementation():
+        raise UnsupportedModelError(
+            f"{name} does not call its attention through transformers' AttentionInterface, so it cannot be patched"
+        )
+    devices = {parameter.device.type for parameter in decoder.parameters()}
+    if devices == {"meta"}:
+        raise UnsupportedModelError(f"{name} is on the meta device and has no weights; load them first (from_pretrained, to_empty)")
+    return decoder
+
+
+def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
+    """Layer index -> attention module, for the layers with full attention and a plain cache of their own.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    plain = [type(layer) is DynamicLayer for layer in DynamicCache(config=decoder.config).layers]
+    found: dict[int, torch.nn.Module] = {}
+    for module in decoder.modules():
+        index = getattr(module, "layer_idx", None)
+        if isinstance(index, int) and type(module).__name__.endswith("Attention") and index < len(plain) and plain[index]:
+            found.setdefault(index, module)
+    name = type(decoder).__name__
+    if not any(plain):
+        raise UnsupportedModelError(
+            f"{name} has no layer with full attention (sliding window {getattr(decoder.config, 'sliding_window', None)}); "
+            "its cache is bounded already and a policy has nothing to act on"
+        )
+    missing = sorted(index for index, is_plain in enumerate(plain) if is_plain and index not in found)
+    if missing:
+        raise UnsupportedModelError(f"{name} has no attention module with layer_idx for layers {missing}; not supported")
+    return dict(sorted(found.items()))
+
+
+def check_cache(cache: Any) -> None:
+    """Raise `PolicyError` unless the cache is one that can be taken over."""
+    remedy = "pass a DynamicCache, or none"
+    if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
+        raise PolicyError(f"past_key_values is a {type(cache).__name__}, which cannot be taken over; {remedy}")
+    if not isinstance(cache, DynamicCache):
+        raise PolicyError(f"a {type(cache).__name__} has storage of its own that a policy cannot evict from; {remedy}")
+    if getattr(cache, "offloading", False):
+        raise PolicyError(f"an offloaded cache moves its layers between passes, which slots do not support; {remedy} without offloading")
