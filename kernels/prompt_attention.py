@@ -115,7 +115,9 @@ def _in_parts(
 
     def part(rows: Tensor, start: int, stop: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         rows = rows.reshape(batch * kv_heads, heads // kv_heads, q, head_dim)
-        keys, values = (x[:, :, start:stop].flatten(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for x in (key, value))
+        keys, values = (
+            x[:, :, start:stop].flatten(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for x in (key, value)
+        )
         bias = None
         if mask is not None:
             bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
@@ -141,7 +143,9 @@ def _in_parts(
     if sinks is not None:
         lses = torch.cat((lses, sinks.float().view(1, 1, heads, 1).expand(1, *lses.shape[1:])))
     weights = lses.softmax(dim=0)
-    output = sum(weight[..., None] * part_output.float() for weight, (part_output, _) in zip(weights, parts, strict=False))
+    output = sum(
+        weight[..., None] * part_output.float() for weight, (part_output, _) in zip(weights, parts, strict=False)
+    )
     return output.to(query.dtype)  # type: ignore[union-attr]
 
 
@@ -173,7 +177,11 @@ def _in_tiles(
     for start in range(0, q, tile):
         stop = min(q, start + tile)
         seen = past + stop  # entries that any row of the tile may see
-        tile_rows = rows[:, :, start:stop].float().mul_(scale) if rows.dtype != torch.float32 else rows[:, :, start:stop] * scale
+        tile_rows = (
+            rows[:, :, start:stop].float().mul_(scale)
+            if rows.dtype != torch.float32
+            else rows[:, :, start:stop] * scale
+        )
         scores = torch.bmm(tile_rows.flatten(1, 2), keys[:, :seen].transpose(1, 2))
         scores = scores.view(batch * kv_heads, group, stop - start, seen)
         if moved_rows is not None and past:
@@ -192,5 +200,7 @@ def _in_tiles(
             weights = scores.softmax(dim=-1)
         mass[:, :seen] += weights.sum(dim=(1, 2))
         tile_weights = weights.to(values.dtype).flatten(1, 2)
-        output[:, :, start:stop] = torch.bmm(tile_weights, values[:, :seen]).view(batch * kv_heads, group, stop - start, -1)
+        output[:, :, start:stop] = torch.bmm(tile_weights, values[:, :seen]).view(
+            batch * kv_heads, group, stop - start, -1
+        )
     return output.view(batch, heads, q, -1), mass.view(batch, kv_heads, entries)

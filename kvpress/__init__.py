@@ -8,6 +8,7 @@
 """
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,6 +18,12 @@ if TYPE_CHECKING:
     from kvpress.registry import available, make_policy
 
 __version__ = "0.1.0"
+
+# In a checkout (an editable install, or Python started in the repository root) kernels/ and policies/ lie beside this
+# folder. A wheel has them inside it. setuptools' editable finder cannot see a namespace folder below a package.
+_checkout = Path(__file__).resolve().parent.parent
+if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels" / "decode_attention.py").is_file():
+    __path__.append(str(_checkout))
 
 # Loaded when first used: `import kvpress` stays light, and a kernel can be imported without transformers.
 _HOMES = {

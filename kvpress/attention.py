@@ -27,7 +27,11 @@ class Originals:
     def switch(self, config: Any) -> None:
         """Switch a config to our implementation."""
         _, name, users = self._by_config.get(id(config), (config, config._attn_implementation, 0))
-        self._by_config[id(config)] = config, name, users + 1  # holding the config keeps its id from being reused
+        self._by_config[id(config)] = (
+            config,
+            name,
+            users + 1,
+        )  # holding the config keeps its id from being reused
         config._attn_implementation = NAME
 
     def restore(self, config: Any) -> None:
@@ -94,7 +98,9 @@ def attention(
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
     for refused in ("position_bias", "sliding_window"):
         if kwargs.get(refused) is not None:
-            raise PolicyError(f"{type(module).__name__} passes {refused}, which kvpress does not support; unpatch the model")
+            raise PolicyError(
+                f"{type(module).__name__} passes {refused}, which kvpress does not support; unpatch the model"
+            )
     if attention_mask is not None:
         raise PolicyError("a custom attention mask cannot be used on a patched model; pass a 2-D padding mask, or none")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -147,7 +153,13 @@ def _prompt(
             row_valid = None if valid is None else valid[only]
             row_moved = None if moved is None else (moved[0][only, :, columns], moved[1][only])
             output[only, :, columns], mass = prompt_attention(
-                query[only, :, columns], keys, values, row_valid, **vars(scores), moved=row_moved, with_mass=observed
+                query[only, :, columns],
+                keys,
+                values,
+                row_valid,
+                **vars(scores),
+                moved=row_moved,
+                with_mass=observed,
             )
             if mass is not None:
                 layer.observe(mass, row)

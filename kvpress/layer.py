@@ -339,7 +339,17 @@ class KVLayer(CacheLayerMixin):
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor with a batch dimension that the layer holds."""
-        names = ("keys", "values", "positions", "mass", "window", "window_positions", "free", "totals", "recents")
+        names = (
+            "keys",
+            "values",
+            "positions",
+            "mass",
+            "window",
+            "window_positions",
+            "free",
+            "totals",
+            "recents",
+        )
         for name in names:
             tensor = getattr(self, name)
             if tensor is not None:

@@ -150,7 +150,9 @@ class Handle:
             if not self._patched:
                 raise PolicyError(f"this handle ({self.describe()}) is unpatched already")
             if self._busy:
-                raise PolicyError("the model is generating right now; unpatch it when generate() or forward() has returned")
+                raise PolicyError(
+                    "the model is generating right now; unpatch it when generate() or forward() has returned"
+                )
             self._patched = False
         for hook in self._hooks:
             hook.remove()
@@ -189,13 +191,18 @@ class Handle:
 
     def _check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         config = kwargs.get("generation_config") or model.generation_config
-        wanted = {name: kwargs.get(name, getattr(config, name, None)) for name in ("cache_implementation", "prompt_lookup_num_tokens")}
+        wanted = {
+            name: kwargs.get(name, getattr(config, name, None))
+            for name in ("cache_implementation", "prompt_lookup_num_tokens")
+        }
         if wanted["cache_implementation"] not in (None, "dynamic", "dynamic_full", "hybrid"):
             raise PolicyError(
                 f"cache_implementation={wanted['cache_implementation']!r} has storage of its own that a policy cannot evict from; "
                 "leave it out"
             )
-        if self._eviction is not None and (kwargs.get("assistant_model") is not None or wanted["prompt_lookup_num_tokens"]):
+        if self._eviction is not None and (
+            kwargs.get("assistant_model") is not None or wanted["prompt_lookup_num_tokens"]
+        ):
             raise PolicyError(
                 f"assisted decoding takes tokens back from the cache, and {self.describe()} evicts entries for good; leave the "
                 "assistant out, or use the policy Full"
@@ -203,7 +210,9 @@ class Handle:
 
     # ------------------------------------------------------------------ around a forward pass
 
-    def _before_pass(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _before_pass(
+        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
         self._check_call(decoder, kwargs)
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
@@ -247,12 +256,18 @@ class Handle:
                 "unpatch it first, or change it before patching"
             )
         if kwargs.get("output_attentions"):
-            raise PolicyError("output_attentions=True is not possible on a patched model; unpatch it to look at attention weights")
+            raise PolicyError(
+                "output_attentions=True is not possible on a patched model; unpatch it to look at attention weights"
+            )
         mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
-            raise PolicyError(f"a {mask.ndim}-D attention mask cannot be used on a patched model; pass a 2-D padding mask, or none")
+            raise PolicyError(
+                f"a {mask.ndim}-D attention mask cannot be used on a patched model; pass a 2-D padding mask, or none"
+            )
         if isinstance(mask, dict):
-            raise PolicyError("a mapping of attention masks cannot be used on a patched model; pass a 2-D padding mask, or none")
+            raise PolicyError(
+                "a mapping of attention masks cannot be used on a patched model; pass a 2-D padding mask, or none"
+            )
         inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
         if inputs is None or inputs.shape[1] == 0:
             raise PolicyError("the prompt is empty (no tokens); give at least one token")
@@ -270,7 +285,9 @@ class Handle:
             before, before_tensor, seen = layer.tokens, layer.facts.tokens, layer.facts.seen
             assert before_tensor is not None
             if before_tensor.shape[0] != batch:
-                raise PolicyError(f"the cache holds {before_tensor.shape[0]} sequences and the input has {batch}; give as many")
+                raise PolicyError(
+                    f"the cache holds {before_tensor.shape[0]} sequences and the input has {batch}; give as many"
+                )
             before_tensor = before_tensor.to(device)
         prompt = count > 1 or seen == 0
         if mask is None:
@@ -305,11 +322,15 @@ class Handle:
         plain = list(cache.layers)
         if not plain:  # a DynamicCache() without config adds its layers as they are used
             plain = [DynamicLayer() for _ in DynamicCache(config=decoder.config).layers]
-        layers = [KVLayer(self._eviction, ordinal, len(self._layer_indices)) for ordinal in range(len(self._layer_indices))]
+        layers = [
+            KVLayer(self._eviction, ordinal, len(self._layer_indices)) for ordinal in range(len(self._layer_indices))
+        ]
         for layer, index in zip(layers, self._layer_indices, strict=True):
             if index >= len(plain) or type(plain[index]) is not DynamicLayer:
                 kind = type(plain[index]).__name__ if index < len(plain) else "no"
-                raise PolicyError(f"the cache has {kind} layer at {index}; pass DynamicCache(config=model.config), or none")
+                raise PolicyError(
+                    f"the cache has {kind} layer at {index}; pass DynamicCache(config=model.config), or none"
+                )
             if plain[index].get_seq_length():
                 self._adopt(layer, plain[index], mask, batch)
         for layer, index in zip(layers, self._layer_indices, strict=True):
@@ -327,7 +348,9 @@ class Handle:
             )
         seen = plain.get_seq_length()
         if plain.keys.shape[0] != batch:
-            raise PolicyError(f"the cache holds {plain.keys.shape[0]} sequences and the input has {batch}; give as many")
+            raise PolicyError(
+                f"the cache holds {plain.keys.shape[0]} sequences and the input has {batch}; give as many"
+            )
         earlier = None if mask is None or mask.shape[1] <= seen else mask[:, :seen].to(plain.keys.device, torch.bool)
         if earlier is None:
             tokens = plain_tokens(batch, seen, None, None, plain.keys.device)

@@ -5,8 +5,8 @@ A policy plays a *role*. This version has one: eviction, which says what a cache
 """
 
 import math
-from abc import abstractmethod
-from dataclasses import MISSING, dataclass, fields
+from abc import ABC, abstractmethod
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -21,9 +21,13 @@ Budget = float | int
 def check_budget(value: Any, name: str = "budget", minimum: int = 1) -> None:
     """Raise `PolicyError` unless `value` is an int of at least `minimum` or a float in (0, 1] (0.0 if minimum is 0)."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise PolicyError(f"{name}={value!r} is a {type(value).__name__}; give a float share in (0, 1] or an int >= {minimum}")
+        raise PolicyError(
+            f"{name}={value!r} is a {type(value).__name__}; give a float share in (0, 1] or an int >= {minimum}"
+        )
     if isinstance(value, int) and value < minimum:
-        raise PolicyError(f"{name}={value} is too small; an int means entries per layer and kv head, at least {minimum}")
+        raise PolicyError(
+            f"{name}={value} is too small; an int means entries per layer and kv head, at least {minimum}"
+        )
     if isinstance(value, float):
         if math.isnan(value):
             raise PolicyError(f"{name}=nan is not a number; give a float share in (0, 1] or an int >= {minimum}")
@@ -86,7 +90,7 @@ class Entries:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Policy:
+class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     """Base of all policies; see `docs/architecture.md` and the README's section on writing one."""
 
     name: ClassVar[str] = ""
@@ -95,11 +99,17 @@ class Policy:
     takes_budget: ClassVar[bool] = False
     role: ClassVar[str | None] = None
 
+    @classmethod
+    def parameters(cls) -> list[Field[Any]]:
+        """The hyper-parameters, those of the method itself before those that all policies of its role have."""
+        inherited = {field.name for base in cls.__mro__[1:] if is_dataclass(base) for field in fields(base)}
+        return sorted(fields(cls), key=lambda field: field.name in inherited)
+
     def describe(self) -> str:
-        """The name with every field that differs from its default, as `h2o(budget=0.2)`."""
+        """The name with every hyper-parameter that differs from its default, as `h2o(budget=0.2)`."""
         shown = [
             f"{field.name}={getattr(self, field.name)!r}"
-            for field in fields(self)
+            for field in self.parameters()
             if field.default is MISSING or getattr(self, field.name) != field.default
         ]
         return f"{self.name}({', '.join(shown)})"

@@ -3,7 +3,6 @@
 import difflib
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,9 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
     """
     if isinstance(spec, Policy):
         if overrides:
-            raise PolicyError(f"{spec.describe()} is a finished policy; build it with {overrides} instead of overriding")
+            raise PolicyError(
+                f"{spec.describe()} is a finished policy; build it with {overrides} instead of overriding"
+            )
         return spec
     source = "policy"
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
@@ -58,7 +59,7 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
     cls = available().get(name) if isinstance(name, str) else None
     if cls is None:
         raise PolicyError(f"{source}: unknown policy {name!r}{_nearest(str(name), list(available()))}")
-    known = [field.name for field in fields(cls)]
+    known = [field.name for field in cls.parameters()]
     for key in values:
         if key not in known:
             raise PolicyError(f"{source}: {name} has no field {key!r}{_nearest(str(key), known)}")
@@ -92,7 +93,9 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise PolicyError(f"{path}: cannot be read ({error.strerror}); give the path of a YAML file with a policy") from error
+        raise PolicyError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a YAML file with a policy"
+        ) from error
     except yaml.YAMLError as error:
         raise PolicyError(f"{path}: not valid YAML: {error}") from error
 

@@ -38,7 +38,9 @@ def find_rotary(decoder: Any, attention: Any) -> Rotary | None:
 
     device = inv_freq.device
     position = torch.tensor([[3]], device=device)
-    vector = torch.linspace(-1, 1, attention.head_dim if hasattr(attention, "head_dim") else attention.head_size, device=device)
+    vector = torch.linspace(
+        -1, 1, attention.head_dim if hasattr(attention, "head_dim") else attention.head_size, device=device
+    )
     vector = vector.view(1, 1, 1, -1)
     takes_type = "layer_type" in inspect.signature(embedding.forward).parameters
     with torch.no_grad():

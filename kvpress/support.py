@@ -17,7 +17,9 @@ def find_decoder(model: Any) -> Any:
     """
     if not isinstance(model, PreTrainedModel):
         inner = " (for a PEFT model pass model.get_base_model())" if hasattr(model, "get_base_model") else ""
-        raise UnsupportedModelError(f"{type(model).__name__} is not a transformers PreTrainedModel; pass the model itself{inner}")
+        raise UnsupportedModelError(
+            f"{type(model).__name__} is not a transformers PreTrainedModel; pass the model itself{inner}"
+        )
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; kvpress patches decoder-only models")
@@ -26,9 +28,13 @@ def find_decoder(model: Any) -> Any:
         or getattr(config, "position_embedding_type", None) == "alibi"
         or config.model_type in ("bloom", "mpt")
     ):
-        raise UnsupportedModelError(f"{name} uses ALiBi biases, which depend on slots that eviction moves; not supported")
+        raise UnsupportedModelError(
+            f"{name} uses ALiBi biases, which depend on slots that eviction moves; not supported"
+        )
     if getattr(config, "kv_lora_rank", None):
-        raise UnsupportedModelError(f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); not supported yet")
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); not supported yet"
+        )
     if getattr(config, "num_kv_shared_layers", 0):
         raise UnsupportedModelError(f"{name} shares K and V between layers; not supported")
     if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
@@ -40,7 +46,9 @@ def find_decoder(model: Any) -> Any:
         )
     devices = {parameter.device.type for parameter in decoder.parameters()}
     if devices == {"meta"}:
-        raise UnsupportedModelError(f"{name} is on the meta device and has no weights; load them first (from_pretrained, to_empty)")
+        raise UnsupportedModelError(
+            f"{name} is on the meta device and has no weights; load them first (from_pretrained, to_empty)"
+        )
     return decoder
 
 
@@ -54,7 +62,12 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
     found: dict[int, torch.nn.Module] = {}
     for module in decoder.modules():
         index = getattr(module, "layer_idx", None)
-        if isinstance(index, int) and type(module).__name__.endswith("Attention") and index < len(plain) and plain[index]:
+        if (
+            isinstance(index, int)
+            and type(module).__name__.endswith("Attention")
+            and index < len(plain)
+            and plain[index]
+        ):
             found.setdefault(index, module)
     name = type(decoder).__name__
     if not any(plain):
@@ -64,7 +77,9 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
         )
     missing = sorted(index for index, is_plain in enumerate(plain) if is_plain and index not in found)
     if missing:
-        raise UnsupportedModelError(f"{name} has no attention module with layer_idx for layers {missing}; not supported")
+        raise UnsupportedModelError(
+            f"{name} has no attention module with layer_idx for layers {missing}; not supported"
+        )
     return dict(sorted(found.items()))
 
 
@@ -76,4 +91,6 @@ def check_cache(cache: Any) -> None:
     if not isinstance(cache, DynamicCache):
         raise PolicyError(f"a {type(cache).__name__} has storage of its own that a policy cannot evict from; {remedy}")
     if getattr(cache, "offloading", False):
-        raise PolicyError(f"an offloaded cache moves its layers between passes, which slots do not support; {remedy} without offloading")
+        raise PolicyError(
+            f"an offloaded cache moves its layers between passes, which slots do not support; {remedy} without offloading"
+        )

@@ -30,8 +30,8 @@ class H2O(EvictionPolicy):
     Args:
         heavy: heavy hitters kept; int, or float share of the prompt's length. May be 0 (a sliding window).
         recent: most recent tokens kept, likewise. May be 0, which leaves a cache of heavy hitters alone.
-        budget: heavy and recent together (paper: 4 % to 60 % of the prompt, 20 % in the main results); equal halves, or
-            the remainder when one of the two is given.
+        budget: heavy and recent together (paper: 4 % to 60 % of the prompt, 20 % in the main results, which is the
+            default here); equal halves, or the remainder when one of the two is given.
         evict: see `EvictionPolicy`.
 
     Raises:
@@ -54,6 +54,8 @@ class H2O(EvictionPolicy):
         if self.budget is not None:
             check_budget(self.budget)
             self._check_parts_fit(self.budget)
+        elif self.heavy is None and self.recent is None:
+            object.__setattr__(self, "budget", 0.2)
         elif self.heavy is None or self.recent is None:
             raise PolicyError(
                 f"heavy={self.heavy!r}, recent={self.recent!r} without a budget: give both, or budget= alone for equal halves"
@@ -67,9 +69,13 @@ class H2O(EvictionPolicy):
             raise PolicyError(f"budget={budget!r} with {given}: give all as entries (int) or all as shares (float)")
         used = sum(given.values())
         if used > budget + 1e-9:
-            raise PolicyError(f"heavy + recent = {used:g} is larger than budget={budget!r}; lower them or raise the budget")
+            raise PolicyError(
+                f"heavy + recent = {used:g} is larger than budget={budget!r}; lower them or raise the budget"
+            )
         if len(given) == 2 and used < budget - 1e-9:
-            raise PolicyError(f"heavy + recent = {used:g} is less than budget={budget!r}; drop the budget or one of the parts")
+            raise PolicyError(
+                f"heavy + recent = {used:g} is less than budget={budget!r}; drop the budget or one of the parts"
+            )
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         if self.heavy is not None and self.recent is not None:

@@ -6,7 +6,16 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from kvpress.errors import PolicyError
-from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, check_choice, check_count, entries_for
+from kvpress.policy import (
+    Budget,
+    Entries,
+    EvictionPolicy,
+    Quota,
+    check_budget,
+    check_choice,
+    check_count,
+    entries_for,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,14 +37,14 @@ class StreamingLLM(EvictionPolicy):
 
     Args:
         sink: first tokens kept (authors: 4).
-        recent: most recent tokens kept; int, or float share of the prompt.
+        recent: most recent tokens kept; int, or float share of the prompt (authors' class: 512, the default here).
         budget: sink and recent together, instead of `recent`; what is left after the sinks is the window.
         rope: "reindex" (paper) or "original" (keys and query stay at their own positions; for models without rotary
             embedding and for comparisons).
         evict: see `EvictionPolicy`.
 
     Raises:
-        PolicyError: a value out of range, both or neither of `recent` and `budget`, or a budget without room for the
+        PolicyError: a value out of range, both `recent` and `budget`, or a budget without room for the
             sinks and one recent token.
     """
 
@@ -51,11 +60,13 @@ class StreamingLLM(EvictionPolicy):
         super().__post_init__()
         check_count(self.sink, "sink", 0)
         check_choice(self.rope, "rope", ("reindex", "original"))
-        if (self.recent is None) == (self.budget is None):
+        if self.recent is not None and self.budget is not None:
             raise PolicyError(
-                f"recent={self.recent!r}, budget={self.budget!r}: give one of them, as StreamingLLM(budget=0.2) or "
+                f"recent={self.recent!r} and budget={self.budget!r}: give one of them, as StreamingLLM(budget=0.2) or "
                 "StreamingLLM(sink=4, recent=512)"
             )
+        if self.recent is None and self.budget is None:
+            object.__setattr__(self, "recent", 512)
         if self.recent is not None:
             check_budget(self.recent, "recent")
         if self.budget is not None:

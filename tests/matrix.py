@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from oracles import policies as oracle
-from oracles.llama import Oracle
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
 from kvpress.policy import Policy
+from oracles import policies as oracle
+from oracles.llama import Oracle
 
 VOCAB = 97
 
@@ -35,13 +35,35 @@ CASES = [
     Case(Full(), oracle.Full(), Full()),
     both(StreamingLLM, oracle.StreamingLLM, {"recent": 500}, sink=2, recent=6),
     both(StreamingLLM, oracle.StreamingLLM, {"budget": 500, "rope": "original"}, budget=0.4, rope="original"),
-    both(StreamingLLM, oracle.StreamingLLM, {"budget": 1.0, "sink": 0, "evict": "after_prompt"}, budget=0.3, evict="after_prompt"),
+    both(
+        StreamingLLM,
+        oracle.StreamingLLM,
+        {"recent": 500, "evict": "after_prompt"},
+        budget=0.3,
+        evict="after_prompt",
+    ),
     both(H2O, oracle.H2O, {"budget": 500}, budget=0.4),
     both(H2O, oracle.H2O, {"heavy": 300, "recent": 300}, heavy=3, recent=5),
     both(H2O, oracle.H2O, {"budget": 500, "evict": "after_prompt"}, budget=0.3, evict="after_prompt"),
     both(SnapKV, oracle.SnapKV, {"budget": 500}, budget=0.5, window=4, kernel_size=3),
-    both(SnapKV, oracle.SnapKV, {"budget": 500, "pooling": "max"}, budget=12, window=5, kernel_size=5, pooling="max"),
-    both(SnapKV, oracle.SnapKV, {"budget": 500, "evict": "after_prompt"}, budget=0.5, window=4, kernel_size=1, evict="after_prompt"),
+    both(
+        SnapKV,
+        oracle.SnapKV,
+        {"budget": 500, "pooling": "max"},
+        budget=12,
+        window=5,
+        kernel_size=5,
+        pooling="max",
+    ),
+    both(
+        SnapKV,
+        oracle.SnapKV,
+        {"budget": 500, "evict": "after_prompt"},
+        budget=0.5,
+        window=4,
+        kernel_size=1,
+        evict="after_prompt",
+    ),
 ]
 EVICTING = [case for case in CASES if case.policy.role == "eviction"]
 

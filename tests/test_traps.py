@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from matrix import CASES, EVICTING, VOCAB, Case, check, expect, kept, prompt, sharp_llama
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import kvpress
+from matrix import CASES, EVICTING, VOCAB, Case, check, expect, kept, prompt, sharp_llama
 
 NEW = 5  # tokens generated
 
@@ -94,7 +94,10 @@ def test_left_padded_batch(model: Any, case: Case) -> None:
 @every_policy
 def test_right_padded_batch(model: Any, case: Case) -> None:
     """Right padding reaches the model through a bare forward; decode steps follow with the mask extended."""
-    texts, then = [prompt(9, 0), prompt(22, 1), prompt(1, 2)], [prompt(NEW, 5), prompt(NEW, 6), prompt(NEW, 7)]
+    texts, then = (
+        [prompt(9, 0), prompt(22, 1), prompt(1, 2)],
+        [prompt(NEW, 5), prompt(NEW, 6), prompt(NEW, 7)],
+    )
     ids, mask = padded(texts, "right")
     positions = [len(text) for text in texts]
     with kvpress.patch(model, case.policy):
@@ -231,7 +234,11 @@ def test_chunks_of_a_padded_batch(model: Any, case: Case) -> None:
         places = (mask.cumsum(1) - 1).clamp(min=0)
         for start, stop in cuts:
             got = feed(
-                model, ids[:, start:stop].tolist(), cache, mask[:, :stop].tolist(), position_ids=places[:, start:stop]
+                model,
+                ids[:, start:stop].tolist(),
+                cache,
+                mask[:, :stop].tolist(),
+                position_ids=places[:, start:stop],
             )
         logits = [[got[row, -1]] for row in range(2)]
     alone = [[texts[0][:2], texts[0][2:]], [texts[1][:8], texts[1][8:16], texts[1][16:]]]
@@ -338,8 +345,10 @@ def test_no_mask_row(model: Any, case: Case) -> None:
         cache = DynamicCache(config=model.config)
         logits = [feed(model, [prompt(12, 3), text], cache, mask)]
         for step, token in enumerate((5, 6)):
-            mask = [row + [1] for row in mask]
-            logits.append(feed(model, [[token], [token]], cache, mask, position_ids=torch.tensor([[step], [12 + step]])))
+            mask = [[*row, 1] for row in mask]
+            logits.append(
+                feed(model, [[token], [token]], cache, mask, position_ids=torch.tensor([[step], [12 + step]]))
+            )
     assert all(torch.isfinite(got).all() for got in logits)
     check(expect(model, case, [text, [5], [6]]), [got[1, -1] for got in logits], cache, 1)
     check(expect(model, case, [[5], [6]]), [got[0, -1] for got in logits[1:]], cache, 0)
@@ -438,4 +447,4 @@ def test_bfloat16(case: Case) -> None:
         sizes.append([[len(head) for head in layer] for layer in kept(output.past_key_values)])
     assert sizes[0] == sizes[1]
     assert output.past_key_values.layers[0].keys.dtype == torch.bfloat16
-    assert VOCAB == output.logits[0].shape[-1]
+    assert output.logits[0].shape[-1] == VOCAB

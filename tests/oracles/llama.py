@@ -69,9 +69,7 @@ class Oracle:
     @torch.no_grad()
     def run(self, passes):
         config = self.config
-        self.heads = [
-            [Head() for _ in range(config.num_key_value_heads)] for _ in range(config.num_hidden_layers)
-        ]
+        self.heads = [[Head() for _ in range(config.num_key_value_heads)] for _ in range(config.num_hidden_layers)]
         seen = prompt_seen = 0
         eviction_waits = False
         steps = []
@@ -136,10 +134,7 @@ class Oracle:
             # A query is rotated where its own token's key is: entry held + row.
             places = rope_positions([entry.position for entry in head.entries], self.policy.rope)
             rotated = torch.stack(
-                [
-                    rotate(entry.key, place, self.theta)
-                    for entry, place in zip(head.entries, places, strict=True)
-                ]
+                [rotate(entry.key, place, self.theta) for entry, place in zip(head.entries, places, strict=True)]
             )
             value = torch.stack([entry.value for entry in head.entries])
 
@@ -152,9 +147,7 @@ class Oracle:
                     logits = rotated[:visible] @ query / config.head_dim**0.5
                     probabilities = torch.softmax(logits, dim=0)
                     output[row, query_head] = probabilities @ value[:visible]
-                    for entry, probability in zip(
-                        head.entries[:visible], probabilities.tolist(), strict=True
-                    ):
+                    for entry, probability in zip(head.entries[:visible], probabilities.tolist(), strict=True):
                         mass[entry.position] += probability
                 rows.append(mass)
 

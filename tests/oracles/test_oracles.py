@@ -339,10 +339,10 @@ def test_shares_are_exact_decimals():
         (H2O(heavy=3, recent=0.1), 9, (3, 0)),
         (StreamingLLM(sink=4, recent=3), 99, (4, 3)),
         (StreamingLLM(sink=0, recent=0.1), 9, (0, 1)),
-        (StreamingLLM(sink=2, recent=0.1), 9, (2, 0)),
+        (StreamingLLM(sink=2, recent=0.1), 9, (2, 1)),
         (StreamingLLM(budget=10), 99, (4, 6)),
-        (StreamingLLM(budget=3), 99, (2, 1)),
-        (StreamingLLM(budget=1), 99, (0, 1)),
+        (StreamingLLM(budget=3), 99, (4, 1)),
+        (StreamingLLM(budget=1), 99, (4, 1)),
     ],
     ids=str,
 )
@@ -423,9 +423,7 @@ def test_chunks_that_evict_at_once_differ():
 def test_snapkv_after_prompt_waits_and_evicts_once():
     """Turn, answer, turn, answer: the cache grows in a turn, shrinks at its first decode step, then grows."""
     sizes = [8, 1, 1, 3, 4, 1, 1]
-    steps = Oracle(tiny_llama(), SnapKV(budget=5, window=2, evict="after_prompt")).run(
-        split(tokens(sum(sizes)), sizes)
-    )
+    steps = Oracle(tiny_llama(), SnapKV(budget=5, window=2, evict="after_prompt")).run(split(tokens(sum(sizes)), sizes))
     lengths = [len(step.kept[0][0]) for step in steps]
     assert lengths == [8, 6, 7, 10, 14, 6, 7]
 

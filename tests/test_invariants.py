@@ -1,0 +1,186 @@
+"""The universal invariants U1 to U7 of every policy (U8: `docs/architecture.md`, a single pass is exact)."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+import kvpress
+from matrix import CASES, EVICTING, Case, kept, prompt, sharp_llama
+
+every_policy = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+every_eviction = pytest.mark.parametrize("case", EVICTING, ids=lambda case: case.id)
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return sharp_llama()
+
+
+def run(model: Any, policy: Any, passes: list[list[int]]) -> tuple[list[torch.Tensor], list[Any], Any]:
+    """Logits and kept positions after each pass, and the cache."""
+    cache, logits, sets = DynamicCache(config=model.config), [], []
+    with torch.no_grad(), kvpress.patch(model, policy):
+        for ids in passes:
+            logits.append(model(torch.tensor([ids]), past_key_values=cache).logits[0])
+            sets.append(kept(cache))
+    return logits, sets, cache
+
+
+def conversation() -> list[list[int]]:
+    return [
+        prompt(24),
+        *([token] for token in prompt(STEPS, 1)),
+        prompt(7, 2),
+        *([token] for token in prompt(3, 3)),
+    ]
+
+
+@every_policy
+def test_u1_room_for_everything_is_full_attention(model: Any, case: Case) -> None:
+    passes = conversation()
+    whole = torch.tensor([[token for ids in passes for token in ids]])
+    with torch.no_grad():
+        dense = model(whole).logits[0]
+    logits, sets, _ = run(model, case.roomy, passes)
+    torch.testing.assert_close(torch.cat(logits), dense, atol=1e-5, rtol=1e-4)
+    assert all(head == list(range(whole.shape[1])) for layer in sets[-1] for head in layer)
+
+
+@every_policy
+def test_u1_greedy_tokens_are_the_same(model: Any, case: Case) -> None:
+    ids = torch.tensor([prompt(24), prompt(24, 1)])
+    dense = model.generate(ids, max_new_tokens=STEPS, do_sample=False)
+    with kvpress.patch(model, case.roomy):
+        ours = model.generate(ids, max_new_tokens=STEPS, do_sample=False)
+    assert torch.equal(ours, dense)
+
+
+@every_eviction
+def test_u2_evicted_never_returns(model: Any, case: Case) -> None:
+    passes = conversation()
+    _, sets, _ = run(model, case.policy, passes)
+    seen = 0
+    for ids, before, after in zip(passes, [[[[]] * 2] * 2, *sets], sets, strict=False):
+        new = set(range(seen, seen + len(ids)))
+        seen += len(ids)
+        for layer_before, layer_after in zip(before, after, strict=True):
+            for head_before, head_after in zip(layer_before, layer_after, strict=True):
+                assert set(head_after) <= set(head_before) | new
+
+
+@every_eviction
+def test_u3_size_after_the_first_eviction(model: Any, case: Case) -> None:
+    policy: Any = case.policy
+    passes = [prompt(24), *([token] for token in prompt(STEPS, 1))]
+    _, sets, _ = run(model, policy, passes)
+    total = policy.quota(24, 0, 2).total
+    for step, layers in enumerate(sets[1:], 1):
+        expected = total if policy.drops_in_decode else total + step
+        assert {len(head) for layer in layers for head in layer} == {expected}
+    expected = 24 if policy.evict == "after_prompt" else total
+    assert {len(head) for layer in sets[0] for head in layer} == {expected}
+
+
+@every_policy
+def test_u4_the_newest_token_is_attended_by_its_own_query(model: Any, case: Case) -> None:
+    """Changing the value of the newest token alone changes its own output, at every step."""
+    from kvpress.kernels import decode_attention as module
+
+    passes = [prompt(24), *([token] for token in prompt(4, 1))]
+    original, weights = module.decode_attention, []
+
+    def spy(query: Any, key: Any, value: Any, valid: Any = None, **options: Any) -> Any:
+        # The entry whose key is the one just stored must have weight: a huge value there must show in the output.
+        output, mass = original(query, key, value, valid, **options)
+        marked = value.clone()
+        newest = layer_now[0].positions[:, :, : key.shape[2]].argmax(-1)
+        for head in range(key.shape[1]):
+            marked[0, head, newest[0, head]] += 1e4
+        weights.append((original(query, key, marked, valid, **options)[0] - output).abs().amax(-1).min().item())
+        return output, mass
+
+    import kvpress.attention as attention
+
+    layer_now: list[Any] = [None]
+    append = attention.KVLayer.append
+
+    def watch(self: Any, *args: Any) -> None:
+        layer_now[0] = self
+        append(self, *args)
+
+    patcher = pytest.MonkeyPatch()
+    patcher.setattr(attention, "decode_attention", spy)
+    patcher.setattr(attention.KVLayer, "append", watch)
+    try:
+        run(model, case.policy, passes)
+    finally:
+        patcher.undo()
+    assert len(weights) == 4 * 2
+    assert min(weights) > 1e-6
+
+
+@pytest.mark.parametrize("case", [case for case in EVICTING if case.policy.observes == "every row"], ids=lambda c: c.id)  # type: ignore[attr-defined]
+def test_u5_each_row_adds_the_group_size(model: Any, case: Case) -> None:
+    """H6 too: right before the first eviction the scores of a kv head sum to (rows seen) * group."""
+    cache = DynamicCache(config=model.config)
+    policy = dataclasses.replace(case.roomy, evict="each_pass")
+    with torch.no_grad(), kvpress.patch(model, policy):
+        for rows, ids in ((24, prompt(24)), (25, [5]), (26, [6]), (33, prompt(7, 2))):
+            model(torch.tensor([ids]), past_key_values=cache)
+            for layer in cache.layers:
+                group = model.config.num_attention_heads // layer.mass.shape[1]
+                sums = layer.mass[:, :, : layer.length].sum(-1)
+                torch.testing.assert_close(sums, torch.full_like(sums, rows * group), atol=1e-3, rtol=0)
+
+
+@every_eviction
+def test_u6_permuting_heads_permutes_results(case: Case) -> None:
+    """No leak between kv heads: with the heads' weights swapped, what the heads keep is swapped."""
+    one, two = sharp_llama(layers=1), sharp_llama(layers=1)
+    attention = two.model.layers[0].self_attn
+    size, group = attention.head_dim, attention.num_key_value_groups
+    with torch.no_grad():
+        for projection, width in (
+            (attention.q_proj, size * group),
+            (attention.k_proj, size),
+            (attention.v_proj, size),
+        ):
+            projection.weight.copy_(projection.weight.roll(width, dims=0))
+        attention.o_proj.weight.copy_(attention.o_proj.weight.roll(size * group, dims=1))
+    logits, sets, _ = run(one, case.policy, conversation())
+    swapped_logits, swapped_sets, _ = run(two, case.policy, conversation())
+    for a, b in zip(logits, swapped_logits, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert [[layer[::-1] for layer in step] for step in sets] == swapped_sets
+
+
+@pytest.mark.parametrize("sizes", [(24,), (11, 13), (2, 20, 2)], ids=str)
+@pytest.mark.parametrize("case", [c for c in EVICTING if c.policy.evict == "each_pass"], ids=lambda c: c.id)  # type: ignore[attr-defined]
+def test_u7_chunks_keep_what_one_shot_keeps(model: Any, case: Case, sizes: tuple[int, ...]) -> None:
+    """With evict="after_prompt" the chunks of a prompt never change what is kept."""
+    text, steps = prompt(24), [[5], [6], [7]]
+    chunks, start = [], 0
+    for size in sizes:
+        chunks.append(text[start : start + size])
+        start += size
+    waits = dataclasses.replace(case.policy, evict="after_prompt")
+    logits, sets, _ = run(model, case.policy, [text, *steps])
+    chunk_logits, chunk_sets, _ = run(model, waits, [*chunks, *steps])
+    assert sets[1:] == chunk_sets[len(chunks) :]
+    for a, b in zip(logits[1:], chunk_logits[len(chunks) :], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+@every_policy
+def test_same_run_twice_is_the_same(model: Any, case: Case) -> None:
+    """Bitwise repeatable, and the global random state is not touched."""
+    state = torch.random.get_rng_state()
+    one, sets, _ = run(model, case.policy, conversation())
+    two, again, _ = run(model, case.policy, conversation())
+    assert sets == again
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+    assert torch.equal(torch.random.get_rng_state(), state)
