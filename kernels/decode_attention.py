@@ -1,6 +1,7 @@
 """Attention of one new token per sequence over a slot cache, grouped so that K and V are read once per kv head."""
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor
 
 
@@ -17,7 +18,7 @@ def decode_attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition of `decode_attention`, in plain float32 with K and V repeated to the query heads."""
     group = query.shape[1] // key.shape[1]
-    keys, values = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
+    keys, values = (repeat(x.float(), "b h n d -> b (h g) n d", g=group) for x in (key, value))
     scores = query.float() @ keys.transpose(-1, -2) * scale
     if moved is not None:
         other = moved[0].float() @ keys.transpose(-1, -2) * scale
@@ -30,7 +31,7 @@ def decode_attention_reference(
         column = sinks.float().view(1, -1, 1, 1).expand(query.shape[0], -1, 1, 1)
         scores = torch.cat((scores, column), dim=-1)
     weights = scores.softmax(dim=-1).nan_to_num()[..., : key.shape[2]]
-    mass = weights.squeeze(2).unflatten(1, (-1, group)).sum(2)
+    mass = reduce(weights, "b (h g) 1 n -> b h n", "sum", g=group)
     return (weights @ values).to(query.dtype), mass
 
 

@@ -9,6 +9,7 @@ Two ways to the same result, neither with a q x n matrix:
 """
 
 import torch
+from einops import reduce, repeat
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,7 +32,7 @@ def prompt_attention_reference(
     group = query.shape[1] // key.shape[1]
     rows, entries = query.shape[2], key.shape[2]
     past = entries - rows
-    keys, values = (x.float().repeat_interleave(group, dim=1) for x in (key, value))
+    keys, values = (repeat(x.float(), "b h n d -> b (h g) n d", g=group) for x in (key, value))
     scores = query.float() @ keys.transpose(-1, -2) * scale
     if moved is not None:
         other = moved[0].float() @ keys.transpose(-1, -2) * scale
@@ -47,7 +48,7 @@ def prompt_attention_reference(
         column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat((scores, column), dim=-1)
     weights = scores.softmax(dim=-1)[..., :entries]
-    mass = weights.sum(2).unflatten(1, (-1, group)).sum(2)
+    mass = reduce(weights, "b (h g) q n -> b h n", "sum", g=group)
     return (weights @ values).to(query.dtype), mass
 
 
@@ -143,10 +144,10 @@ def _in_parts(
     if sinks is not None:
         lses = torch.cat((lses, sinks.float().view(1, 1, heads, 1).expand(1, *lses.shape[1:])))
     weights = lses.softmax(dim=0)
-    output = sum(
-        weight[..., None] * part_output.float() for weight, (part_output, _) in zip(weights, parts, strict=False)
-    )
-    return output.to(query.dtype)  # type: ignore[union-attr]
+    output = torch.zeros(parts[0][0].shape, dtype=torch.float32, device=query.device)
+    for weight, (part_output, _) in zip(weights, parts, strict=False):  # the sinks' weight has no part
+        output += weight[..., None] * part_output
+    return output.to(query.dtype)
 
 
 def _in_tiles(

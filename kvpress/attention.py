@@ -92,10 +92,10 @@ def attention(
     current = active_pass()
     index = None if current is None else current.modules.get(id(module))
     if current is None or index is None:
-        default = sys.modules[type(module).__module__].eager_attention_forward  # type: ignore[attr-defined]
+        default = sys.modules[type(module).__module__].eager_attention_forward
         name = originals.name(module.config)
         function = default if name == "eager" else AttentionInterface().get(name, default)
-        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
+        return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     for refused in ("position_bias", "sliding_window"):
         if kwargs.get(refused) is not None:
             raise PolicyError(

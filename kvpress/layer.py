@@ -396,7 +396,7 @@ class KVLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length  # the older name
 
     @property
-    def is_croppable(self) -> bool:  # type: ignore[override]
+    def is_croppable(self) -> bool:
         """Whether the last tokens can be taken back: not once a policy evicts."""
         return self.policy is None
 

@@ -105,7 +105,7 @@ class Handle:
         self._eviction = eviction
         self._rotary = rotary
         self._model, self._decoder = weakref.ref(model), weakref.ref(decoder)
-        self._layer_indices = list(attention)
+        self._indices = list(attention)
         self._modules = {id(module): ordinal for ordinal, module in enumerate(attention.values())}
         self._parameters = list(inspect.signature(decoder.forward).parameters)
         self._lock = threading.RLock()
@@ -113,6 +113,7 @@ class Handle:
         self._patched = True
         self._facts: dict[int, Facts] = {}
         self._others: dict[int, tuple[int, int]] = {}
+        self._cache: weakref.ref[Any] | None = None
 
         register()
         self._configs = _configs(decoder)
@@ -214,28 +215,28 @@ class Handle:
         self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        self._check_call(decoder, kwargs)
-        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        inputs = self._check_call(decoder, kwargs)
         batch, count = inputs.shape[:2]
-        cache = kwargs.get("past_key_values")
-        wants_cache = kwargs.get("use_cache") if kwargs.get("use_cache") is not None else decoder.config.use_cache
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        wants_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and not wants_cache:
-            tokens = self._tokens(batch, count, kwargs.get("attention_mask"), inputs.device, None)
+            tokens = self._tokens(batch, count, mask, inputs.device, None)
             current = Pass(self._modules, self._rotary, tokens, [], prompt=True)
         else:
             self._check_no_training(decoder)
             if cache is None:
                 cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-            layers = self._take_over(decoder, cache, kwargs.get("attention_mask"), batch)
-            tokens = self._tokens(batch, count, kwargs.get("attention_mask"), inputs.device, layers[0])
-            prompt = count > 1 or layers[0].facts.seen == 0
-            current = Pass(self._modules, self._rotary, tokens, layers, prompt)
+            layers = self._layers(decoder, cache, mask, batch)
+            tokens = self._tokens(batch, count, mask, inputs.device, layers[self._indices[0]])
+            acted = [layers[index] for index in self._indices]
+            current = Pass(self._modules, self._rotary, tokens, acted, count > 1 or acted[0].facts.seen == 0)
+            cache.layers[:] = layers  # only now that nothing can be refused any more
+            cache.layer_class_to_replicate = None
+            self._facts = {index: layers[index].facts for index in self._indices}
+            self._cache = weakref.ref(cache)
         with self._lock:
             self._busy += 1
         enter_pass(current)
-        if current.layers:
-            self._facts = {index: layer.facts for index, layer in zip(self._layer_indices, current.layers, strict=True)}
-            self._cache = weakref.ref(cache)
         return (), kwargs
 
     def _after_pass(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
@@ -243,13 +244,14 @@ class Handle:
             return  # the pass was refused before it began
         with self._lock:
             self._busy -= 1
-        cache = self._cache() if self._facts else None
+        cache = self._cache() if self._cache is not None else None
         if cache is not None and len(cache.layers) > len(self._facts):
             for index, layer in enumerate(cache.layers):
                 if index not in self._facts and getattr(layer, "keys", None) is not None:
                     self._others[index] = layer.keys.shape[-2], _nbytes(layer.keys) + _nbytes(layer.values)
 
-    def _check_call(self, decoder: Any, kwargs: dict[str, Any]) -> None:
+    def _check_call(self, decoder: Any, kwargs: dict[str, Any]) -> Tensor:
+        """The pass's input, [batch, count] ids or [batch, count, hidden] embeddings, or what is wrong with the call."""
         if decoder.config._attn_implementation != NAME:
             raise PolicyError(
                 f"the attention implementation was changed to {decoder.config._attn_implementation!r} while the model is patched; "
@@ -268,9 +270,12 @@ class Handle:
             raise PolicyError(
                 "a mapping of attention masks cannot be used on a patched model; pass a 2-D padding mask, or none"
             )
-        inputs = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+        inputs: Tensor | None = kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
         if inputs is None or inputs.shape[1] == 0:
             raise PolicyError("the prompt is empty (no tokens); give at least one token")
+        return inputs
 
     def _check_no_training(self, decoder: Any) -> None:
         if decoder.training and torch.is_grad_enabled():
@@ -310,33 +315,27 @@ class Handle:
             before = known
         return masked_tokens(mask[:, -count:], before, before_tensor, prompt)
 
-    def _take_over(self, decoder: Any, cache: Any, mask: Tensor | None, batch: int) -> list[KVLayer]:
-        """The cache's layers that the policies act on; a plain DynamicCache's own are replaced in place."""
-        layers = [cache.layers[index] for index in self._layer_indices] if _is_ours(cache, self._layer_indices) else []
-        if layers:
-            if layers[0].policy != self._eviction:
-                held = "full" if layers[0].policy is None else layers[0].policy.describe()
-                raise PolicyError(f"this cache belongs to the policy {held}; start a new cache for {self.describe()}")
-            return layers
+    def _layers(self, decoder: Any, cache: Any, mask: Tensor | None, batch: int) -> list[Any]:
+        """The cache's layers, with ours in the place of the plain ones that the policies act on."""
+        held = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, KVLayer)]
+        if held:
+            if held[0].policy != self._eviction or len(held) != len(self._indices):
+                policy = "full()" if held[0].policy is None else held[0].policy.describe()
+                raise PolicyError(f"this cache belongs to the policy {policy}; start a new one for {self.describe()}")
+            return list(cache.layers)
         check_cache(cache)
-        plain = list(cache.layers)
-        if not plain:  # a DynamicCache() without config adds its layers as they are used
-            plain = [DynamicLayer() for _ in DynamicCache(config=decoder.config).layers]
-        layers = [
-            KVLayer(self._eviction, ordinal, len(self._layer_indices)) for ordinal in range(len(self._layer_indices))
-        ]
-        for layer, index in zip(layers, self._layer_indices, strict=True):
-            if index >= len(plain) or type(plain[index]) is not DynamicLayer:
-                kind = type(plain[index]).__name__ if index < len(plain) else "no"
+        # A DynamicCache() without config has no layers yet: it adds plain ones as they are used.
+        layers = list(cache.layers) or [DynamicLayer() for _ in DynamicCache(config=decoder.config).layers]
+        for ordinal, index in enumerate(self._indices):
+            plain = layers[index] if index < len(layers) else None
+            if type(plain) is not DynamicLayer:
                 raise PolicyError(
-                    f"the cache has {kind} layer at {index}; pass DynamicCache(config=model.config), or none"
+                    f"layer {index} of the cache is a {type(plain).__name__}, not a plain DynamicLayer; pass "
+                    "DynamicCache(config=model.config), or none"
                 )
-            if plain[index].get_seq_length():
-                self._adopt(layer, plain[index], mask, batch)
-        for layer, index in zip(layers, self._layer_indices, strict=True):
-            plain[index] = layer
-        cache.layers[:] = plain
-        cache.layer_class_to_replicate = None
+            layers[index] = KVLayer(self._eviction, ordinal, len(self._indices))
+            if plain.get_seq_length():
+                self._adopt(layers[index], plain, mask, batch)
         return layers
 
     def _adopt(self, layer: KVLayer, plain: Any, mask: Tensor | None, batch: int) -> None:
@@ -357,11 +356,6 @@ class Handle:
         else:
             tokens = masked_tokens(earlier, None, None, prompt=True)
         layer.append(plain.keys, plain.values, tokens)
-
-
-def _is_ours(cache: Any, indices: list[int]) -> bool:
-    layers = getattr(cache, "layers", [])
-    return len(layers) > indices[-1] and isinstance(layers[indices[0]], KVLayer)
 
 
 def _configs(decoder: Any) -> list[Any]:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from kvpress.errors import PolicyError
@@ -87,4 +86,4 @@ class SnapKV(EvictionPolicy):
         # Candidates come first in position order, so what is filled in behind them acts as the pooling's padding.
         outside = 0.0 if self.pooling == "avg" else float("-inf")
         scores = entries.mass.masked_fill(~entries.candidates, outside)
-        return torch.nan_to_num(pool_scores(scores, self.kernel_size, self.pooling), neginf=0.0)
+        return pool_scores(scores, self.kernel_size, self.pooling)
