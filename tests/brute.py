@@ -1,4 +1,4 @@
-"""Attention by its definition: one row at a time, in float64, in Python loops."""
+"""Attention by its definition: one row at a time, in float64, entry by entry."""
 
 import math
 
@@ -8,9 +8,9 @@ import torch
 def attend(query, key, value, visible, *, scale, softcap=None, sinks=None, moved=None):
     """What each row reads, and the weight that each entry gets.
 
-    `query` [batch, heads, rows, d]; `key`, `value` [batch, kv_heads, n, d]; `visible` bool [batch, kv_heads, rows, n];
-    `moved` is (query, bool [batch, kv_heads, older]): where True, that query scores the entry instead.
-    Returns float64 outputs [batch, heads, rows, d] and weights summed over rows and group [batch, kv_heads, n].
+    `query` [batch, heads, rows, d]; `key`, `value` [batch, kv_heads, n, d]; `visible` bool [batch, kv_heads,
+    rows, n]; `moved` is (query, bool [batch, kv_heads, older]): where True, that query scores instead.
+    Returns in float64 outputs [batch, heads, rows, d], weights [batch, kv_heads, n] of rows and group summed.
     """
     batch, heads, rows, _ = query.shape
     group, entries = heads // key.shape[1], key.shape[2]
@@ -20,24 +20,26 @@ def attend(query, key, value, visible, *, scale, softcap=None, sinks=None, moved
         for head in range(heads):
             keys, values = key[b, head // group].double(), value[b, head // group].double()
             for row in range(rows):
-                scores = keys @ query[b, head, row].double() * scale
+                scores = (keys @ query[b, head, row].double() * scale).tolist()
                 if moved is not None:
-                    other = keys @ moved[0][b, head, row].double() * scale
+                    other = (keys @ moved[0][b, head, row].double() * scale).tolist()
                     for entry, is_moved in enumerate(moved[1][b, head // group].tolist()):
                         scores[entry] = other[entry] if is_moved else scores[entry]
                 if softcap is not None:
-                    scores = softcap * torch.tanh(scores / softcap)
-                seen = visible[b, head // group, row].nonzero().flatten().tolist()
+                    scores = [softcap * math.tanh(score / softcap) for score in scores]
+                seen = [entry for entry, yes in enumerate(visible[b, head // group, row].tolist()) if yes]
                 if not seen:
                     continue
-                logits = [scores[entry].item() for entry in seen]
-                sink = [] if sinks is None else [sinks[head].item()]
-                top = max(logits + sink)
-                total = sum(math.exp(logit - top) for logit in logits + sink)
-                weights = torch.zeros(entries, dtype=torch.float64)
-                weights[seen] = torch.tensor([math.exp(x - top) / total for x in logits], dtype=torch.float64)
-                output[b, head, row] = weights @ values
-                mass[b, head // group] += weights
+                logits = [scores[entry] for entry in seen] + ([] if sinks is None else [sinks[head].item()])
+                top = max(logits)
+                exponents = [math.exp(logit - top) for logit in logits]
+                total = sum(exponents)
+                weights = [0.0] * entries
+                for entry, exponent in zip(seen, exponents, strict=False):  # a sink has no entry
+                    weights[entry] = exponent / total
+                received = torch.tensor(weights, dtype=torch.float64)
+                output[b, head, row] = received @ values
+                mass[b, head // group] += received
     return output, mass
 
 

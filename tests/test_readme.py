@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from matrix import prompt, sharp_llama
 
 import kvpress
+from matrix import prompt, sharp_llama
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -1,0 +1,137 @@
+"""attention_mass against its reference and a float64 loop."""
+
+import pytest
+import torch
+
+from brute import attend
+from kvpress.kernels import attention_mass as module
+from kvpress.kernels.attention_mass import attention_mass, attention_mass_reference
+from kvpress.kernels.prompt_attention import prompt_attention
+
+BATCH, KV_HEADS = 2, 2
+FEATURES = [(), ("softcap",), ("sinks",), ("softcap", "sinks")]
+ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
+TILES = pytest.mark.parametrize("tile_scores", [1, 3000, 1 << 22], ids=["row-tiles", "small-tiles", "one-tile"])
+
+
+def inputs(rows, entries, group, head_dim=16, dtype=torch.float32, seed=0, holes=True):
+    """Entries in any order, some slots empty; rows at random positions, the first of sequence 0 padding."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(BATCH, KV_HEADS * group, rows, head_dim, generator=generator).to(dtype)
+    key = torch.randn(BATCH, KV_HEADS, entries, head_dim, generator=generator).to(dtype)
+    order = [torch.randperm(2 * entries, generator=generator)[:entries] for _ in range(BATCH * KV_HEADS)]
+    positions = torch.stack(order).view(BATCH, KV_HEADS, entries).int()
+    row_positions = torch.randint(2 * entries, (BATCH, rows), generator=generator).int()
+    if holes:
+        positions[torch.rand(positions.shape, generator=generator) < 0.2] = -1
+        row_positions[0, 0] = -1
+    return query, row_positions, key, positions
+
+
+def options(features, query):
+    generator = torch.Generator().manual_seed(1)
+    chosen = {"softcap": 1.5} if "softcap" in features else {}
+    if "sinks" in features:
+        chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
+    return chosen
+
+
+def visibility(row_positions, positions):
+    """Bool [batch, kv_heads, rows, n]: an entry is seen by the rows at its position and after."""
+    rows, held = row_positions.tolist(), positions.tolist()
+    return torch.tensor(
+        [
+            [[[0 <= place <= at for place in places] for at in rows[sequence]] for places in heads]
+            for sequence, heads in enumerate(held)
+        ]
+    )
+
+
+@pytest.mark.parametrize(("rows", "entries"), [(1, 1), (1, 63), (7, 63), (32, 111)], ids=lambda n: str(n))
+@GROUPS
+@ALL_FEATURES
+@TILES
+def test_equals_the_definition(rows, entries, group, features, tile_scores, monkeypatch):
+    """Padding rows, empty slots and any order of entries, against the loop and the reference."""
+    monkeypatch.setattr(module, "TILE_SCORES", tile_scores)
+    query, row_positions, key, positions = inputs(rows, entries, group)
+    chosen = options(features, query)
+    visible = visibility(row_positions, positions)
+    _, expected = attend(query, key, key, visible, scale=0.3, **chosen)
+    mass = attention_mass(query, row_positions, key, positions, scale=0.3, **chosen)
+    assert mass.dtype == torch.float32 and mass.shape == positions.shape
+    torch.testing.assert_close(mass, expected.float())
+    if rows < 32 and tile_scores == 1:
+        reference = attention_mass_reference(query, row_positions, key, positions, scale=0.3, **chosen)
+        torch.testing.assert_close(reference, expected.float())
+
+
+@DTYPES
+@GROUPS
+@pytest.mark.parametrize("head_dim", [16, 64, 80], ids="d-{}".format)
+def test_is_as_precise_as_float32(dtype, group, head_dim):
+    """Whatever the dtype of Q and K, scores and sums are float32: the error stays at its rounding."""
+    query, row_positions, key, positions = inputs(9, 63, group, head_dim, dtype)
+    _, expected = attend(query, key, key, visibility(row_positions, positions), scale=head_dim**-0.5)
+    mass = attention_mass(query, row_positions, key, positions, scale=head_dim**-0.5)
+    torch.testing.assert_close(mass, expected.float(), rtol=1e-5, atol=1e-6)
+
+
+@GROUPS
+@TILES
+def test_u5_sums_to_real_rows_times_group(group, tile_scores, monkeypatch):
+    """U5: each real row that sees an entry gives one per query head; padding rows give nothing."""
+    monkeypatch.setattr(module, "TILE_SCORES", tile_scores)
+    query, row_positions, key, positions = inputs(9, 63, group)
+    mass = attention_mass(query, row_positions, key, positions, scale=0.3)
+    sees = visibility(row_positions, positions).any(-1).sum(-1)
+    torch.testing.assert_close(mass.sum(-1), sees.float() * group)
+    assert (mass[positions < 0] == 0).all()
+
+
+def test_rows_that_see_nothing():
+    """Only padding rows, or only entries that are younger or empty: zeros, never NaN."""
+    query, _, key, positions = inputs(5, 21, 3)
+    padding = torch.full((BATCH, 5), -1, dtype=torch.int32)
+    assert (attention_mass(query, padding, key, positions, scale=0.3) == 0).all()
+    first = torch.zeros(BATCH, 5, dtype=torch.int32)
+    assert (attention_mass(query, first, key, positions.clamp(min=0) + 1, scale=0.3) == 0).all()
+    assert (attention_mass(query, first, key, torch.full_like(positions, -1), scale=0.3) == 0).all()
+
+
+def test_position_zero_is_visible():
+    """Position 0 is an entry, not an empty slot; a row at 0 sees it and nothing else."""
+    query, _, key, _ = inputs(1, 3, 1)
+    positions = torch.tensor([2, 0, 1], dtype=torch.int32).expand(BATCH, KV_HEADS, 3)
+    mass = attention_mass(query, torch.zeros(BATCH, 1, dtype=torch.int32), key, positions, scale=0.3)
+    assert (mass == torch.tensor([0.0, 1.0, 0.0])).all()
+
+
+def test_all_rows_equal_the_prompts_own_mass():
+    """With every row of a prompt the result is the column sums that prompt_attention returns."""
+    query, _, key, _ = inputs(63, 63, 3, holes=False)
+    places = torch.arange(63, dtype=torch.int32)
+    mass = attention_mass(query, places.expand(BATCH, 63), key, places.expand(BATCH, KV_HEADS, 63), scale=0.25)
+    _, expected = prompt_attention(query, key, key, scale=0.25, with_mass=True)
+    torch.testing.assert_close(mass, expected)
+
+
+@DTYPES
+def test_slice_of_a_larger_buffer(dtype):
+    """Keys past those in use are never read."""
+    query, row_positions, key, positions = inputs(9, 63, 3, dtype=dtype)
+    buffer = torch.full((BATCH, KV_HEADS, 80, 16), float("nan"), dtype=dtype)
+    buffer[:, :, :63] = key
+    mass = attention_mass(query, row_positions, buffer[:, :, :63], positions, scale=0.3)
+    torch.testing.assert_close(mass, attention_mass(query, row_positions, key, positions, scale=0.3))
+
+
+def test_u6_heads_do_not_leak():
+    """U6: permuting the kv heads with their groups permutes the mass."""
+    query, row_positions, key, positions = inputs(9, 63, 3)
+    flipped = query.unflatten(1, (KV_HEADS, 3)).flip(1).flatten(1, 2)
+    mass = attention_mass(query, row_positions, key, positions, scale=0.3)
+    other = attention_mass(flipped, row_positions, key.flip(1), positions.flip(1), scale=0.3)
+    torch.testing.assert_close(other.flip(1), mass)

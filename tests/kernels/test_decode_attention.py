@@ -1,0 +1,172 @@
+"""decode_attention against its reference, a float64 loop and the same-precision textbook computation."""
+
+import pytest
+import torch
+
+from brute import attend, eager
+from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
+
+BATCH, KV_HEADS = 2, 2
+SIZES = pytest.mark.parametrize("slots", [1, 63, 111], ids="{}-slots".format)
+GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [16, 64, 80], ids="d-{}".format)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+WITH_MASS = pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
+FEATURES = [(), ("valid",), ("softcap",), ("sinks",), ("moved",), ("valid", "softcap", "sinks", "moved")]
+ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
+
+
+def inputs(slots, group, head_dim, dtype=torch.float32, seed=0, spare=0):
+    """A query and the first `slots` of a buffer with `spare` more that hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(BATCH, KV_HEADS * group, 1, head_dim, generator=generator).to(dtype)
+    buffers = torch.randn(2, BATCH, KV_HEADS, slots + spare, head_dim, generator=generator).to(dtype)
+    buffers[..., slots:, :] = float("nan")
+    return query, buffers[0, :, :, :slots], buffers[1, :, :, :slots]
+
+
+def options(features, slots, query, seed=1):
+    """Keyword arguments for the named features; the last sequence's last kv head has no valid slot at all."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {}
+    if "valid" in features:
+        chosen["valid"] = torch.rand(BATCH, KV_HEADS, slots, generator=generator) < 0.6
+        chosen["valid"][-1, -1] = False
+    if "softcap" in features:
+        chosen["softcap"] = 1.5
+    if "sinks" in features:
+        chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
+    if "moved" in features:
+        other = torch.randn(query.shape, generator=generator).to(query.dtype)
+        chosen["moved"] = other, torch.rand(BATCH, KV_HEADS, slots, generator=generator) < 0.3
+    return chosen
+
+
+def brute(query, key, value, valid=None, **chosen):
+    """The float64 loop, on the slots that are valid."""
+    visible = torch.ones(key.shape[:3], dtype=torch.bool) if valid is None else valid
+    return attend(query, key, value, visible[:, :, None], **chosen)
+
+
+@SIZES
+@GROUPS
+@HEAD_DIMS
+@DTYPES
+@WITH_MASS
+def test_is_as_precise_as_torch(slots, group, head_dim, dtype, with_mass):
+    """The error against float64 is at most twice that of eager attention in the same precision."""
+    query, key, value = inputs(slots, group, head_dim, dtype)
+    scale = head_dim**-0.5
+    expected, _ = brute(query, key, value, scale=scale)
+    visible = torch.ones(BATCH, KV_HEADS, 1, slots, dtype=torch.bool)
+    torch_error = (eager(query, key, value, visible, scale=scale).double() - expected).abs().max()
+    output, _ = decode_attention(query, key, value, scale=scale, with_mass=with_mass)
+    assert output.dtype == dtype and output.shape == query.shape
+    floor = 8 * torch.finfo(torch.float32).eps * expected.abs().max()
+    assert (output.double() - expected).abs().max() <= 2 * torch_error + floor
+
+
+@SIZES
+@GROUPS
+@WITH_MASS
+@ALL_FEATURES
+def test_equals_the_definition(slots, group, features, with_mass):
+    """Every feature alone and all together, against the loop and the reference."""
+    query, key, value = inputs(slots, group, 16, seed=2)
+    chosen = options(features, slots, query)
+    expected, expected_mass = brute(query, key, value, scale=0.3, **chosen)
+    reference, reference_mass = decode_attention_reference(query, key, value, scale=0.3, **chosen)
+    output, mass = decode_attention(query, key, value, scale=0.3, **chosen, with_mass=with_mass)
+    torch.testing.assert_close(reference, expected.float())
+    torch.testing.assert_close(reference_mass, expected_mass.float())
+    torch.testing.assert_close(output, expected.float())
+    if with_mass:
+        assert mass.dtype == torch.float32
+        torch.testing.assert_close(mass, expected_mass.float())
+    else:
+        assert mass is None
+
+
+@WITH_MASS
+@DTYPES
+@ALL_FEATURES
+def test_slice_of_a_larger_buffer(features, with_mass, dtype):
+    """Slots past those in use are never read, and the stride between heads makes no difference."""
+    query, key, value = inputs(63, 3, 64, dtype, spare=9)
+    chosen = options(features, 63, query)
+    strided = decode_attention(query, key, value, scale=0.2, **chosen, with_mass=with_mass)
+    compact = decode_attention(query, key.contiguous(), value.contiguous(), scale=0.2, **chosen, with_mass=with_mass)
+    assert not key.is_contiguous()
+    torch.testing.assert_close(strided[0], compact[0], rtol=0, atol=0 if dtype == torch.bfloat16 else 1e-6)
+    if with_mass:
+        torch.testing.assert_close(strided[1], compact[1])
+
+
+@WITH_MASS
+@DTYPES
+@pytest.mark.parametrize("features", [(), ("softcap",), ("sinks",), ("moved",)], ids=lambda n: "+".join(n) or "plain")
+def test_no_valid_slot_gives_zeros(features, with_mass, dtype):
+    """A kv head that holds nothing reads zeros; the others are untouched."""
+    query, key, value = inputs(63, 3, 16, dtype)
+    chosen = options(("valid", *features), 63, query)
+    output, mass = decode_attention(query, key, value, scale=0.25, **chosen, with_mass=with_mass)
+    assert output.isfinite().all()
+    assert (output[-1, -3:] == 0).all()
+    assert (output[:-1] != 0).any(-1).all() and (output[-1, :-3] != 0).any(-1).all()
+    if with_mass:
+        assert (mass[-1, -1] == 0).all() and mass.isfinite().all()
+
+
+@GROUPS
+@DTYPES
+@pytest.mark.parametrize("features", [(), ("valid",), ("softcap",), ("moved",)], ids=lambda n: "+".join(n) or "plain")
+def test_u5_mass_sums_to_the_group(group, dtype, features):
+    """U5: one row per query head, so the weights of a kv head sum to the group (0 where it holds nothing)."""
+    query, key, value = inputs(111, group, 16, dtype)
+    chosen = options(features, 111, query)
+    _, mass = decode_attention(query, key, value, scale=0.25, **chosen, with_mass=True)
+    expected = torch.full((BATCH, KV_HEADS), float(group))
+    if "valid" in chosen:
+        expected[-1, -1] = 0
+        assert (mass[~chosen["valid"]] == 0).all()
+    torch.testing.assert_close(mass.sum(-1), expected)
+
+
+def test_sinks_take_their_share_of_the_mass():
+    """A large sink logit takes nearly all of the weight, one at -inf takes none."""
+    query, key, value = inputs(63, 1, 16)
+    none = decode_attention(query, key, value, scale=0.25, with_mass=True)
+    sinks = torch.full((KV_HEADS,), float("-inf"))
+    absent = decode_attention(query, key, value, scale=0.25, sinks=sinks, with_mass=True)
+    large = decode_attention(query, key, value, scale=0.25, sinks=sinks.fill_(50.0), with_mass=True)
+    torch.testing.assert_close(absent, none)
+    assert large[1].sum() < 1e-6 and large[0].abs().max() < 1e-6
+
+
+def test_slots_in_any_order():
+    """A permutation of the slots permutes the mass and leaves the output."""
+    query, key, value = inputs(63, 3, 16)
+    order = torch.randperm(63, generator=torch.Generator().manual_seed(3))
+    output, mass = decode_attention(query, key, value, scale=0.25, with_mass=True)
+    moved, moved_mass = decode_attention(query, key[:, :, order], value[:, :, order], scale=0.25, with_mass=True)
+    torch.testing.assert_close(moved, output)
+    torch.testing.assert_close(moved_mass, mass[:, :, order])
+
+
+def test_u6_heads_do_not_leak():
+    """U6: permuting the kv heads with their groups permutes the results."""
+    query, key, value = inputs(63, 3, 16)
+    flipped = query.unflatten(1, (KV_HEADS, 3)).flip(1).flatten(1, 2)
+    output, mass = decode_attention(query, key, value, scale=0.25, with_mass=True)
+    other, other_mass = decode_attention(flipped, key.flip(1), value.flip(1), scale=0.25, with_mass=True)
+    torch.testing.assert_close(other.unflatten(1, (KV_HEADS, 3)).flip(1).flatten(1, 2), output)
+    torch.testing.assert_close(other_mass.flip(1), mass)
+
+
+@pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
+def test_large_logits(with_mass):
+    """Scores in the thousands neither overflow nor become NaN."""
+    query, key, value = inputs(63, 3, 16)
+    output, _ = decode_attention(query * 100, key * 100, value, scale=0.25, with_mass=with_mass)
+    expected, _ = brute(query * 100, key * 100, value, scale=0.25)
+    torch.testing.assert_close(output, expected.float(), rtol=1e-3, atol=1e-3)

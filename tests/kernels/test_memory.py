@@ -1,0 +1,102 @@
+"""No kernel makes a rows x entries matrix: the largest tensor that each operation returns, by its bytes."""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from kvpress.kernels import attention_mass as mass_module
+from kvpress.kernels import prompt_attention as prompt_module
+from kvpress.kernels.attention_mass import attention_mass
+from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
+
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64  # SmolLM2 135M
+
+
+class Largest(TorchDispatchMode):
+    """Records the largest memory behind any operation's result, in float32 numbers (a view adds none)."""
+
+    numbers = 0
+    operation = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() / 4 > self.numbers:
+                self.numbers, self.operation = tensor.untyped_storage().nbytes() / 4, str(func)
+        return result
+
+
+def qkv(rows, entries, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(1, HEADS, rows, HEAD_DIM, generator=generator).to(dtype)
+    key, value = torch.randn(2, 1, KV_HEADS, entries, HEAD_DIM, generator=generator).to(dtype)
+    return query, key, value
+
+
+def fake_qkv(rows, entries, dtype=torch.float32):
+    """Tensors of these shapes without numbers: the operations run through, and compute nothing."""
+    return tuple(
+        torch.empty(1, h, n, HEAD_DIM, dtype=dtype)
+        for h, n in ((HEADS, rows), (KV_HEADS, entries), (KV_HEADS, entries))
+    )
+
+
+def test_the_recorder_sees_a_full_matrix():
+    """Control: the reference, which has the matrix, is caught."""
+    with FakeTensorMode(), Largest() as largest:
+        prompt_attention_reference(*fake_qkv(512, 512), scale=0.1)
+    assert largest.numbers >= HEADS * 512 * 512
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("past", [0, 4096], ids=["prompt", "chunk"])
+@pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
+@pytest.mark.parametrize("tokens", [4096, 6000], ids="{}-tokens".format)
+def test_prompt_attention(tokens, past, with_mass, dtype):
+    """Nothing larger than two tiles, or than a float32 copy of K or of the query."""
+    copies = max(HEADS * tokens, KV_HEADS * (past + tokens)) * HEAD_DIM
+    with FakeTensorMode():
+        tensors = fake_qkv(tokens, past + tokens, dtype)
+        valid = torch.ones(1, KV_HEADS, past, dtype=torch.bool) if past else None
+        with Largest() as largest:
+            prompt_attention(*tensors, valid, scale=0.125, with_mass=with_mass)
+    assert 0 < largest.numbers <= max(2 * prompt_module.TILE_SCORES, copies), largest.operation
+    assert largest.numbers < tokens * tokens * HEADS / 4 / 2, largest.operation
+
+
+@pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
+@pytest.mark.parametrize("past", [0, 100], ids=["prompt", "chunk"])
+def test_prompt_attention_with_numbers(past, with_mass, monkeypatch):
+    """The same on real tensors, with small tiles."""
+    monkeypatch.setattr(prompt_module, "TILE_SCORES", 1 << 17)
+    tensors = qkv(768, 768 + past)
+    with Largest() as largest:
+        prompt_attention(*tensors, scale=0.125, with_mass=with_mass)
+    copies = HEADS * (768 + past) * HEAD_DIM
+    assert 0 < largest.numbers <= max(2 * prompt_module.TILE_SCORES, copies), largest.operation
+    assert largest.numbers < 768 * 768 * HEADS / 4, largest.operation
+
+
+@pytest.mark.parametrize("tokens", [4096, 131072], ids="{}-tokens".format)
+def test_attention_mass_of_a_window(tokens):
+    """SnapKV's 32 rows over a prompt: nothing larger than two tiles, or than a float32 copy of the keys."""
+    with FakeTensorMode():
+        query, key, _ = fake_qkv(32, tokens, torch.bfloat16)
+        positions = torch.zeros(1, KV_HEADS, tokens, dtype=torch.int32)
+        rows = torch.zeros(1, 32, dtype=torch.int32)
+        with Largest() as largest:
+            attention_mass(query, rows, key, positions, scale=0.125)
+    assert 0 < largest.numbers <= max(2 * mass_module.TILE_SCORES, key.numel()), largest.operation
+
+
+@pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
+def test_decode_attention_repeats_no_keys(with_mass):
+    """A step holds one float32 copy of the keys at most, never K or V repeated to the query heads."""
+    with FakeTensorMode():
+        query, key, value = fake_qkv(1, 4096)
+        with Largest() as largest:
+            decode_attention(query, key, value, scale=0.125, with_mass=with_mass)
+    assert largest.numbers <= key.numel(), largest.operation

@@ -1,0 +1,236 @@
+"""prompt_attention against its reference, a float64 loop and the same-precision textbook computation."""
+
+import pytest
+import torch
+
+from brute import attend, causal, eager
+from kvpress.kernels import prompt_attention as module
+from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
+
+BATCH, KV_HEADS = 2, 2
+ROWS = pytest.mark.parametrize("rows", [1, 63, 111], ids="{}-rows".format)
+PAST = pytest.mark.parametrize("past", [0, 1, 47], ids="{}-past".format)
+GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [16, 64, 80], ids="d-{}".format)
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+WITH_MASS = pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
+FEATURES = [
+    (),
+    ("valid",),
+    ("softcap",),
+    ("sinks",),
+    ("moved",),
+    ("valid", "moved"),
+    ("valid", "sinks", "moved"),
+    ("valid", "softcap", "sinks", "moved"),
+]
+ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Tiles of 16 rows, the fewest there are."""
+    monkeypatch.setattr(module, "TILE_SCORES", 1)
+
+
+def inputs(rows, past, group, head_dim, dtype=torch.float32, seed=0, spare=0):
+    """Queries and the first past + rows entries of a buffer with `spare` more that hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(BATCH, KV_HEADS * group, rows, head_dim, generator=generator).to(dtype)
+    buffers = torch.randn(2, BATCH, KV_HEADS, past + rows + spare, head_dim, generator=generator).to(dtype)
+    buffers[..., past + rows :, :] = float("nan")
+    return query, buffers[0, :, :, : past + rows], buffers[1, :, :, : past + rows]
+
+
+def options(features, past, query, seed=1):
+    """Keyword arguments for the named features; the last sequence's last kv head held nothing before."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {}
+    if "valid" in features:
+        chosen["valid"] = torch.rand(BATCH, KV_HEADS, past, generator=generator) < 0.6
+        chosen["valid"][-1, -1] = False
+    if "softcap" in features:
+        chosen["softcap"] = 1.5
+    if "sinks" in features:
+        chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
+    if "moved" in features:
+        other = torch.randn(query.shape, generator=generator).to(query.dtype)
+        chosen["moved"] = other, torch.rand(BATCH, KV_HEADS, past, generator=generator) < 0.3
+    return chosen
+
+
+def brute(query, key, value, valid=None, **chosen):
+    """The float64 loop with causal visibility."""
+    visible = causal(BATCH, KV_HEADS, query.shape[2], key.shape[2], valid)
+    return attend(query, key, value, visible, **chosen)
+
+
+@ROWS
+@PAST
+@GROUPS
+@pytest.mark.parametrize("head_dim", [16, 80], ids="d-{}".format)
+@DTYPES
+def test_is_as_precise_as_torch(rows, past, group, head_dim, dtype):
+    """On both ways the error against float64 is at most twice that of eager attention in that precision."""
+    query, key, value = inputs(rows, past, group, head_dim, dtype)
+    scale = head_dim**-0.5
+    visible = causal(BATCH, KV_HEADS, rows, past + rows)
+    expected, _ = attend(query, key, value, visible, scale=scale)
+    torch_error = (eager(query, key, value, visible, scale=scale).double() - expected).abs().max()
+    floor = 8 * torch.finfo(torch.float32).eps * expected.abs().max()
+    for with_mass in (False, True):
+        output, _ = prompt_attention(query, key, value, scale=scale, with_mass=with_mass)
+        assert output.dtype == dtype and output.shape == query.shape
+        assert (output.double() - expected).abs().max() <= 2 * torch_error + floor
+
+
+@pytest.mark.parametrize("rows", [1, 63], ids="{}-rows".format)
+@PAST
+@pytest.mark.parametrize("group", [1, 3], ids="group-{}".format)
+@ALL_FEATURES
+def test_equals_the_definition(rows, past, group, features, small_tiles):
+    """Every feature alone and together, on both ways, against the loop and the reference."""
+    query, key, value = inputs(rows, past, group, 16, seed=2)
+    chosen = options(features, past, query)
+    expected, expected_mass = brute(query, key, value, scale=0.3, **chosen)
+    reference, reference_mass = prompt_attention_reference(query, key, value, scale=0.3, **chosen)
+    torch.testing.assert_close(reference, expected.float())
+    torch.testing.assert_close(reference_mass, expected_mass.float())
+    output, none = prompt_attention(query, key, value, scale=0.3, **chosen)
+    torch.testing.assert_close(output, expected.float())
+    assert none is None
+    output, mass = prompt_attention(query, key, value, scale=0.3, **chosen, with_mass=True)
+    torch.testing.assert_close(output, expected.float())
+    assert mass.dtype == torch.float32
+    torch.testing.assert_close(mass, expected_mass.float())
+
+
+@HEAD_DIMS
+@GROUPS
+@DTYPES
+@ALL_FEATURES
+def test_tiles_equal_parts(group, head_dim, dtype, features, small_tiles):
+    """Seven tiles of rows give what the merged parts give, to the rounding of the dtype."""
+    query, key, value = inputs(111, 29, group, head_dim, dtype, seed=3)
+    chosen = options([name for name in features if name != "softcap"], 29, query)
+    parts, _ = prompt_attention(query, key, value, scale=head_dim**-0.5, **chosen)
+    tiles, _ = prompt_attention(query, key, value, scale=head_dim**-0.5, **chosen, with_mass=True)
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(tiles, parts, **tolerance)
+
+
+@pytest.mark.parametrize("past", [0, 5], ids="{}-past".format)
+def test_tile_size_changes_nothing(past, monkeypatch):
+    """Tiles of 16, of 50 and of 256 rows (300 rows are two of them) give the same."""
+    query, key, value = inputs(300, past, 3, 16, seed=4)
+    expected = prompt_attention(query, key, value, scale=0.25, with_mass=True)
+    for scores in (1, 50 * BATCH * KV_HEADS * 3 * (300 + past)):
+        monkeypatch.setattr(module, "TILE_SCORES", scores)
+        tiled = prompt_attention(query, key, value, scale=0.25, with_mass=True)
+        torch.testing.assert_close(tiled, expected)
+    torch.testing.assert_close(prompt_attention(query, key, value, scale=0.25)[0], expected[0])
+
+
+@WITH_MASS
+@DTYPES
+@ALL_FEATURES
+def test_slice_of_a_larger_buffer(features, dtype, with_mass):
+    """Entries past those in use are never read, and the stride between heads makes no difference."""
+    query, key, value = inputs(63, 21, 3, 64, dtype, spare=9)
+    chosen = options(features, 21, query)
+    strided = prompt_attention(query, key, value, scale=0.2, **chosen, with_mass=with_mass)
+    compact = prompt_attention(query, key.contiguous(), value.contiguous(), scale=0.2, **chosen, with_mass=with_mass)
+    assert not key.is_contiguous()
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(strided[0], compact[0], **tolerance)
+    if with_mass:
+        torch.testing.assert_close(strided[1], compact[1])
+
+
+@WITH_MASS
+@DTYPES
+def test_transposed_query(dtype, with_mass):
+    """Models hand their query over as a transposed view [batch, rows, heads, d]; so must any layout work."""
+    query, key, value = inputs(63, 21, 3, 16, dtype)
+    chosen = options(("valid", "moved"), 21, query)
+    view = query.transpose(1, 2).contiguous().transpose(1, 2)
+    chosen_view = {
+        **chosen,
+        "moved": (chosen["moved"][0].transpose(1, 2).contiguous().transpose(1, 2), chosen["moved"][1]),
+    }
+    expected, _ = prompt_attention(query, key, value, scale=0.2, **chosen, with_mass=with_mass)
+    output, _ = prompt_attention(view, key, value, scale=0.2, **chosen_view, with_mass=with_mass)
+    torch.testing.assert_close(output, expected)
+
+
+@WITH_MASS
+@DTYPES
+@pytest.mark.parametrize("features", [(), ("softcap",), ("sinks",), ("moved",)], ids=lambda n: "+".join(n) or "plain")
+def test_nothing_held_before(features, dtype, with_mass):
+    """Where all older slots are empty the result is that without them, and their mass is zero."""
+    query, key, value = inputs(63, 21, 3, 16, dtype)
+    chosen = options(features, 21, query)
+    valid = torch.zeros(BATCH, KV_HEADS, 21, dtype=torch.bool)
+    output, mass = prompt_attention(query, key, value, valid, scale=0.25, **chosen, with_mass=with_mass)
+    chosen.pop("moved", None)
+    alone, alone_mass = prompt_attention(
+        query, key[:, :, 21:], value[:, :, 21:], scale=0.25, **chosen, with_mass=with_mass
+    )
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(output, alone, **tolerance)
+    if with_mass:
+        assert (mass[..., :21] == 0).all()
+        torch.testing.assert_close(mass[..., 21:], alone_mass)
+
+
+@ROWS
+@GROUPS
+@DTYPES
+@pytest.mark.parametrize("features", [(), ("valid",), ("softcap",), ("moved",)], ids=lambda n: "+".join(n) or "plain")
+def test_u5_mass_sums_to_rows_times_group(rows, group, dtype, features, small_tiles):
+    """U5 and H6: every row of every query head gives one, so a kv head's weights sum to rows * group."""
+    query, key, value = inputs(rows, 13, group, 16, dtype)
+    chosen = options(features, 13, query)
+    _, mass = prompt_attention(query, key, value, scale=0.25, **chosen, with_mass=True)
+    torch.testing.assert_close(mass.sum(-1), torch.full((BATCH, KV_HEADS), float(rows * group)))
+    if "valid" in chosen:
+        assert (mass[..., :13][~chosen["valid"]] == 0).all()
+
+
+def test_h2_rows_by_hand():
+    """H2: rows [1,0,0], [.6,.4,0], [.1,.6,.3] are summed to [1.7, 1.0, 0.3]."""
+    rows = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0], [0.1, 0.6, 0.3]])
+    # Identity keys make the query the scores; the softmax of the logarithms is the row again.
+    query = rows.log().clamp(min=-1e4).view(1, 1, 3, 3)
+    key = torch.eye(3).view(1, 1, 3, 3)
+    output, mass = prompt_attention(query, key, key, scale=1.0, with_mass=True)
+    torch.testing.assert_close(mass.flatten(), torch.tensor([1.7, 1.0, 0.3]))
+    torch.testing.assert_close(output[0, 0], rows)
+
+
+@WITH_MASS
+def test_chunks_equal_one_pass(with_mass):
+    """Rows fed in chunks read what they read in one pass, and the chunks' masses add up."""
+    query, key, value = inputs(63, 0, 3, 16)
+    output, mass = prompt_attention(query, key, value, scale=0.25, with_mass=with_mass)
+    chunks, total = [], torch.zeros(BATCH, KV_HEADS, 63)
+    for start, stop in [(0, 20), (20, 21), (21, 63)]:
+        chunk, part = prompt_attention(
+            query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop], scale=0.25, with_mass=with_mass
+        )
+        chunks.append(chunk)
+        if with_mass:
+            total[..., :stop] += part
+    torch.testing.assert_close(torch.cat(chunks, dim=2), output)
+    if with_mass:
+        torch.testing.assert_close(total, mass)
+
+
+@WITH_MASS
+def test_large_logits(with_mass):
+    """Scores in the thousands neither overflow nor become NaN, in any part."""
+    query, key, value = inputs(63, 21, 3, 16)
+    output, mass = prompt_attention(query * 100, key * 100, value, scale=0.25, with_mass=with_mass)
+    expected, _ = brute(query * 100, key * 100, value, scale=0.25)
+    torch.testing.assert_close(output, expected.float(), rtol=1e-3, atol=1e-3)
+    assert mass is None or mass.isfinite().all()

@@ -1,0 +1,160 @@
+"""H2O by the spec's hand values (section 1.7)."""
+
+import pytest
+import torch
+
+from kvpress.policies import H2O, StreamingLLM
+from kvpress.policy import Quota
+from layers import kept, prompt, random_mass, row, step
+
+ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0], [0.1, 0.6, 0.3]])
+
+
+def oracle(scores, heavy, recent):
+    """Section 1.2 with sorted(): the `heavy` best before the last `recent`, ties to the earlier one."""
+    if len(scores) <= heavy + recent:
+        return list(range(len(scores)))
+    first_recent = len(scores) - recent
+    ranked = sorted(range(first_recent), key=lambda index: (-scores[index], index))
+    return sorted(ranked[:heavy]) + list(range(first_recent, len(scores)))
+
+
+def test_h1():
+    """H1: [.5, .9, .1, .3] with one heavy and one recent keeps {1, 3}."""
+    assert kept(prompt(H2O(heavy=1, recent=1), 4, row(0.5, 0.9, 0.1, 0.3))) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("heavy", "recent", "expected"),
+    [(1, 1, [0, 2]), (2, 0, [0, 1]), (0, 2, [1, 2])],
+    ids=["1+1", "2+0", "0+2"],
+)
+@pytest.mark.parametrize("as_passes", [[3], [2, 1], [1, 2], [1, 1, 1]], ids=str)
+def test_h2(heavy, recent, expected, as_passes):
+    """H2: the rows add up to [1.7, 1.0, 0.3], in one pass or in several."""
+    torch.testing.assert_close(ROWS.sum(0), torch.tensor([1.7, 1.0, 0.3]))
+    layer, seen = None, 0
+    for count in as_passes:
+        mass = ROWS[seen : seen + count, : seen + count].sum(0).view(1, 1, -1)
+        layer = prompt(H2O(heavy=heavy, recent=recent, evict="after_prompt"), count, mass, layer=layer)
+        seen += count
+    layer.settle()
+    assert kept(layer) == expected
+
+
+@pytest.mark.parametrize("recent", [1, 4, 7], ids="recent-{}".format)
+def test_h4_no_heavy_is_a_sliding_window(recent):
+    """H4: heavy=0 keeps the last `recent`, as StreamingLLM without sinks does (section 8.1, 3)."""
+    layer = prompt(H2O(heavy=0, recent=recent), 10, random_mass(1, 1, 10))
+    window = prompt(StreamingLLM(sink=0, recent=recent, rope="original"), 10)
+    for seen in range(10, 16):
+        assert kept(layer) == kept(window) == list(range(seen - recent, seen))
+        step(layer, {0: 100.0, seen: 0.5})
+        step(window)
+
+
+def test_h5_no_recent_is_a_cache_of_heavy_hitters():
+    """H5: recent=0 keeps the best accumulated scores alone; even the newest entry may leave."""
+    layer = prompt(H2O(heavy=2, recent=0), 4, row(0.1, 2.0, 1.0, 0.5))
+    assert kept(layer) == [1, 2]
+    step(layer, {4: 0.2})
+    assert kept(layer) == [1, 2]
+    step(layer, {5: 1.5})
+    assert kept(layer) == [1, 5]
+
+
+@pytest.mark.parametrize("tokens", [5, 12, 33], ids="{}-tokens".format)
+@pytest.mark.parametrize("heavy", [0, 1, 3], ids="heavy-{}".format)
+@pytest.mark.parametrize("recent", [1, 2], ids="recent-{}".format)
+def test_prompt_against_sorted(tokens, heavy, recent):
+    """Random scores per sequence and kv head."""
+    mass = random_mass(2, 3, tokens)
+    layer = prompt(H2O(heavy=heavy, recent=recent), tokens, mass, batch=2, kv_heads=3)
+    for b in range(2):
+        for head in range(3):
+            assert kept(layer, b, head) == oracle(mass[b, head].tolist(), heavy, recent)
+
+
+@pytest.mark.parametrize(("heavy", "recent"), [(0, 1), (0, 2), (1, 0), (3, 0), (1, 1), (3, 2)], ids=str)
+def test_steps_against_sorted(heavy, recent):
+    """Decode steps: scores accumulate while an entry stays, and start anew with each entry."""
+    weights = random_mass(40, 40).tolist()
+    layer = prompt(H2O(heavy=heavy, recent=recent), 6, torch.tensor(weights[0][:6]).view(1, 1, 6))
+    scores = dict(enumerate(torch.tensor(weights[0][:6]).tolist()))
+    scores = {at: scores[at] for at in oracle(list(scores.values()), heavy, recent)}
+    assert kept(layer) == sorted(scores)
+    for seen in range(7, 30):
+        step(layer, dict(enumerate(weights[seen])))
+        scores = {**scores, seen - 1: 0.0}
+        scores = {at: score + weights[seen][at] for at, score in scores.items()}
+        order = sorted(scores)
+        chosen = [order[index] for index in oracle([scores[at] for at in order], heavy, recent)]
+        scores = {at: scores[at] for at in chosen}
+        assert kept(layer) == chosen
+
+
+def test_h8_one_too_many():
+    """H8: with room for N - 1 exactly one entry goes, the smallest before the window."""
+    mass = row(0.4, 0.9, 0.2, 0.3, 0.05, 0.01)
+    assert kept(prompt(H2O(heavy=3, recent=2), 6, mass)) == [0, 1, 3, 4, 5]
+    assert kept(prompt(H2O(heavy=4, recent=2), 6, mass)) == list(range(6))
+
+
+def test_ties_go_to_the_earlier_entry():
+    """Of equal scores the earlier position stays, in the prompt and in decode."""
+    layer = prompt(H2O(heavy=2, recent=1), 5, torch.ones(1, 1, 5))
+    assert kept(layer) == [0, 1, 4]
+    step(layer, {5: 1.0})
+    assert kept(layer) == [0, 1, 5]
+
+
+def test_dropped_scores_are_lost():
+    """A freed slot starts at zero: its new entry does not inherit the old one's score."""
+    layer = prompt(H2O(heavy=2, recent=1), 3, row(5.0, 3.0, 4.0))
+    step(layer, {3: 0.1})  # position 1 leaves, its slot takes position 4 in the next step
+    assert kept(layer) == [0, 2, 3]
+    step(layer, {4: 0.2})
+    assert kept(layer) == [0, 2, 4]
+    assert layer.mass[layer.positions == 4].item() == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tokens", "total", "recent"),
+    [
+        pytest.param({"budget": 8}, 100, 8, 4, id="even-halves"),
+        pytest.param({"budget": 9}, 100, 9, 5, id="odd-one-is-recent"),
+        pytest.param({"budget": 1}, 100, 1, 1, id="budget-1-is-the-newest"),
+        pytest.param({"budget": 0.2}, 100, 20, 10, id="share"),
+        pytest.param({"budget": 0.29}, 100, 29, 15, id="share-0.29-is-29"),
+        pytest.param({"budget": 0.2}, 99, 19, 10, id="share-rounds-down"),
+        pytest.param({"budget": 0.2}, 3, 1, 1, id="share-of-a-short-prompt"),
+        pytest.param({"budget": 1.0}, 7, 7, 4, id="everything"),
+        pytest.param({"heavy": 3, "recent": 5}, 100, 8, 5, id="both-parts"),
+        pytest.param({"heavy": 0.1, "recent": 0.1}, 19, 2, 1, id="both-shares-round-down-each"),
+        pytest.param({"heavy": 0.15, "recent": 0.14}, 100, 29, 14, id="both-shares"),
+        pytest.param({"heavy": 4, "recent": 0.5}, 10, 9, 5, id="parts-of-two-kinds"),
+        pytest.param({"heavy": 0.1, "recent": 0.1}, 5, 1, 1, id="both-shares-round-to-nothing"),
+        pytest.param({"heavy": 3, "budget": 8}, 100, 8, 5, id="rest-is-recent"),
+        pytest.param({"recent": 3, "budget": 8}, 100, 8, 3, id="rest-is-heavy"),
+        pytest.param({"heavy": 8, "budget": 8}, 100, 8, 0, id="all-heavy"),
+        pytest.param({"recent": 8, "budget": 8}, 100, 8, 8, id="all-recent"),
+        pytest.param({"heavy": 0, "budget": 8}, 100, 8, 8, id="no-heavy"),
+        pytest.param({"recent": 0, "budget": 0.5}, 10, 5, 0, id="no-recent-with-a-share"),
+        pytest.param({"heavy": 0.05, "budget": 0.2}, 100, 20, 15, id="share-rest-is-recent"),
+        pytest.param({"heavy": 3, "recent": 5, "budget": 8}, 100, 8, 5, id="all-three"),
+        pytest.param({"heavy": 0.1, "recent": 0.2, "budget": 0.3}, 100, 30, 20, id="all-three-shares"),
+        pytest.param({"heavy": 0.2, "budget": 0.2}, 3, 1, 1, id="share-of-one-heavy-rounds-to-none"),
+    ],
+)
+def test_quota(fields, tokens, total, recent):
+    """How many stay, and how many of them are the newest."""
+    policy = H2O(**fields)
+    assert policy.quota(tokens, 0, 1) == policy.quota(tokens, 3, 4) == Quota(total, recent)
+
+
+@pytest.mark.parametrize("budget", [0.01, 0.1, 0.29, 0.5, 1.0, 1, 2, 7], ids=str)
+def test_quota_is_never_empty(budget):
+    """Whatever the prompt's length: at least one entry, and recent fits the total."""
+    for tokens in range(1, 200):
+        quota = H2O(budget=budget).quota(tokens, 0, 1)
+        assert quota.total >= 1 and 0 <= quota.recent <= quota.total
