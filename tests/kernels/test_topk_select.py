@@ -14,7 +14,7 @@ LIMIT = torch.finfo(torch.float32).max
 
 
 def oracle(row, count):
-    """Indices of the `count` largest, ascending: NaN is the lowest number, +inf the highest, -inf never."""
+    """Indices of the `count` largest, ascending: NaN is as the lowest number, -inf never chosen."""
     cleaned = [-LIMIT if math.isnan(score) else score for score in row]
     candidates = [index for index, score in enumerate(cleaned) if score != -INF]
     return sorted(sorted(candidates, key=lambda index: (-cleaned[index], index))[:count])
@@ -93,10 +93,11 @@ def test_long_rows(n, levels):
         assert picked == oracle(row, k)
 
 
-VALUES = st.sampled_from([NAN, INF, -INF, 0.0, -0.0, 1.0, -1.0, LIMIT, -LIMIT]) | st.floats(width=32)
+SPECIAL = st.sampled_from([NAN, INF, -INF, LIMIT, -LIMIT])
+VALUES = SPECIAL | st.sampled_from([0.0, -0.0, 1.0, -1.0]) | st.floats(width=32)
 
 
-@settings(deadline=None, derandomize=True, max_examples=200)
+@settings(deadline=None, derandomize=True, max_examples=300)
 @given(data=st.data())
 def test_property(data):
     """Any rows, any counts, against sorted()."""

@@ -1,6 +1,7 @@
 """Budgets, quotas and what every eviction policy has in common, on a cache layer without a model."""
 
 import dataclasses
+import gc
 import math
 from fractions import Fraction
 
@@ -10,7 +11,7 @@ import torch
 import kvpress
 from kvpress import PolicyError
 from kvpress.layer import KVLayer
-from kvpress.passes import Scores
+from kvpress.passes import Scores, masked_tokens
 from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
 from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, entries_for, pool_scores
 from layers import feed, kept, prompt, random_mass, row, step
@@ -143,6 +144,9 @@ class TestPolicies:
         policy = kvpress.make_policy("oddest_for_a_test")
         assert policy == Oddest()
         assert kept(prompt(policy, 7)) == [1, 3, 6]
+        del policy, Oddest
+        gc.collect()
+        assert "oddest_for_a_test" not in kvpress.available()  # other tests see the package's policies alone
 
     @pytest.mark.parametrize(
         ("kernel_size", "pooling", "expected"),
@@ -276,6 +280,46 @@ class TestSelection:
                 if at >= 0:
                     assert torch.equal(layer.keys[0, 0, slot], stored[at][0])
                     assert torch.equal(layer.values[0, 0, slot], stored[at][1])
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("policy", [H2O(budget=0.5), StreamingLLM(sink=1, budget=0.5)], ids=["h2o", "streaming"])
+    def test_padded_sequences_have_their_own_share(self, policy, side):
+        """A share is of each sequence's real tokens; padding takes no slot of the longer ones, in steps neither."""
+        lengths, generator = [12, 7, 4], torch.Generator().manual_seed(0)
+        mask = torch.tensor([[column < length for column in range(12)] for length in lengths])
+        mask = mask.flip(1) if side == "left" else mask
+        layer, mass = KVLayer(policy, 0, 1), random_mass(3, 1, 12)
+        tokens = masked_tokens(mask, None, None, prompt=True)
+        layer.append(*torch.randn(2, 3, 1, 12, 4, generator=generator), tokens)
+        if policy.observes == "every row":
+            for b, length in enumerate(lengths):
+                layer.observe(mass[b : b + 1, :, :length], b)
+        layer.close_prompt(tokens)
+        for b, length in enumerate(lengths):
+            alone = prompt(policy, length, mass[b : b + 1, :, :length] if policy.observes == "every row" else None)
+            assert kept(layer, b) == kept(alone) and len(kept(layer, b)) == length // 2
+        for step_index in range(4):
+            tokens = masked_tokens(torch.ones(3, 1, dtype=torch.bool), layer.tokens, layer.facts.tokens, prompt=False)
+            layer.append(*torch.randn(2, 3, 1, 1, 4, generator=generator), tokens)
+            layer.evict_step()
+            for b, length in enumerate(lengths):
+                assert len(kept(layer, b)) == length // 2 and kept(layer, b)[-1] == length + step_index
+
+    @dropping_policy
+    def test_short_sequence_of_a_batch_fills_up_first(self, policy):
+        """While the long sequence drops an entry a step, the short one keeps all until it is at its budget too."""
+        mask = torch.tensor([[True] * 12, [False] * 9 + [True] * 3])
+        layer, generator = KVLayer(policy, 0, 1), torch.Generator().manual_seed(0)
+        tokens = masked_tokens(mask, None, None, prompt=True)
+        layer.append(*torch.randn(2, 2, 1, 12, 4, generator=generator), tokens)
+        layer.close_prompt(tokens)
+        for seen in range(3, 10):
+            assert len(kept(layer, 0)) == 5 and len(kept(layer, 1)) == min(5, seen)
+            if seen <= 5:
+                assert kept(layer, 1) == list(range(seen))
+            tokens = masked_tokens(torch.ones(2, 1, dtype=torch.bool), layer.tokens, layer.facts.tokens, prompt=False)
+            layer.append(*torch.randn(2, 2, 1, 1, 4, generator=generator), tokens)
+            layer.evict_step()
 
     def test_share_per_layer_and_prompt(self):
         """A share is of the tokens seen when the latest prompt pass ended; steps do not change it."""

@@ -142,6 +142,29 @@ def test_later_passes_compress_again():
     assert set(kept(layer)) <= before | {10, 11, 12, 13}
 
 
+def test_only_the_rows_of_a_pass_score_it():
+    """A second pass shorter than the window is scored by its own rows alone, not by those of the first."""
+    query, key, _ = attended(11, 2, seed=3)
+    policy = SnapKV(budget=6, window=3, kernel_size=1)
+    layer = KVLayer(policy, 0, 1)
+    for start, stop in [(0, 9), (9, 11)]:
+        tokens = feed(layer, stop - start, batch=2, kv_heads=2)
+        for slot in range(layer.length - (stop - start), layer.length):
+            layer.keys[:, :, slot] = key[:, :, layer.positions[0, 0, slot]]
+        held = layer.positions[:, :, : layer.length].tolist()
+        layer.remember(query[:, :, start:stop], tokens, Scores(0.5))
+        layer.close_prompt(tokens)
+    for b in range(2):
+        for head in range(2):
+            places = held[b][head]
+            rows = query[b : b + 1, 3 * head : 3 * head + 3, 9:]
+            keys = key[b, head, places][None, None]
+            visible = torch.tensor([[[[place <= at for place in places] for at in (9, 10)]]])
+            mass = attend(rows, keys, keys, visible, scale=0.5)[1].flatten().tolist()
+            chosen = oracle(mass, 6, 3, 1, "avg")
+            assert kept(layer, b, head) == [places[index] for index in chosen]
+
+
 @pytest.mark.parametrize(
     ("fields", "tokens", "total", "recent"),
     [

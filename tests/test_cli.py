@@ -1,0 +1,142 @@
+"""The command line on a tiny model: what it prints, and how it fails."""
+
+import subprocess
+import sys
+
+import pytest
+from typer.testing import CliRunner
+
+import kvpress
+from demo.tiny import byte_tokenizer, save_tiny_model
+from kvpress.cli import app, encode, number
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return str(save_tiny_model(tmp_path_factory.mktemp("tiny")))
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, arguments, env={"COLUMNS": "100", "TERM": "dumb"})
+
+
+def test_policies_lists_all():
+    result = run("policies")
+    assert result.exit_code == 0
+    for name, policy in kvpress.available().items():
+        assert name in result.output
+        assert policy.kind in result.output
+    assert "2404.14469" in result.output
+    assert "window=32" in result.output
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; sys.argv = ['kvpress', '--help']\n"
+        "from kvpress.cli import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib', 'numpy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+    for command in ("demo", "generate", "policies"):
+        assert command in done.stdout
+
+
+def test_generate_streams_and_reports(folder):
+    result = run(
+        "generate", "--model", folder, "--policy", "h2o", "--budget", "8", "--max-new-tokens", "5", "The whale"
+    )
+    assert result.exit_code == 0, result.output
+    assert "h2o(budget=8)" in result.output
+    assert "total" in result.output
+
+
+def test_generate_reads_a_file_and_sets_fields(folder, tmp_path):
+    (tmp_path / "prompt.txt").write_text("Call me Ishmael. " * 10, encoding="utf-8")
+    fields = ("--policy", "snapkv", "--budget", "0.5", "--set", "window=4", "--set", "pooling=max")
+    result = run("generate", "--model", folder, *fields, "--max-new-tokens", "2", f"@{tmp_path / 'prompt.txt'}")
+    assert result.exit_code == 0, result.output
+    assert "window=4" in result.output
+    assert "pooling='max'" in result.output
+
+
+def test_the_same_text_as_without_kvpress(folder):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    ids = model.generate(**tokenizer("The whale", return_tensors="pt"), max_new_tokens=12)
+    result = run("generate", "--model", folder, "--dtype", "float32", "--max-new-tokens", "12", "The whale")
+    expected = tokenizer.decode(ids[0, 9:], skip_special_tokens=True)
+    assert result.output.encode().startswith(expected.encode())
+
+
+def test_demo_writes_its_files(folder, tmp_path):
+    small = ("--policies", "h2o,snapkv", "--budgets", "0.25,64", "--lengths", "360,400", "--depths", "2")
+    result = run(
+        "demo", "--model", folder, *small, "--device", "cpu", "--seed", "1", "--out", str(tmp_path / "new" / "out")
+    )
+    assert result.exit_code == 0, result.output
+    made = {path.name for path in (tmp_path / "new" / "out").iterdir()}
+    assert made == {"heat_map.png", "memory_accuracy.png", "results.json", "results.csv"}
+    for shown in ("transformers", "full", "h2o", "snapkv", "0.25", "64", "peak memory", "threads", "torch"):
+        assert shown in result.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["generate", "--policy", "h20", "hi"], "did you mean 'h2o'"),
+        (["generate", "--policy", "snapkv", "--set", "windw=3", "hi"], "did you mean 'window'"),
+        (["generate", "--policy", "snapkv", "--set", "window", "hi"], "FIELD=VALUE"),
+        (["generate", "--policy", "snapkv", "--set", "window=[", "hi"], "FIELD=VALUE"),
+        (["generate", "--policy", "h2o", "--budget", "1.5", "hi"], "budget=1.5"),
+        (["generate", "--policy", "h2o", "--budget", "x", "hi"], "--budget 'x'"),
+        (["generate", "--policy", "full", "--budget", "0.5", "hi"], "no field 'budget'"),
+        (["generate", "--model", "/none/such", "hi"], "no folder /none/such"),
+        (["generate", "--model", "{folder}", "--device", "warp", "hi"], "device 'warp'"),
+        (["generate", "--model", "{folder}", "--dtype", "f", "hi"], "dtype 'f'"),
+        (["generate", "--model", "{folder}", "--chat", "hi"], "no chat template"),
+        (["generate", "@/none/such.txt"], "/none/such.txt"),
+        (["generate", "@/"], "cannot read the prompt"),
+        (["generate", ""], "prompt is empty"),
+        (["generate", " \n"], "prompt is empty"),
+        (["demo", "--policies", "h20"], "did you mean 'h2o'"),
+        (["demo", "--budgets", "0.1,x"], "--budgets 'x'"),
+        (["demo", "--lengths", "1e3"], "--lengths '1e3'"),
+        (["demo", "--depths", "0"], "depths=0"),
+        (["demo", "--out", "{file}/out"], "--out"),
+        (["demo", "--model", "{folder}", "--lengths", "50", "--out", "{out}"], "at least"),
+    ],
+)
+def test_a_user_error_is_one_line(folder, tmp_path, arguments, said):
+    (tmp_path / "file").write_text("")
+    places = {"folder": folder, "file": tmp_path / "file", "out": tmp_path / "out"}
+    result = run(*(argument.format(**places) for argument in arguments))
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+    assert said in result.stderr
+
+
+def test_an_unsupported_model_is_one_line(folder, monkeypatch):
+    def refuse(model, policy):
+        raise kvpress.UnsupportedModelError("an encoder, which has no cache;\nuse a decoder")
+
+    monkeypatch.setattr(kvpress, "patch", refuse, raising=False)
+    result = run("generate", "--model", folder, "hi")
+    assert (result.exit_code, result.stderr) == (2, "error: an encoder, which has no cache; use a decoder\n")
+
+
+def test_chat_is_used_where_there_is_a_template():
+    tokenizer = byte_tokenizer()
+    plain = encode(tokenizer, "hi", None).input_ids
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}:"
+    assert tokenizer.decode(encode(tokenizer, "hi", None).input_ids[0]) == "<user>hi:"
+    assert encode(tokenizer, "hi", False).input_ids.tolist() == plain.tolist()
+
+
+def test_number():
+    assert [number(text) for text in ("64", "0.5", "1.0", "-3")] == [64, 0.5, 1.0, -3]
+    assert isinstance(number("1.0"), float) and isinstance(number("1"), int)
