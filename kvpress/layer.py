@@ -19,7 +19,10 @@ from kvpress.kernels.topk_select import topk_select
 from kvpress.passes import Scores, Tokens, active_pass
 from kvpress.policy import Entries, EvictionPolicy
 
-GROWTH = 64  # slots; a buffer that may grow in decode has this many to spare, or a sixteenth of its size
+
+def spare_slots(length: int) -> int:
+    """Slots to spare in a buffer of `length` entries that grows in decode: few, and copied seldom enough not to matter."""
+    return max(8, length // 32)
 
 
 @dataclass
@@ -160,7 +163,7 @@ class KVLayer(CacheLayerMixin):
         needed = self.length + new
         if self.is_initialized and needed <= self.positions.shape[2]:
             return
-        spare = max(GROWTH, needed // 16)
+        spare = spare_slots(needed)
         limit = self._decode_limit()
         if self.policy is not None and (new > 1 or not self.is_initialized):
             spare = 0  # a prompt is compacted right after its attention
@@ -228,19 +231,29 @@ class KVLayer(CacheLayerMixin):
 
     # ------------------------------------------------------------------ eviction
 
+    def take_over(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
+        """Store what a layer without policy held; the policy acts at the end of the next pass, which still sees it all."""
+        self.append(key, value, tokens)
+        if self.policy is not None:
+            self._set_quotas(tokens)
+            self.pending = True
+
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
+        assert self.policy is not None
+        self._set_quotas(tokens)
+        self.pending = self.policy.evict == "after_prompt"
+        if not self.pending:
+            self._evict_prompt()
+        self._held_changed()
+
+    def _set_quotas(self, tokens: Tokens) -> None:
         assert self.policy is not None and tokens.seen is not None
         quotas = [self.policy.quota(seen, self.index, self.count) for seen in tokens.seen]
         self.largest = max(quota.total for quota in quotas)
         device = self.positions.device
         self.totals = torch.tensor([quota.total for quota in quotas], dtype=torch.int32, device=device)
         self.recents = torch.tensor([quota.recent for quota in quotas], dtype=torch.int32, device=device)
-        if self.policy.evict == "after_prompt":
-            self.pending = True
-        else:
-            self._evict_prompt()
-        self._held_changed()
 
     def settle(self) -> None:
         """Do the eviction that the prompt left for the first decode step."""
@@ -292,7 +305,7 @@ class KVLayer(CacheLayerMixin):
         """Keep the slots at index, int64 [batch, kv_heads, k]; those not `chosen` become empty."""
         assert self.policy is not None
         k = index.shape[2]
-        capacity = k + 1 if self.policy.drops_in_decode else k + max(GROWTH, k // 16)
+        capacity = k + (1 if self.policy.drops_in_decode else spare_slots(k))
         positions = torch.full((*index.shape[:2], capacity), -1, dtype=torch.int32, device=index.device)
         positions[:, :, :k] = self.positions.gather(2, index).masked_fill_(~chosen, -1)
         self.keys = gather_slots(self.keys, index, capacity)

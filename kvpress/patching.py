@@ -191,22 +191,29 @@ class Handle:
         return Report(self.describe(), total, dict(sorted(layers.items())))
 
     def _check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        config = kwargs.get("generation_config") or model.generation_config
+        config = args[1] if len(args) > 1 else kwargs.get("generation_config")
+        config = config or model.generation_config
         wanted = {
             name: kwargs.get(name, getattr(config, name, None))
-            for name in ("cache_implementation", "prompt_lookup_num_tokens")
+            for name in ("cache_implementation", "prompt_lookup_num_tokens", "assistant_early_exit")
         }
         if wanted["cache_implementation"] not in (None, "dynamic", "dynamic_full", "hybrid"):
             raise PolicyError(
                 f"cache_implementation={wanted['cache_implementation']!r} has storage of its own that a policy cannot evict from; "
                 "leave it out"
             )
-        if self._eviction is not None and (
-            kwargs.get("assistant_model") is not None or wanted["prompt_lookup_num_tokens"]
-        ):
+        assisted = kwargs.get("assistant_model") is not None or any(
+            wanted[name] for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
+        )
+        if self._eviction is not None and assisted:
             raise PolicyError(
                 f"assisted decoding takes tokens back from the cache, and {self.describe()} evicts entries for good; leave the "
                 "assistant out, or use the policy Full"
+            )
+        if wanted["assistant_early_exit"]:
+            raise PolicyError(
+                "assistant_early_exit runs some layers of the model without the others, which a patched model cannot; use an "
+                "assistant_model or prompt_lookup_num_tokens, or leave it out"
             )
 
     # ------------------------------------------------------------------ around a forward pass
@@ -220,13 +227,14 @@ class Handle:
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         wants_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and not wants_cache:
+            self._check_no_checkpointing(decoder)
             tokens = self._tokens(batch, count, mask, inputs.device, None)
             current = Pass(self._modules, self._rotary, tokens, [], prompt=True)
         else:
             self._check_no_training(decoder)
             if cache is None:
                 cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-            layers = self._layers(decoder, cache, mask, batch)
+            layers = self._layers(decoder, cache, mask, batch, count)
             tokens = self._tokens(batch, count, mask, inputs.device, layers[self._indices[0]])
             acted = [layers[index] for index in self._indices]
             current = Pass(self._modules, self._rotary, tokens, acted, count > 1 or acted[0].facts.seen == 0)
@@ -275,6 +283,10 @@ class Handle:
             inputs = kwargs.get("inputs_embeds")
         if inputs is None or inputs.shape[1] == 0:
             raise PolicyError("the prompt is empty (no tokens); give at least one token")
+        if mask is not None and mask.shape[0] != inputs.shape[0]:
+            raise PolicyError(
+                f"attention_mask has {mask.shape[0]} rows and the input {inputs.shape[0]} sequences; give one row for each"
+            )
         return inputs
 
     def _check_no_training(self, decoder: Any) -> None:
@@ -282,6 +294,15 @@ class Handle:
             raise PolicyError(
                 "the model is in training mode with gradients on, and a kvpress cache carries none; call model.eval() or use "
                 "torch.no_grad() to generate, or use_cache=False (exact attention) or unpatch to train"
+            )
+
+    def _check_no_checkpointing(self, decoder: Any) -> None:
+        if not (decoder.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
+            raise PolicyError(
+                "gradient checkpointing runs the layers again in backward, when the patched pass is over; switch it off, or "
+                "unpatch to train"
             )
 
     def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, layer: KVLayer | None) -> Tokens:
@@ -315,7 +336,7 @@ class Handle:
             before = known
         return masked_tokens(mask[:, -count:], before, before_tensor, prompt)
 
-    def _layers(self, decoder: Any, cache: Any, mask: Tensor | None, batch: int) -> list[Any]:
+    def _layers(self, decoder: Any, cache: Any, mask: Tensor | None, batch: int, count: int) -> list[Any]:
         """The cache's layers, with ours in the place of the plain ones that the policies act on."""
         held = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, KVLayer)]
         if held:
@@ -326,8 +347,13 @@ class Handle:
         check_cache(cache)
         # A DynamicCache() without config has no layers yet: it adds plain ones as they are used.
         layers = list(cache.layers) or [DynamicLayer() for _ in DynamicCache(config=decoder.config).layers]
+        if len(layers) <= self._indices[-1]:
+            raise PolicyError(
+                f"the cache has {len(layers)} layers and the model needs {self._indices[-1] + 1}; pass "
+                "DynamicCache(config=model.config), or none"
+            )
         for ordinal, index in enumerate(self._indices):
-            plain = layers[index] if index < len(layers) else None
+            plain = layers[index]
             if type(plain) is not DynamicLayer:
                 raise PolicyError(
                     f"layer {index} of the cache is a {type(plain).__name__}, not a plain DynamicLayer; pass "
@@ -335,15 +361,20 @@ class Handle:
                 )
             layers[index] = KVLayer(self._eviction, ordinal, len(self._indices))
             if plain.get_seq_length():
-                self._adopt(layers[index], plain, mask, batch)
+                self._adopt(layers[index], plain, mask, batch, count)
         return layers
 
-    def _adopt(self, layer: KVLayer, plain: Any, mask: Tensor | None, batch: int) -> None:
+    def _adopt(self, layer: KVLayer, plain: Any, mask: Tensor | None, batch: int, count: int) -> None:
         """Take over what an unpatched run left in a plain layer."""
         if self._eviction is not None and self._eviction.observes == "every row":
             raise PolicyError(
                 f"{self._eviction.describe()} needs the attention of every token, and this cache was filled by an unpatched run; "
                 "run the whole prompt on the patched model, or use a policy that looks at the last rows only"
+            )
+        if self._eviction is not None and self._eviction.observes == "window" and count == 1:
+            raise PolicyError(
+                f"{self._eviction.describe()} needs the attention of the prompt's last tokens, and this cache was filled by an "
+                "unpatched run; give several tokens in the next pass, or run the whole prompt on the patched model"
             )
         seen = plain.get_seq_length()
         if plain.keys.shape[0] != batch:
@@ -355,7 +386,7 @@ class Handle:
             tokens = plain_tokens(batch, seen, None, None, plain.keys.device)
         else:
             tokens = masked_tokens(earlier, None, None, prompt=True)
-        layer.append(plain.keys, plain.values, tokens)
+        layer.take_over(plain.keys, plain.values, tokens)
 
 
 def _configs(decoder: Any) -> list[Any]:

@@ -34,7 +34,7 @@ def check_budget(value: Any, name: str = "budget", minimum: int = 1) -> None:
         if value < 0 or (value == 0 and minimum > 0):
             raise PolicyError(f"{name}={value} is too small; a float is a share of the prompt in (0, 1]")
         if value > 1:
-            remedy = f"; for {value:g} entries write {name}={int(value)}" if value == int(value) else ""
+            remedy = f"; for {value:g} entries write {name}={int(value)}" if value.is_integer() else ""
             raise PolicyError(f"{name}={value} is above 1; a float is a share of the prompt in (0, 1]{remedy}")
 
 

@@ -51,7 +51,8 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
-        raise PolicyError(f"{source}: {spec!r} is no policy; give a policy, a name, a mapping or a YAML path")
+        built = f"{spec.__name__}(...)" if isinstance(spec, type) else "a policy"
+        raise PolicyError(f"{source}: {spec!r} is no policy; give {built}, a name, a mapping or a YAML path")
     values = {**spec, **overrides}
     name = values.pop("name", None)
     if name is None:
@@ -96,11 +97,14 @@ def _read_yaml(path: Path) -> Any:
         raise PolicyError(
             f"{path}: cannot be read ({error.strerror}); give the path of a YAML file with a policy"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PolicyError(f"{path}: not valid YAML: {error}") from error
 
 
 def _nearest(word: str, known: list[str]) -> str:
+    """The end of a message about a word that is not known: the nearest one, and all there are."""
+    if not known:
+        return "; there are none to set"
     close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
-    meant = f"; did you mean {close[0]!r}?" if close else ";"
-    return f"{meant} It has {', '.join(known)}" if not close else f"{meant} ({', '.join(known)})"
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    return f"{meant} (there are: {', '.join(known)})"

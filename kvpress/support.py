@@ -85,12 +85,12 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
 
 def check_cache(cache: Any) -> None:
     """Raise `PolicyError` unless the cache is one that can be taken over."""
-    remedy = "pass a DynamicCache, or none"
+    remedy = "pass DynamicCache(config=model.config), or none"
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
-        raise PolicyError(f"past_key_values is a {type(cache).__name__}, which cannot be taken over; {remedy}")
+        raise PolicyError(f"past_key_values of type {type(cache).__name__} cannot be taken over; {remedy}")
     if not isinstance(cache, DynamicCache):
-        raise PolicyError(f"a {type(cache).__name__} has storage of its own that a policy cannot evict from; {remedy}")
+        raise PolicyError(f"{type(cache).__name__} has storage of its own that a policy cannot evict from; {remedy}")
     if getattr(cache, "offloading", False):
         raise PolicyError(
-            f"an offloaded cache moves its layers between passes, which slots do not support; {remedy} without offloading"
+            f"a cache with offloading moves its layers between passes, which slots do not support; leave offloading out, or {remedy}"
         )
