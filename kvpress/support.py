@@ -92,5 +92,5 @@ def check_cache(cache: Any) -> None:
         raise PolicyError(f"{type(cache).__name__} has storage of its own that a policy cannot evict from; {remedy}")
     if getattr(cache, "offloading", False):
         raise PolicyError(
-            f"a cache with offloading moves its layers between passes, which slots do not support; leave offloading out, or {remedy}"
+            f"a cache with offloading moves its layers between passes, which slots do not support; {remedy}"
         )
