@@ -4,6 +4,9 @@ import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+# Keys converted to float32 at a time, in numbers (16 MiB).
+TILE_KEYS = 1 << 22
+
 
 def decode_attention_reference(
     query: Tensor,
@@ -69,7 +72,8 @@ def decode_attention(
     group = heads // kv_heads
     rows = query.reshape(batch * kv_heads, group, head_dim)
     keys, values = key.flatten(0, 1), value.flatten(0, 1)
-    if not with_mass and softcap is None and sinks is None and moved is None:
+    plain = not with_mass and softcap is None and sinks is None and moved is None
+    if plain and (query.is_cuda or query.dtype == torch.float32):  # torch's CPU kernel is slow on half-precision rows
         mask = None
         if valid is not None:
             mask = torch.zeros(valid.shape, dtype=query.dtype, device=query.device)
@@ -79,13 +83,12 @@ def decode_attention(
         )
         return output.reshape(batch, heads, 1, head_dim), None
 
-    # Scores in float32: in bfloat16 a sum of small weights would stop growing.
-    float_keys = keys.float().transpose(1, 2)
-    scores = torch.bmm(rows.float() * scale, float_keys).view(batch, kv_heads, group, slots)
-    if moved is not None:
+    if moved is None:
+        scores = _scores(rows, keys, scale).view(batch, kv_heads, group, slots)
+    else:  # both queries side by side, so that K is read once
         moved_rows = moved[0].reshape(batch * kv_heads, group, head_dim)
-        moved_scores = torch.bmm(moved_rows.float() * scale, float_keys).view_as(scores)
-        scores = torch.where(moved[1][:, :, None], moved_scores, scores)
+        both = _scores(torch.cat((rows, moved_rows), dim=1), keys, scale).view(batch, kv_heads, 2, group, slots)
+        scores = torch.where(moved[1][:, :, None], both[:, :, 1], both[:, :, 0])
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if valid is not None:
@@ -100,3 +103,12 @@ def decode_attention(
         weights = weights.masked_fill(~valid[:, :, None], 0.0)
     output = torch.bmm(weights.view(batch * kv_heads, group, slots).to(values.dtype), values)
     return output.view(batch, heads, 1, head_dim), weights.sum(2) if with_mass else None
+
+
+def _scores(rows: Tensor, keys: Tensor, scale: float) -> Tensor:
+    """Scaled q.k in float32 (a bfloat16 score of 30 is off by 0.1): [batch * kv_heads, rows, slots]."""
+    rows = rows.float() * scale
+    tile = max(1, TILE_KEYS // (keys.shape[0] * keys.shape[2]))
+    if keys.dtype == torch.float32 or keys.shape[1] <= tile:
+        return torch.bmm(rows, keys.float().transpose(1, 2))
+    return torch.cat([torch.bmm(rows, part.float().transpose(1, 2)) for part in keys.split(tile, dim=1)], dim=-1)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from brute import attend, eager
+from kvpress.kernels import decode_attention as decode_module
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
 
 BATCH, KV_HEADS = 2, 2
@@ -170,3 +171,16 @@ def test_large_logits(with_mass):
     output, _ = decode_attention(query * 100, key * 100, value, scale=0.25, with_mass=with_mass)
     expected, _ = brute(query * 100, key * 100, value, scale=0.25)
     torch.testing.assert_close(output, expected.float(), rtol=1e-3, atol=1e-3)
+
+
+@DTYPES
+@pytest.mark.parametrize("features", [(), ("valid", "softcap", "sinks", "moved")], ids=["plain", "all"])
+def test_tiles_of_keys(monkeypatch, dtype, features):
+    """Keys that are converted in several tiles, the last one short, give the same result."""
+    query, key, value = inputs(111, 3, 64, dtype)
+    chosen = options(features, 111, query)
+    whole = decode_attention(query, key, value, scale=0.2, **chosen, with_mass=True)
+    monkeypatch.setattr(decode_module, "TILE_KEYS", 25 * BATCH * KV_HEADS * 64)
+    tiled = decode_attention(query, key, value, scale=0.2, **chosen, with_mass=True)
+    torch.testing.assert_close(tiled[0], whole[0])
+    torch.testing.assert_close(tiled[1], whole[1])
