@@ -14,7 +14,7 @@ can be faster than that.
 import argparse
 import csv
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -157,25 +157,25 @@ def compare(model: Any, context: int, batch: int, share: float, rounds: int, ste
     return rows
 
 
+def resident_mib(field: str) -> float:
+    """Resident memory of this process now (VmRSS) or at its peak (VmHWM), as Linux counts it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
+
+
 def peak_memory(model_name: str, dtype: str, context: int, index: int, share: float) -> dict[str, Any]:
     """Run one prompt and 16 tokens in this process; policy `index`, or plain transformers at -1."""
     model, _ = load_model(model_name, device="cpu", dtype=dtype)
     ids = torch.randint(10, 1000, (1, context), generator=torch.Generator().manual_seed(0))
-    weights = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    Path("/proc/self/clear_refs").write_text("5")  # the peak so far was that of loading; start over
+    loaded = resident_mib("VmRSS")
     policy = policies(share)[index] if index >= 0 else None
     if policy is not None:
         kvpress.patch(model, policy)
-    start = time.perf_counter()
     model.generate(ids, max_new_tokens=16, do_sample=False, pad_token_id=0)
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = resident_mib("VmHWM")
     name = "transformers" if policy is None else policy.describe()
-    return {
-        "policy": name,
-        "loaded_mib": round(weights),
-        "peak_mib": round(peak),
-        "seconds": round(seconds, 1),
-    }
+    return {"policy": name, "loaded_mib": round(loaded), "peak_mib": round(peak)}
 
 
 def main() -> None:
@@ -229,9 +229,10 @@ def main() -> None:
                     str(context),
                 ]
                 command += ["--share", str(options.share), "--peak-of", str(index)]
-                result = json.loads(
-                    subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1]
-                )
+                # Freed tensors go back to the system at once: else the peak depends on how malloc's heap fell apart.
+                environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+                run = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
+                result = json.loads(run.stdout.splitlines()[-1])
                 rows.append({"model": options.model, "dtype": dtype, "context": context, **result})
                 print(*rows[-1].values(), sep="\t", flush=True)
     path = options.out.with_name("memory.csv")

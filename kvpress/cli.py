@@ -129,7 +129,7 @@ def policies() -> None:
         idea = (inspect.getdoc(policy) or "").splitlines()[0]
         defaults = [
             field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
-            for field in dataclasses.fields(policy)
+            for field in policy.parameters()
         ]
         table.add_row(name, policy.kind, escape(idea), policy.paper, escape("\n".join(defaults)))
     Console().print(table)
