@@ -29,7 +29,8 @@ def decode_attention_reference(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if valid is not None:
-        scores = scores.masked_fill(~valid.repeat_interleave(group, dim=1)[:, :, None], float("-inf"))
+        wide = valid.repeat_interleave(query.shape[1] // valid.shape[1], dim=1)
+        scores = scores.masked_fill(~wide[:, :, None], float("-inf"))
     if sinks is not None:
         column = sinks.float().view(1, -1, 1, 1).expand(query.shape[0], -1, 1, 1)
         scores = torch.cat((scores, column), dim=-1)
@@ -55,7 +56,8 @@ def decode_attention(
     Args:
         query: [batch, heads, 1, head_dim]; query head h reads kv head h // (heads / kv_heads).
         key, value: [batch, kv_heads, slots, head_dim], in any order of slots; only the slot dimension may be strided.
-        valid: bool [batch, kv_heads, slots], False for an empty slot; None when every slot is filled.
+        valid: bool [batch, kv_heads, slots], False for an empty slot, or [batch, heads, slots], False for what a query head
+            does not read; None when every head reads every slot.
         scale: factor on q.k, from the model.
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores, for models that have it.
         sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
@@ -77,7 +79,7 @@ def decode_attention(
         mask = None
         if valid is not None:
             mask = torch.zeros(valid.shape, dtype=query.dtype, device=query.device)
-            mask = mask.masked_fill_(~valid, float("-inf")).view(batch * kv_heads, 1, 1, slots)
+            mask = mask.masked_fill_(~valid, float("-inf")).view(batch * kv_heads, 1, -1, slots)
         output = torch.nn.functional.scaled_dot_product_attention(
             rows[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale
         )
@@ -92,15 +94,16 @@ def decode_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     if valid is not None:
+        valid = valid.view(batch, kv_heads, -1, slots)
         # The lowest finite number instead of -inf: a sequence with no entry at all gives zeros, not NaN.
-        scores = scores.masked_fill(~valid[:, :, None], torch.finfo(torch.float32).min)
+        scores = scores.masked_fill(~valid, torch.finfo(torch.float32).min)
     if sinks is not None:
         column = sinks.float().view(1, kv_heads, group, 1).expand(batch, -1, -1, -1)
         weights = torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :slots]
     else:
         weights = scores.softmax(dim=-1)
     if valid is not None:
-        weights = weights.masked_fill(~valid[:, :, None], 0.0)
+        weights = weights.masked_fill(~valid, 0.0)
     output = torch.bmm(weights.view(batch * kv_heads, group, slots).to(values.dtype), values)
     return output.view(batch, heads, 1, head_dim), weights.sum(2) if with_mass else None
 

@@ -1,6 +1,7 @@
 """The attention and mask functions that a patched model calls, registered with transformers under one name each."""
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from kvpress.errors import PolicyError
 from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.gather_slots import gather_slots
 from kvpress.kernels.prompt_attention import prompt_attention
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.layer import KVLayer
-from kvpress.passes import Pass, Scores, Tokens, active_pass
+from kvpress.passes import Pass, Scores, Tokens, active_pass, one_row
+from kvpress.policy import View
 
 NAME = "kvpress"
 
@@ -133,40 +136,85 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, scores: Sc
 def _prompt(
     layer: KVLayer, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass
 ) -> Tensor:
+    if layer.policy is not None and layer.policy.row_by_row:
+        return _row_by_row(layer, tokens, query, key, value, scores, current)
     past = layer.length
+    layer.state.clear()
     layer.append(key, value, tokens)
-    observed = layer.policy is not None and layer.policy.observes == "every row"
-    valid = layer.valid(past)
-    moved = _moved(layer, query, past, current)
-    if tokens.columns is None:
-        keys, values = layer.used()
-        output, mass = prompt_attention(query, keys, values, valid, **vars(scores), moved=moved, with_mass=observed)
-        if mass is not None:
-            layer.observe(mass)
+    chunk = None if layer.selection is None else layer.selection.prompt_chunk
+    if chunk is not None:
+        output = _in_chunks(layer, tokens, query, scores, current, past, chunk)
+    elif tokens.columns is None:
+        output = _attend_rows(layer, query, scores, current, past, slice(None), layer.length)
     else:  # each padded sequence alone: nothing is computed for padding, and no mask is needed
         output = torch.zeros_like(query[..., : value.shape[-1]])
         for row, columns in enumerate(tokens.columns):
             only, columns = slice(row, row + 1), columns.to(query.device)
-            if not len(columns):
-                continue
-            keys, values = layer.used(row, past + len(columns))
-            row_valid = None if valid is None else valid[only]
-            row_moved = None if moved is None else (moved[0][only, :, columns], moved[1][only])
-            output[only, :, columns], mass = prompt_attention(
-                query[only, :, columns],
-                keys,
-                values,
-                row_valid,
-                **vars(scores),
-                moved=row_moved,
-                with_mass=observed,
-            )
-            if mass is not None:
-                layer.observe(mass, row)
+            if len(columns):
+                stop = past + len(columns)
+                output[only, :, columns] = _attend_rows(
+                    layer, query[only, :, columns], scores, current, past, only, stop
+                )
     if layer.policy is not None:
+        if layer.policy.observes == "every row" and not layer.fused_mass:
+            layer.observe_rows(query, tokens, scores, current.new_tokens, past)
         if layer.policy.observes == "window":
             layer.remember(query, tokens, scores)
         layer.close_prompt(tokens)
+    return output
+
+
+def _attend_rows(
+    layer: KVLayer, query: Tensor, scores: Scores, current: Pass, past: int, only: slice, stop: int
+) -> Tensor:
+    """The rows of a prompt pass (of one sequence, or of all) over the first `stop` slots, the rows' own ones last."""
+    keys, values = layer.used(only, stop)
+    valid = layer.valid(past)
+    valid = None if valid is None else valid[only]
+    moved = _moved(layer, query, past, current, only)
+    if layer.rotary is not None:
+        query, keys = _turned(layer, query, keys, layer.positions[only, :, :stop])
+    output, mass = prompt_attention(query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.fused_mass)
+    if mass is not None:
+        layer.observe(mass, only)
+    return output
+
+
+def _row_by_row(
+    layer: KVLayer, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass
+) -> Tensor:
+    """A prompt pass whose every row is attended and evicted as a decode step is."""
+    layer.set_quotas(tokens)
+    output = torch.empty_like(query[..., : value.shape[-1]])
+    for row in range(tokens.count):
+        one, step = slice(row, row + 1), one_row(tokens, row, layer.facts.tokens)
+        layer.append(key[:, :, one], value[:, :, one], step)
+        output[:, :, one] = _read(layer, step, query[:, :, one], scores, current)
+    layer.tokens, layer.facts.tokens = tokens.seen, tokens.seen_tensor
+    layer.steps = 0
+    return output
+
+
+def _in_chunks(
+    layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current: Pass, past: int, chunk: int
+) -> Tensor:
+    """A prompt pass whose rows read what the selection policy chooses for each chunk of them."""
+    output = torch.zeros_like(query[..., : layer.values.shape[-1]])
+    whole = torch.arange(tokens.count, device=query.device)
+    groups = (
+        [(slice(None), whole)]
+        if tokens.columns is None
+        else [(slice(row, row + 1), columns.to(query.device)) for row, columns in enumerate(tokens.columns)]
+    )
+    for only, columns in groups:
+        for start in range(0, len(columns), chunk):
+            rows = columns[start : start + chunk]
+            stop = past + start + len(rows)
+            current.shared.clear()
+            part = query[only, :, rows]
+            seen = tokens.positions.expand(query.shape[0], -1)[only][:, rows[-1]] + 1
+            view = _view(layer, part, scores, current, only, stop, seen)
+            output[only, :, rows] = _read_selected(layer, view, scores)[0]
     return output
 
 
@@ -175,22 +223,116 @@ def _decode(
 ) -> Tensor:
     layer.settle()
     layer.append(key, value, tokens)
-    observed = layer.policy is not None and layer.policy.observes == "every row"
-    keys, values = layer.used()
-    moved = _moved(layer, query, layer.length, current)
-    output, mass = decode_attention(
-        query, keys, values, layer.valid(layer.length), **vars(scores), moved=moved, with_mass=observed
-    )
-    layer.facts.read += layer.length
     layer.facts.readable += layer.facts.seen
+    return _read(layer, tokens, query, scores, current, count=True)
+
+
+def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current: Pass, count: bool = False) -> Tensor:
+    """One row over what the cache holds, or what the selection policy chooses of it; then the eviction policy acts."""
+    observed = layer.fused_mass
+    read = float(layer.length)
+    if layer.selection is not None:
+        view = _view(layer, query, scores, current, slice(None), layer.length, tokens.seen_tensor.to(query.device))
+        output, mass, read = _read_selected(layer, view, scores, observed)
+    else:
+        keys, values = layer.used()
+        moved = _moved(layer, query, layer.length, current)
+        if layer.rotary is not None:
+            query, keys = _turned(layer, query, keys, layer.positions[:, :, : layer.length])
+        output, mass = decode_attention(
+            query, keys, values, layer.valid(layer.length), **vars(scores), moved=moved, with_mass=observed
+        )
+    if count:
+        layer.facts.read += read
     if layer.policy is not None:
-        if mass is not None:
+        if mass is not None and observed:
             layer.observe(mass)
+        elif layer.policy.observes == "every row":
+            layer.observe_rows(query, tokens, scores, current.new_tokens, layer.length)
         layer.evict_step()
     return output
 
 
-def _moved(layer: KVLayer, query: Tensor, past: int, current: Pass) -> tuple[Tensor, Tensor] | None:
+def _view(layer: KVLayer, query: Tensor, scores: Scores, current: Pass, only: slice, stop: int, seen: Tensor) -> View:
+    """The first `stop` slots of the layer (of one sequence) and the rows that are about to read them."""
+    keys, _ = layer.used(only, stop)
+    valid = layer.valid(stop)
+    turn = None
+    if layer.rotary is not None:
+        turn = partial(rope_shift, inv_freq=layer.rotary.inv_freq, interleaved=layer.rotary.interleaved)
+    return View(
+        layer=layer.index,
+        layers=layer.count,
+        query=query,
+        keys=keys,
+        positions=layer.positions[only, :, :stop],
+        valid=None if valid is None else valid[only],
+        seen=seen,
+        scale=scores.scale,
+        softcap=scores.softcap,
+        turn=turn,
+        state=layer.state,
+        shared=current.shared,
+        rows=only,
+    )
+
+
+def _read_selected(
+    layer: KVLayer, view: View, scores: Scores, observed: bool = False
+) -> tuple[Tensor, Tensor | None, float]:
+    """Attend what the selection policy chooses: output, mass per slot if it is observed, entries read per kv head."""
+    selection = layer.selection
+    assert selection is not None
+    selected = selection.select(view)
+    with_mass = observed or selection.observes_reads
+    stop, rows, query = view.keys.shape[2], view.query.shape[2], view.query
+    if selected.index is None:
+        keys, values = layer.used(view.rows, stop)
+        member, read = view.valid, float(stop)
+    else:
+        keys = gather_slots(layer.keys[view.rows], selected.index)
+        values = gather_slots(layer.values[view.rows], selected.index)
+        member, read = selected.member, float(keys.shape[2])
+    if layer.rotary is not None:
+        places = view.positions if selected.index is None else view.positions.gather(2, selected.index)
+        if member is not None:
+            places = places.masked_fill(~member, -1)
+        query, keys = _turned(layer, query, keys, places, view.seen)
+    if rows == 1:
+        output, mass = decode_attention(query, keys, values, member, **vars(scores), with_mass=with_mass)
+    else:
+        older = None if member is None else member[:, :, : keys.shape[2] - rows]
+        output, mass = prompt_attention(query, keys, values, older, **vars(scores))
+    if mass is not None and selection.observes_reads:
+        selection.after_read(view, selected, mass)
+    if mass is not None and selected.index is not None:
+        mass = mass.new_zeros(mass.shape[0], mass.shape[1], stop).scatter_add_(2, selected.index, mass)
+    return output, mass if observed else None, read + selected.scanned
+
+
+def _turned(
+    layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor, seen: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Unrotated keys rotated to the ranks of their positions, and the newest rows' query moved there with them.
+
+    Args:
+        query: [batch, heads, rows, head_dim], rotated at its own positions, the last of the sequence.
+        keys: [batch, kv_heads, n, head_dim], not rotated.
+        positions: int32 [batch, kv_heads, n], -1 for what is not there.
+        seen: int [batch], real tokens seen; by default the newest position and one.
+    """
+    rotary = layer.rotary
+    assert rotary is not None
+    ranks = positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(-1).argsort(-1)
+    seen = positions.amax(dim=(1, 2)) + 1 if seen is None else seen
+    held = (positions[:, 0] >= 0).sum(-1)
+    turned = rope_shift(query, held - seen, rotary.inv_freq, rotary.interleaved)
+    return turned, rope_shift(keys, ranks, rotary.inv_freq, rotary.interleaved)
+
+
+def _moved(
+    layer: KVLayer, query: Tensor, past: int, current: Pass, only: slice = slice(None)
+) -> tuple[Tensor, Tensor] | None:
     """The query for entries that are attended at other positions than their own, and which those are.
 
     The recent entries that a re-indexing policy keeps stand side by side up to the query, so their distances are right as
@@ -206,9 +348,9 @@ def _moved(layer: KVLayer, query: Tensor, past: int, current: Pass) -> tuple[Ten
             return None
         shift = torch.full((query.shape[0],), -gap, dtype=torch.float32, device=query.device)
     else:
-        held = (layer.positions[:, 0, : layer.length] >= 0).sum(-1)
-        shift = (held - layer.facts.tokens.to(held.device)).float()
-    positions = layer.positions[:, :, :past]
+        held = (layer.positions[only, 0, : layer.length] >= 0).sum(-1)
+        shift = (held - layer.facts.tokens.to(held.device)[only]).float()
+    positions = layer.positions[only, :, :past]
     return rope_shift(query, shift, rotary.inv_freq, rotary.interleaved), (positions >= 0) & (positions < sinks)
 
 

@@ -1,217 +1,168 @@
-"""One layer of the cache: slots with positions.
+"""One layer of the cache under its policies: what is observed, what stays."""
 
-The order of slots means nothing; each slot carries the original position of its entry. So padding is an empty slot,
-evicting one entry and storing the next is one write into the freed slot, and compaction after a prompt is one gather.
-"""
-
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
 from kvpress.errors import PolicyError
 from kvpress.kernels.attention_mass import attention_mass
-from kvpress.kernels.gather_slots import gather_slots
+from kvpress.kernels.merge_slots import merge_slots
 from kvpress.kernels.topk_select import topk_select
-from kvpress.passes import Scores, Tokens, active_pass
-from kvpress.policy import Entries, EvictionPolicy
+from kvpress.passes import Scores, Tokens
+from kvpress.policy import Entries, EvictionPolicy, Merging, SelectionPolicy
+from kvpress.rotary import Rotary
+from kvpress.slots import Facts, Slots, spare_slots
+
+__all__ = ["Facts", "KVLayer"]
+
+NEGLIGIBLE = 1e-12  # a row whose weight has decayed to less than this adds nothing to a float32 sum
 
 
-def spare_slots(length: int) -> int:
-    """Slots to spare in a buffer of `length` entries that grows in decode: few, and copied seldom enough not to matter."""
-    return max(8, length // 32)
-
-
-@dataclass
-class Facts:
-    """What a report needs of a layer; outlives the layer's keys and values.
-
-    Attributes:
-        seen: columns fed so far, padding included.
-        tokens: int32 [batch], real tokens seen per sequence.
-        positions: the layer's `positions`.
-        entry_bytes: bytes of K and V of one column, over the batch and all kv heads.
-        nbytes: bytes held now.
-        length: slots that a decode step would read now.
-        read, readable: slots read in decode steps so far, and what full attention would have read.
-    """
-
-    seen: int = 0
-    tokens: Tensor | None = None
-    positions: Tensor | None = None
-    entry_bytes: int = 0
-    nbytes: int = 0
-    length: int = 0
-    read: int = 0
-    readable: int = 0
-
-
-class KVLayer(CacheLayerMixin):
-    """K and V of one attention layer in slots.
-
-    Attributes:
-        keys, values: [batch, kv_heads, capacity, head_dim].
-        positions: int32 [batch, kv_heads, capacity], original position of each entry, -1 for an empty slot.
-        nbytes: bytes of all tensors held, statistics included.
+class KVLayer(Slots):
+    """K and V of one attention layer in slots, and the policies that act on them.
 
     Args:
         policy: the eviction policy, or None to keep everything.
-        index, count: which of how many layers the policy acts on.
+        index, count: which of how many layers the policies act on.
+        selection: the selection policy, or None to read everything.
+        rotary: with it keys are stored without their rotation, see `Slots`.
     """
 
-    is_sliding = False
-    is_compileable = False
-    supports_early_init = False
-
-    keys: Tensor
-    values: Tensor
-    positions: Tensor
-
-    def __init__(self, policy: EvictionPolicy | None, index: int, count: int) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        policy: EvictionPolicy | None,
+        index: int,
+        count: int,
+        selection: SelectionPolicy | None = None,
+        rotary: Rotary | None = None,
+    ) -> None:
         self.policy = policy
+        self.selection = selection
         self.index = index
         self.count = count
-        self.reset()
+        super().__init__(rotary)
 
     def reset(self) -> None:
-        """Drop everything, as if the cache were new."""
-        self.keys = self.values = self.positions = None  # type: ignore[assignment]
-        self.is_initialized = False
-        self.length = 0  # slots in use, some perhaps empty
-        self.uniform = True  # every sequence and kv head holds the same number of entries
-        self.entries = 0  # that number, while uniform
-        self.ordered = True  # slots in use are in position order
-        self.free: Tensor | None = None  # int64 [batch, kv_heads], the slot that the last step emptied
+        super().reset()
         self.pending = False  # a prompt waits for its eviction (evict="after_prompt")
-        self.mass: Tensor | None = None  # float32 [batch, kv_heads, capacity], accumulated attention
         self.window: Tensor | None = None  # [batch, heads, rows, head_dim], last rows of a prompt not yet evicted
         self.window_positions: Tensor | None = None  # int32 [batch, rows]
         self.scores: Scores | None = None  # how the model scores, for the rows in `window`
+        self.row_positions: Tensor | None = None  # int32 [batch, rows], the rows of stats["rows"], -1 for none
         self.largest: int | None = None  # the largest quota of a sequence; None before the first prompt
         self.totals: Tensor | None = None  # int32 [batch], each sequence's quota
         self.recents: Tensor | None = None  # int32 [batch], how much of it is for the newest entries
-        self.tokens: list[int] | None = None  # real tokens seen per sequence, if the host knows; else see facts.tokens
-        self.facts = Facts()
+        self.steps = 0  # decode steps since the latest prompt pass
 
-    # ------------------------------------------------------------------ what a pass does
+    @property
+    def mass(self) -> Tensor | None:
+        """Accumulated attention, float32 [batch, kv_heads, capacity], for a policy that observes every row."""
+        return self.stats.get("mass")
 
-    def append(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
-        """Store the new entries of a pass: in free slots, or behind those in use.
-
-        Args:
-            key, value: [batch, kv_heads, count, head_dim] with the count of `tokens`.
-            tokens: the tokens of the pass.
-        """
-        if tokens.padded:
-            self.uniform = False
-        limit = self._decode_limit()
-        if tokens.count == 1 and limit is not None and self.length >= limit:
-            self._write_free(key, value, tokens)
-            new = 1
-        else:
-            new = tokens.count if tokens.columns is None else max(len(columns) for columns in tokens.columns)
-            self._reserve(key, value, new)
-            self._write_behind(key, value, tokens)
-            if self.length and not self.uniform:
-                self.ordered = False
-            self.length += new
-        self.entries += new
-        self.tokens = tokens.seen
-        self.facts.tokens = tokens.seen_tensor
-        self.facts.seen += tokens.count
-        self.facts.length = self.length
-
-    def _decode_limit(self) -> int | None:
-        """Slots that decode steps need at most, the largest quota and the new entry; None if they only append."""
+    def slot_limit(self) -> int | None:
         if self.policy is None or not self.policy.drops_in_decode or self.largest is None:
             return None
-        return self.largest + 1
+        return self.largest + self.policy.evict_every
 
-    def _write_free(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
-        batch, kv_heads, capacity = self.positions.shape
-        free = self.free if self.free is not None else (self.positions < 0).to(torch.uint8).argmax(-1)
-        flat = (torch.arange(batch * kv_heads, device=free.device) * capacity).add_(free.flatten())
-        self.keys.view(-1, self.keys.shape[-1]).index_copy_(0, flat, key.reshape(batch * kv_heads, -1))
-        self.values.view(-1, self.values.shape[-1]).index_copy_(0, flat, value.reshape(batch * kv_heads, -1))
-        self.positions.view(-1).index_copy_(0, flat, tokens.positions.expand(batch, kv_heads).reshape(-1))
-        if self.mass is not None:
-            self.mass.view(-1).index_fill_(0, flat, 0.0)
-        self.free = None
-        self.ordered = False
+    def spare(self, length: int, prompt: bool) -> int:
+        if self.policy is not None and prompt:
+            return 0  # a prompt is compacted right after its attention
+        return spare_slots(length)
 
-    def _write_behind(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
-        start = self.length
-        if tokens.columns is None:
-            stop = start + tokens.count
-            self.keys[:, :, start:stop] = key
-            self.values[:, :, start:stop] = value
-            self.positions[:, :, start:stop] = tokens.positions[:, None]
-            return
-        for row, columns in enumerate(tokens.columns):
-            columns = columns.to(key.device)
-            stop = start + len(columns)
-            self.keys[row, :, start:stop] = key[row, :, columns]
-            self.values[row, :, start:stop] = value[row, :, columns]
-            self.positions[row, :, start:stop] = tokens.positions[row, columns]
+    def new_stats(self, shape: tuple[int, int, int], device: torch.device) -> dict[str, Tensor]:
+        if self.policy is None or self.policy.observes != "every row":
+            return {}
+        stats = {"mass": torch.zeros(shape, dtype=torch.float32, device=device)}
+        if self.policy.observed_window:
+            rows = (*shape[:2], self.policy.observed_window, shape[2])
+            stats["rows"] = torch.zeros(rows, dtype=torch.float32, device=device)
+        return stats
 
-    def _reserve(self, key: Tensor, value: Tensor, new: int) -> None:
-        """Make room for `new` more slots behind those in use."""
-        needed = self.length + new
-        if self.is_initialized and needed <= self.positions.shape[2]:
-            return
-        spare = spare_slots(needed)
-        limit = self._decode_limit()
-        if self.policy is not None and (new > 1 or not self.is_initialized):
-            spare = 0  # a prompt is compacted right after its attention
-        elif limit is not None:
-            spare = max(0, min(spare, limit - needed))
-        self._resize(key, value, needed + spare)
+    @property
+    def is_croppable(self) -> bool:
+        """Whether the last tokens can be taken back: not once a policy evicts."""
+        return self.policy is None
 
-    def _resize(self, key: Tensor, value: Tensor, capacity: int) -> None:
-        batch, kv_heads = key.shape[:2]
-        shape = (batch, kv_heads, capacity)
-        keys, values = key.new_empty(*shape, key.shape[-1]), value.new_empty(*shape, value.shape[-1])
-        positions = torch.full(shape, -1, dtype=torch.int32, device=key.device)
-        mass = None
-        if self.policy is not None and self.policy.observes == "every row":
-            mass = torch.zeros(shape, dtype=torch.float32, device=key.device)
-        used = slice(0, self.length)
-        if self.length:
-            keys[:, :, used] = self.keys[:, :, used]
-            values[:, :, used] = self.values[:, :, used]
-            positions[:, :, used] = self.positions[:, :, used]
-            if mass is not None and self.mass is not None:
-                mass[:, :, used] = self.mass[:, :, used]
-        # An empty slot is read, with weight zero, where another sequence holds more: it must hold finite numbers.
-        keys[:, :, self.length :].zero_()
-        values[:, :, self.length :].zero_()
-        self.keys, self.values, self.positions, self.mass = keys, values, positions, mass
-        if not self.is_initialized:
-            self.is_initialized = True
-            self.dtype, self.device = key.dtype, key.device
-        self._held_changed()
+    def check_crop(self, removed: int) -> None:
+        if self.policy is not None:
+            raise PolicyError(
+                f"this cache cannot take back {removed} tokens: {self.policy.describe()} evicts entries. Assisted and "
+                "prompt-lookup decoding need a policy that keeps everything, as Full, or a model that is not patched"
+            )
+        super().check_crop(removed)
 
-    def used(self, row: int | None = None, stop: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the slots in use (of one sequence, up to `stop`), views [batch or 1, kv_heads, n, head_dim]."""
-        rows = slice(None) if row is None else slice(row, row + 1)
-        stop = self.length if stop is None else stop
-        return self.keys[rows, :, :stop], self.values[rows, :, :stop]
+    # ------------------------------------------------------------------ observing
 
-    def valid(self, stop: int) -> Tensor | None:
-        """Bool [batch, kv_heads, stop], which of the first `stop` slots hold an entry; None when all are known to."""
-        if self.uniform and self.entries == self.length:
-            return None
-        return self.positions[:, :, :stop] >= 0
+    @property
+    def fused_mass(self) -> bool:
+        """Whether the policy's statistics are the plain attention weights, which the attention can hand out."""
+        policy = self.policy
+        if policy is None or policy.observes != "every row":
+            return False
+        return policy.forgetting == 1 and policy.observed_window == 0 and policy.perturbation(0, None, 0) is None
 
-    def observe(self, mass: Tensor, row: int | None = None) -> None:
-        """Add a pass's attention mass, float32 [batch or 1, kv_heads, n], to the first n slots (of one sequence)."""
+    def observe(self, mass: Tensor, rows: slice = slice(None)) -> None:
+        """Add a pass's attention mass, float32 [batch, kv_heads, n], to the first n slots (of some sequences)."""
         assert self.mass is not None
-        held = self.mass if row is None else self.mass[row : row + 1]
-        held[:, :, : mass.shape[2]] += mass
+        self.mass[rows, :, : mass.shape[2]] += mass
+
+    def observe_rows(self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int) -> None:
+        """Add what a pass's rows saw, for a policy that weighs rows, perturbs scores or also looks at the last rows.
+
+        Args:
+            query: [batch, heads, count, head_dim], the rows; the entries are those in the slots in use.
+            tokens: the tokens of the pass.
+            scores: how the model scores.
+            new_tokens: how many tokens the caller wants generated, if that is known.
+            past: slots that were in use before the pass.
+        """
+        policy, mass = self.policy, self.mass
+        assert policy is not None and mass is not None
+        keys, _ = self.used()
+        row_positions = tokens.positions.expand(query.shape[0], -1)
+        positions = self.positions[:, :, : self.length]
+        structural = past == 0 and self.uniform and query.shape[2] > 1  # entry i is at position i
+        options: dict[str, Any] = {
+            **vars(scores),
+            "perturbation": policy.perturbation(self.steps, new_tokens, self.index),
+        }
+        decay = policy.forgetting
+        if decay != 1:
+            mass *= (decay ** (row_positions >= 0).sum(1).float())[:, None, None]
+        rows, at = query, row_positions
+        if decay < 1 and query.shape[2] > 1:
+            rows, at = newest_rows(query, row_positions, _rows_that_count(decay), self.uniform)
+        age = (tokens.seen_tensor.to(at.device)[:, None] - 1 - at).clamp(min=0)
+        weights = None if decay == 1 else decay ** age.float()
+        mass[:, :, : self.length] += attention_mass(
+            rows, at, keys, None if structural else positions, row_weights=weights, **options
+        )
+        if policy.observed_window:
+            self._keep_last_rows(query, row_positions, keys, positions, options)
+
+    def _keep_last_rows(
+        self, query: Tensor, row_positions: Tensor, keys: Tensor, positions: Tensor, options: dict[str, Any]
+    ) -> None:
+        assert self.policy is not None
+        size = self.policy.observed_window
+        rows, at = newest_rows(query, row_positions, size, self.uniform)
+        seen = torch.stack(
+            [
+                attention_mass(rows[:, :, i : i + 1], at[:, i : i + 1], keys, positions, **options)
+                for i in range(at.shape[1])
+            ],
+            dim=2,
+        )
+        held = self.stats["rows"]
+        if self.row_positions is None:
+            self.row_positions = at.new_full((at.shape[0], size), -1)
+        places = torch.cat((self.row_positions, at.to(self.row_positions.dtype)), dim=1)
+        newest = places.topk(size, dim=1).indices.sort(dim=1).values
+        both = torch.cat((held[..., : self.length], seen), dim=2)
+        index = newest[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3])
+        held[..., : self.length] = both.gather(2, index)
+        self.row_positions = places.gather(1, newest)
 
     def remember(self, query: Tensor, tokens: Tokens, scores: Scores) -> None:
         """Keep the last real rows of a prompt pass, query [batch, heads, count, head_dim], for a policy with a window."""
@@ -220,13 +171,8 @@ class KVLayer(CacheLayerMixin):
         if self.window is not None and self.window_positions is not None:
             rows = torch.cat((self.window, rows), dim=2)
             positions = torch.cat((self.window_positions, positions), dim=1)
-        size = min(self.policy.observed_window, rows.shape[2])
-        if self.uniform:
-            self.window, self.window_positions = rows[:, :, -size:].clone(), positions[:, -size:].clone()
-        else:
-            newest = positions.topk(size, dim=1).indices.sort(dim=1).values
-            index = newest[:, None, :, None].expand(-1, rows.shape[1], -1, rows.shape[3])
-            self.window, self.window_positions = rows.gather(2, index), positions.gather(1, newest)
+        self.window, self.window_positions = newest_rows(rows, positions, self.policy.observed_window, self.uniform)
+        self.window = self.window.clone()
         self.scores = scores
 
     # ------------------------------------------------------------------ eviction
@@ -235,25 +181,27 @@ class KVLayer(CacheLayerMixin):
         """Store what a layer without policy held; the policy acts at the end of the next pass, which still sees it all."""
         self.append(key, value, tokens)
         if self.policy is not None:
-            self._set_quotas(tokens)
+            self.set_quotas(tokens)
             self.pending = True
+
+    def set_quotas(self, tokens: Tokens) -> None:
+        """Set what each sequence may keep from now on, by the tokens it has seen when the pass ends."""
+        assert self.policy is not None and tokens.seen is not None
+        quotas = [self.policy.quota(seen, self.index, self.count) for seen in tokens.seen]
+        self.largest = max(quota.total for quota in quotas)
+        device = tokens.positions.device
+        self.totals = torch.tensor([quota.total for quota in quotas], dtype=torch.int32, device=device)
+        self.recents = torch.tensor([quota.recent for quota in quotas], dtype=torch.int32, device=device)
+        self.steps = 0
 
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
         assert self.policy is not None
-        self._set_quotas(tokens)
+        self.set_quotas(tokens)
         self.pending = self.policy.evict == "after_prompt"
         if not self.pending:
             self._evict_prompt()
         self._held_changed()
-
-    def _set_quotas(self, tokens: Tokens) -> None:
-        assert self.policy is not None and tokens.seen is not None
-        quotas = [self.policy.quota(seen, self.index, self.count) for seen in tokens.seen]
-        self.largest = max(quota.total for quota in quotas)
-        device = self.positions.device
-        self.totals = torch.tensor([quota.total for quota in quotas], dtype=torch.int32, device=device)
-        self.recents = torch.tensor([quota.recent for quota in quotas], dtype=torch.int32, device=device)
 
     def settle(self) -> None:
         """Do the eviction that the prompt left for the first decode step."""
@@ -266,191 +214,124 @@ class KVLayer(CacheLayerMixin):
         assert self.policy is not None and self.largest is not None and self.totals is not None
         if self.length and not (self.uniform and self.entries <= self.largest):
             positions = self.positions[:, :, : self.length]
-            mass = self._observed_mass(positions)
+            mass, last = self._observed()
             order = None
             if not self.ordered:
                 newest_last = torch.where(positions < 0, torch.iinfo(torch.int32).max, positions)
                 order = newest_last.argsort(dim=-1, stable=True)
-                positions = positions.gather(2, order)
-                mass = None if mass is None else mass.gather(2, order)
+                positions, mass, last = (x if x is None else x.gather(2, order) for x in (positions, mass, last))
+            assert positions is not None
             width = min(self.largest, self.length)
-            index, chosen = topk_select(self._priority(positions, mass), self.totals[:, None], width)
-            self._compact(index if order is None else order.gather(2, index), chosen)
+            priority = self._priority(positions, mass, last)
+            index, chosen = topk_select(priority, self.totals[:, None], width)
+            index = index if order is None else order.gather(2, index)
+            if self.policy.merges:
+                self._merge_rest(index, chosen)
+            period = self.policy.evict_every if self.policy.drops_in_decode else spare_slots(width)
+            self.compact(index, chosen, width + period)
         self.window = self.window_positions = None
 
-    def _observed_mass(self, positions: Tensor) -> Tensor | None:
-        assert self.policy is not None
-        if self.policy.observes == "every row":
-            assert self.mass is not None
-            return self.mass[:, :, : self.length]
-        if self.policy.observes == "window":
-            assert self.window is not None and self.window_positions is not None and self.scores is not None
-            keys, _ = self.used()
-            return attention_mass(self.window, self.window_positions, keys, positions, **vars(self.scores))
-        return None
+    def evict_step(self) -> None:
+        """End a decode step: where a quota is exceeded drop the entries of lowest priority; of equals, the newest."""
+        assert self.policy is not None and self.largest is not None and self.totals is not None
+        self.steps += 1
+        every = self.policy.evict_every
+        if not self.policy.drops_in_decode or (self.uniform and self.entries < self.largest + every):
+            return
+        positions = self.positions[:, :, : self.length]
+        priority = self._priority(positions, *self._observed()).masked_fill_(positions < 0, float("inf"))
+        if every == 1:
+            lowest = priority.amin(dim=-1, keepdim=True)
+            victims = torch.where(priority == lowest, positions, -1).argmax(dim=-1, keepdim=True)
+        else:
+            newest_first = positions.argsort(dim=-1, descending=True, stable=True)
+            lowest_first = priority.gather(2, newest_first).argsort(dim=-1, stable=True)
+            victims = newest_first.gather(2, lowest_first[..., :every])
+        over = None
+        if not self.uniform:
+            over = (positions >= 0).sum(-1, keepdim=True) >= self.totals[:, None, None] + every
+        if self.policy.merges:
+            self._merge_victims(victims, over)
+        if over is None:
+            positions.scatter_(2, victims, -1)
+            self.free = victims.squeeze(-1) if every == 1 else None
+            self.entries -= every
+        else:
+            positions.scatter_(2, victims, torch.where(over, -1, positions.gather(2, victims)))
 
-    def _priority(self, positions: Tensor, mass: Tensor | None) -> Tensor:
+    def _observed(self) -> tuple[Tensor | None, Tensor | None]:
+        """Per slot in use: the mass that the policy asked for, and that of the last rows where it asked for both."""
+        assert self.policy is not None
+        if self.mass is not None:
+            last = self.stats["rows"].sum(2)[:, :, : self.length] if "rows" in self.stats else None
+            return self.mass[:, :, : self.length], last
+        if self.window is not None:
+            assert self.window_positions is not None and self.scores is not None
+            keys, _ = self.used()
+            positions = self.positions[:, :, : self.length]
+            return attention_mass(self.window, self.window_positions, keys, positions, **vars(self.scores)), None
+        return None, None
+
+    def _entries(self, positions: Tensor, mass: Tensor | None, last: Tensor | None) -> Entries:
+        assert self.recents is not None and self.facts.tokens is not None
+        tokens = self.facts.tokens.to(positions.device)
+        recent = positions >= (tokens - self.recents)[:, None, None]
+        return Entries(positions, (positions >= 0) & ~recent, mass, last, tokens)
+
+    def _priority(self, positions: Tensor, mass: Tensor | None, last: Tensor | None) -> Tensor:
         """The policy's scores, with the newest entries on top at +inf and empty slots at -inf."""
-        assert self.policy is not None and self.recents is not None and self.facts.tokens is not None
-        oldest_recent = self.facts.tokens.to(positions.device) - self.recents
+        assert self.policy is not None
+        entries = self._entries(positions, mass, last)
         valid = positions >= 0
-        recent = positions >= oldest_recent[:, None, None]
-        score = self.policy.score(Entries(positions, valid & ~recent, mass)).float()
+        recent = valid & ~entries.candidates
+        score = self.policy.score(entries).float()
         # A score that is not finite must neither protect its entry nor poison the comparison.
         limit = torch.finfo(torch.float32).max
         score = torch.nan_to_num(score, nan=-limit, posinf=limit, neginf=-limit)
         return score.masked_fill_(recent, float("inf")).masked_fill_(~valid, float("-inf"))
 
-    def _compact(self, index: Tensor, chosen: Tensor) -> None:
-        """Keep the slots at index, int64 [batch, kv_heads, k]; those not `chosen` become empty."""
+    # ------------------------------------------------------------------ merging
+
+    def _merge_rest(self, index: Tensor, chosen: Tensor) -> None:
+        """Merge what a prompt pass drops into what stays, where the policy assigns it."""
+        kept = torch.zeros(self.positions.shape, dtype=torch.bool, device=index.device).scatter_(2, index, chosen)
+        dropped = (self.positions >= 0) & ~kept
+        width = int(dropped.sum(-1).max())
+        if width:
+            rest, is_rest = topk_select(dropped.float().masked_fill(~dropped, float("-inf")), dropped.sum(-1), width)
+            self._merge(index, chosen, rest, is_rest)
+
+    def _merge_victims(self, victims: Tensor, over: Tensor | None) -> None:
+        """Merge what a decode step drops into what stays."""
+        slots = torch.arange(self.length, device=victims.device).expand(*victims.shape[:2], -1)
+        kept = self.positions[:, :, : self.length] >= 0
+        kept = kept.scatter(2, victims, False)
+        is_rest = torch.ones_like(victims, dtype=torch.bool) if over is None else over.expand_as(victims)
+        self._merge(slots, kept, victims, is_rest)
+
+    def _merge(self, centres: Tensor, is_centre: Tensor, rest: Tensor, is_rest: Tensor) -> None:
         assert self.policy is not None
-        k = index.shape[2]
-        capacity = k + (1 if self.policy.drops_in_decode else spare_slots(k))
-        positions = torch.full((*index.shape[:2], capacity), -1, dtype=torch.int32, device=index.device)
-        positions[:, :, :k] = self.positions.gather(2, index).masked_fill_(~chosen, -1)
-        self.keys = gather_slots(self.keys, index, capacity)
-        self.values = gather_slots(self.values, index, capacity)
-        self.keys[:, :, k:].zero_()
-        self.values[:, :, k:].zero_()
-        self.positions = positions
-        if self.mass is not None:
-            self.mass = torch.nn.functional.pad(self.mass.gather(2, index), (0, capacity - k))
-        self.length = self.entries = self.facts.length = k
-        self.ordered = True
-        self.free = None
+        keys, values = self.used()
+        entries = self._entries(self.positions[:, :, : self.length], *self._observed())
+        target, weights = self.policy.assign(Merging(entries, keys, values, centres, is_centre, rest, is_rest))
+        target = target.masked_fill(~is_rest, -1)
+        stats = [stat[..., : self.length] for stat in self.stats.values()]
+        merge_slots(keys, values, stats, weights, centres, rest, target)
 
-    def evict_step(self) -> None:
-        """End a decode step: where a quota is exceeded drop the entry of lowest priority; of equals, the newest."""
-        assert self.policy is not None and self.largest is not None and self.totals is not None
-        if not self.policy.drops_in_decode or (self.uniform and self.entries <= self.largest):
-            return
-        positions = self.positions[:, :, : self.length]
-        mass = None if self.mass is None else self.mass[:, :, : self.length]
-        priority = self._priority(positions, mass).masked_fill_(positions < 0, float("inf"))
-        lowest = priority.amin(dim=-1, keepdim=True)
-        victim = torch.where(priority == lowest, positions, -1).argmax(dim=-1, keepdim=True)
-        if self.uniform:
-            positions.scatter_(2, victim, -1)
-            self.free = victim.squeeze(-1)
-            self.entries -= 1
-        else:
-            over = (positions >= 0).sum(-1, keepdim=True) > self.totals[:, None, None]
-            positions.scatter_(2, victim, torch.where(over, -1, positions.gather(2, victim)))
 
-    # ------------------------------------------------------------------ bookkeeping
+def newest_rows(query: Tensor, positions: Tensor, size: int, unpadded: bool) -> tuple[Tensor, Tensor]:
+    """The last `size` real rows of each sequence, in order: query [batch, heads, size, head_dim], positions [batch, size]."""
+    size = min(size, query.shape[2])
+    if unpadded:
+        return query[:, :, -size:], positions[:, -size:]
+    newest = positions.topk(size, dim=1).indices.sort(dim=1).values
+    index = newest[:, None, :, None].expand(-1, query.shape[1], -1, query.shape[3])
+    return query.gather(2, index), positions.gather(1, newest)
 
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.untyped_storage().nbytes() for _, tensor in self._tensors())
 
-    def _held_changed(self) -> None:
-        self.facts.positions = self.positions
-        self.facts.nbytes = self.nbytes
-        batch, kv_heads = self.positions.shape[:2]
-        row = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
-        self.facts.entry_bytes = batch * kv_heads * row
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor with a batch dimension that the layer holds."""
-        names = (
-            "keys",
-            "values",
-            "positions",
-            "mass",
-            "window",
-            "window_positions",
-            "free",
-            "totals",
-            "recents",
-        )
-        for name in names:
-            tensor = getattr(self, name)
-            if tensor is not None:
-                yield name, tensor
-
-    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
-        if not self.is_initialized:
-            return
-        for name, tensor in list(self._tensors()):
-            setattr(self, name, change(tensor))
-        assert self.facts.tokens is not None
-        self.facts.tokens = change(self.facts.tokens)
-        batch = self.positions.shape[0]
-        self.tokens = self.tokens[:1] * batch if self.tokens is not None and len(set(self.tokens)) == 1 else None
-        self._held_changed()
-
-    # ------------------------------------------------------------------ transformers' cache layer interface
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing to prepare: the first pass allocates."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Hand the new keys and values through to the attention function, which stores them."""
-        current = active_pass()
-        if current is None or not current.holds(self):
-            raise PolicyError(
-                "this cache was filled by a model patched with kvpress and cannot be used without it; patch the model with "
-                "the same policy, or start with a new cache"
-            )
-        return key_states, value_states
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys as the mask sees them: all that was seen."""
-        return self.facts.seen + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Columns *seen*, with padding: `generate` takes positions and the start of a second turn from it."""
-        return self.facts.seen
-
-    def get_max_length(self) -> int:
-        """No limit."""
-        return -1
-
-    get_max_cache_shape = get_max_length  # the older name
-
-    @property
-    def is_croppable(self) -> bool:
-        """Whether the last tokens can be taken back: not once a policy evicts."""
-        return self.policy is None
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens, given as a negative number.
-
-        Raises:
-            PolicyError: the policy evicts, or the batch is padded: what is gone cannot be brought back.
-        """
-        # Before transformers 5.23 a positive number is the length to keep.
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else self.facts.seen - tokens_to_remove
-        if removed <= 0 or not self.is_initialized:
-            return
-        if self.policy is not None or not self.uniform:
-            reason = "its batch is padded" if self.policy is None else f"{self.policy.describe()} evicts entries"
-            raise PolicyError(
-                f"this cache cannot take back {removed} tokens: {reason}. Assisted and prompt-lookup decoding need the "
-                "policy Full on an unpadded batch, or a model that is not patched"
-            )
-        removed = min(removed, self.length)
-        self.length = self.entries = self.facts.length = self.length - removed
-        self.facts.seen -= removed
-        self.positions[:, :, self.length :] = -1
-        assert self.facts.tokens is not None
-        self.facts.tokens = self.facts.tokens - removed
-        self.tokens = None if self.tokens is None else [seen - removed for seen in self.tokens]
-
-    def offload(self) -> None:
-        """Refused: slots stay on their device."""
-        raise PolicyError("a kvpress cache cannot be offloaded; pass a DynamicCache without offloading, or no cache")
-
-    prefetch = offload
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Reorder the sequences for beam search."""
-        self._change_batch(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat every sequence `repeats` times."""
-        self._change_batch(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only the given sequences."""
-        self._change_batch(lambda tensor: tensor[indices.to(tensor.device)])
+def _rows_that_count(decay: float) -> int:
+    """How many last rows have a weight of at least `NEGLIGIBLE`, when each row's is `decay` times the next one's."""
+    rows, weight = 1, decay
+    while weight >= NEGLIGIBLE:
+        rows, weight = rows + 1, weight * decay
+    return rows

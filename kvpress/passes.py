@@ -1,7 +1,9 @@
 """The forward pass in progress on this thread, and the tokens it brings."""
 
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,6 +77,17 @@ def masked_tokens(new: Tensor, before: list[int] | None, before_tensor: Tensor |
     return Tokens(count, True, positions, columns, seen_tensor.tolist(), seen_tensor)
 
 
+def one_row(tokens: Tokens, row: int, before_tensor: Tensor | None) -> Tokens:
+    """One column of a pass as a decode step's tokens; `before_tensor` int32 [batch], real tokens seen before it."""
+    positions = tokens.positions[:, row : row + 1]
+    new = (positions[:, 0] >= 0).to(torch.int32)
+    seen_tensor = new.expand_as(tokens.seen_tensor) if before_tensor is None else before_tensor + new
+    if tokens.columns is not None or tokens.seen is None:
+        return Tokens(1, True, positions, None, None, seen_tensor)
+    seen = [number - tokens.count + row + 1 for number in tokens.seen]
+    return Tokens(1, tokens.padded, positions, None, seen, seen_tensor)
+
+
 @dataclass
 class Pass:
     """One forward pass of a patched model.
@@ -85,6 +98,8 @@ class Pass:
         tokens: the new tokens.
         layers: the cache's layers that the policies act on; empty when the model runs without a cache.
         prompt: whether it is a prompt pass (several tokens, or the first of a cache) or a decode step.
+        new_tokens: how many tokens the `generate` that runs was asked for, if one runs and that is known.
+        shared: what a selection policy hands from layer to layer.
     """
 
     modules: dict[int, int]
@@ -92,6 +107,8 @@ class Pass:
     tokens: Tokens
     layers: "list[KVLayer]"
     prompt: bool
+    new_tokens: int | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
 
     def holds(self, layer: "KVLayer") -> bool:
         """Whether the layer belongs to the cache of this pass."""
@@ -105,6 +122,21 @@ def active_pass() -> Pass | None:
     """The pass in progress on this thread, if any."""
     stack: list[Pass] = getattr(_thread, "passes", [])
     return stack[-1] if stack else None
+
+
+def expected_tokens() -> int | None:
+    """How many tokens the `generate` that runs on this thread was asked for, if that is known."""
+    return getattr(_thread, "expected", None)
+
+
+@contextmanager
+def expecting(new_tokens: int | None) -> Iterator[None]:
+    """Within the block, `expected_tokens` is `new_tokens` on this thread."""
+    before, _thread.expected = expected_tokens(), new_tokens
+    try:
+        yield
+    finally:
+        _thread.expected = before
 
 
 def enter_pass(current: Pass) -> None:

@@ -15,8 +15,8 @@ from transformers.cache_utils import DynamicLayer
 from kvpress.attention import NAME, originals, register
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.layer import Facts, KVLayer
-from kvpress.passes import Pass, Tokens, enter_pass, leave_pass, masked_tokens, plain_tokens
-from kvpress.policy import EvictionPolicy, Policy
+from kvpress.passes import Pass, Tokens, enter_pass, expected_tokens, expecting, leave_pass, masked_tokens, plain_tokens
+from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary, find_rotary
@@ -53,14 +53,16 @@ def patch(model: Any, policy: PolicySpec) -> "Handle":
     policies = make_policies(policy)
     decoder = find_decoder(model)
     attention = find_attention(decoder)
-    eviction = next((one for one in policies if isinstance(one, EvictionPolicy)), None)
-    rotary = _rotary(decoder, attention, eviction)
+    for one in policies:
+        if isinstance(one, SelectionPolicy):
+            one.check_layers(len(attention))
+    rotary = _rotary(decoder, attention, policies)
     with _handles_lock:
         if decoder in _handles:
             raise PolicyError(
                 f"{type(model).__name__} is already patched with {_handles[decoder].describe()}; call kvpress.unpatch(model) first"
             )
-        handle = Handle(model, decoder, policies, eviction, attention, rotary)
+        handle = Handle(model, decoder, policies, attention, rotary)
         _handles[decoder] = handle
     return handle
 
@@ -77,14 +79,16 @@ def unpatch(model: Any) -> None:
     handle.unpatch()
 
 
-def _rotary(decoder: Any, attention: dict[int, Any], eviction: EvictionPolicy | None) -> list[Rotary]:
-    if eviction is None or not eviction.reindexed_sinks:
+def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> list[Rotary]:
+    moving = next((policy for policy in policies if policy.moves_positions), None)
+    if moving is None:
         return []
     found = [find_rotary(decoder, module) for module in attention.values()]
     if any(rotary is None for rotary in found):
+        remedy = "use rope='original'" if hasattr(moving, "rope") else "use another policy"
         raise UnsupportedModelError(
-            f"{eviction.describe()} re-indexes rotary positions, and {type(decoder).__name__} has none that can be moved "
-            "(learned positions, or frequencies that depend on the length); use rope='original'"
+            f"{moving.describe()} re-indexes rotary positions, and {type(decoder).__name__} has none that can be moved "
+            f"(learned positions, or frequencies that depend on the length); {remedy}"
         )
     return [rotary for rotary in found if rotary is not None]
 
@@ -97,13 +101,14 @@ class Handle:
         model: Any,
         decoder: Any,
         policies: list[Policy],
-        eviction: EvictionPolicy | None,
         attention: dict[int, Any],
         rotary: list[Rotary],
     ) -> None:
         self.policies = policies
-        self._eviction = eviction
+        self._eviction = next((one for one in policies if isinstance(one, EvictionPolicy)), None)
+        self._selection = next((one for one in policies if isinstance(one, SelectionPolicy)), None)
         self._rotary = rotary
+        self._raw_keys = any(policy.raw_keys for policy in policies)
         self._model, self._decoder = weakref.ref(model), weakref.ref(decoder)
         self._indices = list(attention)
         self._modules = {id(module): ordinal for ordinal, module in enumerate(attention.values())}
@@ -216,6 +221,11 @@ class Handle:
                 "assistant_model or prompt_lookup_num_tokens, or leave it out"
             )
 
+    def _new_tokens(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
+        number = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
+        return number if isinstance(number, int) else None
+
     # ------------------------------------------------------------------ around a forward pass
 
     def _before_pass(
@@ -237,7 +247,8 @@ class Handle:
             layers = self._layers(decoder, cache, mask, batch, count)
             tokens = self._tokens(batch, count, mask, inputs.device, layers[self._indices[0]])
             acted = [layers[index] for index in self._indices]
-            current = Pass(self._modules, self._rotary, tokens, acted, count > 1 or acted[0].facts.seen == 0)
+            prompt = count > 1 or acted[0].facts.seen == 0
+            current = Pass(self._modules, self._rotary, tokens, acted, prompt, expected_tokens())
             cache.layers[:] = layers  # only now that nothing can be refused any more
             cache.layer_class_to_replicate = None
             self._facts = {index: layers[index].facts for index in self._indices}
@@ -340,9 +351,10 @@ class Handle:
         """The cache's layers, with ours in the place of the plain ones that the policies act on."""
         held = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, KVLayer)]
         if held:
-            if held[0].policy != self._eviction or len(held) != len(self._indices):
-                policy = "full()" if held[0].policy is None else held[0].policy.describe()
-                raise PolicyError(f"this cache belongs to the policy {policy}; start a new one for {self.describe()}")
+            owners = held[0].policy, held[0].selection
+            if owners != (self._eviction, self._selection) or len(held) != len(self._indices):
+                named = " + ".join(policy.describe() for policy in owners if policy is not None) or "full()"
+                raise PolicyError(f"this cache belongs to the policy {named}; start a new one for {self.describe()}")
             return list(cache.layers)
         check_cache(cache)
         # A DynamicCache() without config has no layers yet: it adds plain ones as they are used.
@@ -359,7 +371,8 @@ class Handle:
                     f"layer {index} of the cache is a {type(plain).__name__}, not a plain DynamicLayer; pass "
                     "DynamicCache(config=model.config), or none"
                 )
-            layers[index] = KVLayer(self._eviction, ordinal, len(self._indices))
+            rotary = self._rotary[ordinal] if self._raw_keys else None
+            layers[index] = KVLayer(self._eviction, ordinal, len(self._indices), self._selection, rotary)
             if plain.get_seq_length():
                 self._adopt(layers[index], plain, mask, batch, count)
         return layers
@@ -406,7 +419,8 @@ def _watched(handle: Handle, model: Any) -> Callable[..., Any]:
         with handle._lock:
             handle._busy += 1
         try:
-            return generate(reference(), *args, **kwargs)
+            with expecting(handle._new_tokens(reference(), args, kwargs)):
+                return generate(reference(), *args, **kwargs)
         finally:
             with handle._lock:
                 handle._busy -= 1

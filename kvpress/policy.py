@@ -1,11 +1,13 @@
 """What a policy is: a frozen dataclass of hyper-parameters and pure functions from tensors to scores.
 
-A policy plays a *role*. This version has one: eviction, which says what a cache layer keeps. A policy without a role
-(`Full`) leaves everything exact. The runtime owns all state: it lives with the cache, never on the policy.
+A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it is read. Policies of different
+roles can act together; a policy without a role (`Full`) leaves everything exact. The runtime owns all state: it lives with
+the cache, never on the policy.
 """
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import PolicyError
+from kvpress.kernels.attention_mass import Perturbation
 
 Budget = float | int
 """A float in (0, 1] is a share of the prompt's length, an int is entries per layer and kv head."""
@@ -82,11 +85,89 @@ class Entries:
         candidates: bool [batch, kv_heads, n], the entries that compete for what `Quota.recent` leaves over.
         mass: float32 [batch, kv_heads, n], the attention that each entry got from the rows that the policy observes,
             summed over the group; None when it observes none.
+        last_rows: float32 [batch, kv_heads, n], for a policy that observes every row and has an `observed_window` too:
+            what the last rows alone gave; else None.
+        tokens: int [batch], real tokens seen of each sequence; the runtime always says it.
     """
 
     positions: Tensor
     candidates: Tensor
     mass: Tensor | None
+    last_rows: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Merging:
+    """Entries that are about to be dropped, and those that stay and may take them in.
+
+    Attributes:
+        entries: all slots in use.
+        keys, values: [batch, kv_heads, n, head_dim] of the same slots.
+        centres: int64 [batch, kv_heads, k], slots that stay.
+        is_centre: bool [batch, kv_heads, k], False where there is none.
+        rest: int64 [batch, kv_heads, m], slots to be dropped.
+        is_rest: bool [batch, kv_heads, m], likewise.
+    """
+
+    entries: Entries
+    keys: Tensor
+    values: Tensor
+    centres: Tensor
+    is_centre: Tensor
+    rest: Tensor
+    is_rest: Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """One cache layer as a selection policy sees it, before its attention; this pass's entries are in it.
+
+    Attributes:
+        layer, layers: index among the layers that the policy acts on, and their number.
+        query: [batch, heads, rows, head_dim], rotated at its own positions.
+        keys: [batch, kv_heads, n, head_dim], views of the slots in use; not rotated if the policy has `raw_keys`.
+        positions: int32 [batch, kv_heads, n], -1 for an empty slot.
+        valid: bool [batch, kv_heads, n], or None when no slot is empty.
+        seen: int32 [batch], real tokens seen of each sequence, those of this pass included.
+        scale, softcap: how the model turns q.k into scores.
+        turn: (x [batch, heads, n, head_dim], shift [batch] or [batch, heads, n]) -> x rotated by so many positions; only for
+            a policy with `raw_keys`.
+        state: what the policy keeps for this layer from step to step. It lives with the cache and starts empty, also after
+            every prompt pass; a tensor must have the batch as its first dimension.
+        shared: what the policy hands from layer to layer in one pass; empty at the first layer.
+        rows: which sequences of the batch these are.
+    """
+
+    layer: int
+    layers: int
+    query: Tensor
+    keys: Tensor
+    positions: Tensor
+    valid: Tensor | None
+    seen: Tensor
+    scale: float
+    softcap: float | None
+    turn: Callable[[Tensor, Tensor], Tensor] | None
+    state: dict[str, Any]
+    shared: dict[str, Any]
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What a step reads of one layer.
+
+    Attributes:
+        index: int64 [batch, kv_heads, k], slots, each at most once per kv head; None to read everything.
+        member: bool [batch, kv_heads or heads, k], False where a kv head has fewer than k, or where a query head of the
+            group does not read the slot; None when all are read by all.
+        scanned: entries (K and V) per kv head and step whose worth of memory was read to choose, for the report.
+    """
+
+    index: Tensor | None = None
+    member: Tensor | None = None
+    scanned: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +179,19 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     paper: ClassVar[str] = ""
     takes_budget: ClassVar[bool] = False
     role: ClassVar[str | None] = None
+
+    @property
+    def raw_keys(self) -> bool:
+        """Whether keys are stored without their rotation, and attention sees what it reads at positions 0 .. m-1."""
+        return False
+
+    @property
+    def moves_positions(self) -> bool:
+        """Whether attention sees entries at other positions than their own, so that the model's rotation must be known."""
+        return self.raw_keys
+
+    def check_company(self, others: "Sequence[Policy]") -> None:  # noqa: B027 (most policies have nothing against company)
+        """Raise `PolicyError` if the policy cannot act on one model together with the others, which play other roles."""
 
     @classmethod
     def parameters(cls) -> list[Field[Any]]:
@@ -136,7 +230,9 @@ class EvictionPolicy(Policy):
     """Whose attention mass `Entries.mass` holds: no row's, every row's since the entry came in (accumulated over passes),
     or that of the last `observed_window` rows of the prompt pass."""
     drops_in_decode: ClassVar[bool] = True
-    """Whether every decode step evicts too, or the cache grows by one entry a step."""
+    """Whether decode evicts too, or the cache grows by one entry a step."""
+    merges: ClassVar[bool] = False
+    """Whether what is dropped may be merged into what stays, by `assign`."""
 
     evict: Literal["each_pass", "after_prompt"] = "each_pass"
 
@@ -145,13 +241,42 @@ class EvictionPolicy(Policy):
 
     @property
     def observed_window(self) -> int:
-        """Rows observed by a policy that observes a "window"."""
+        """Rows observed by a policy that observes a "window"; with "every row", rows that `Entries.last_rows` sums."""
         return 0
+
+    @property
+    def forgetting(self) -> float:
+        """With "every row": factor in [0, 1] on what was accumulated, for every row that comes after it."""
+        return 1.0
+
+    def perturbation(self, step: int, new_tokens: int | None, layer: int) -> Perturbation | None:
+        """With "every row": noise and temperature of the observed softmax; None for the attention's own.
+
+        Args:
+            step: decode steps since the latest prompt pass, 0 in the pass itself.
+            new_tokens: how many tokens `generate` was asked for, if it is known.
+            layer: index of the layer.
+        """
+        return None
+
+    @property
+    def evict_every(self) -> int:
+        """Decode steps between evictions: an entry too many is tolerated until there are so many."""
+        return 1
+
+    @property
+    def row_by_row(self) -> bool:
+        """Whether the rows of a prompt are attended and evicted one after the other, as decode steps are."""
+        return False
 
     @property
     def reindexed_sinks(self) -> int:
         """Number of first positions that are attended as if they stood right before the kept recent ones; 0 for none."""
         return 0
+
+    @property
+    def moves_positions(self) -> bool:
+        return self.raw_keys or self.reindexed_sinks > 0
 
     @abstractmethod
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
@@ -166,6 +291,44 @@ class EvictionPolicy(Policy):
     @abstractmethod
     def score(self, entries: Entries) -> Tensor:
         """Score each entry, float [batch, kv_heads, n]; only the values at `entries.candidates` count."""
+
+    def assign(self, merging: Merging) -> tuple[Tensor, Tensor]:
+        """Where each dropped entry goes, for a policy that `merges`.
+
+        Returns:
+            int64 [batch, kv_heads, m], index into `merging.centres`, or -1 for nowhere; and float32
+            [batch, kv_heads, n], the weight of every slot in its merge.
+        """
+        raise AssertionError(f"{type(self).__name__} merges and does not say where")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectionPolicy(Policy):
+    """A policy that keeps everything and says, layer by layer, what a decode step reads."""
+
+    kind: ClassVar[str] = "selecting"
+    role: ClassVar[str | None] = "selection"
+
+    observes_reads: ClassVar[bool] = False
+    """Whether `after_read` wants the attention weights."""
+
+    @property
+    def prompt_chunk(self) -> int | None:
+        """Rows of a prompt that select together; None leaves the prompt's attention exact."""
+        return None
+
+    def check_layers(self, layers: int) -> None:
+        """Raise `PolicyError` if the policy cannot act on a model with so many attention layers."""
+
+    @abstractmethod
+    def select(self, view: View) -> Selected:
+        """What is read in this layer now: in a decode step, or for a chunk of a prompt (see `prompt_chunk`).
+
+        A selection for a chunk ends with the chunk's own rows, in order.
+        """
+
+    def after_read(self, view: View, selected: Selected, mass: Tensor) -> None:
+        """See the weights of a decode step, float32 [batch, kv_heads, k] (all slots in use if all were read)."""
 
 
 def pool_scores(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:

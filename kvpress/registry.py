@@ -71,7 +71,7 @@ def make_policies(spec: PolicySpec) -> list[Policy]:
     """One policy, or a list of policies that play different roles.
 
     Raises:
-        PolicyError: as `make_policy`; also for an empty list, or two policies of the same role.
+        PolicyError: as `make_policy`; also for an empty list, two policies of the same role, or two that cannot act together.
     """
     if isinstance(spec, Sequence) and not isinstance(spec, str):
         if not spec:
@@ -87,6 +87,8 @@ def make_policies(spec: PolicySpec) -> list[Policy]:
             )
         if policy.role is not None:
             taken[policy.role] = policy
+    for policy in policies:
+        policy.check_company([other for other in policies if other is not policy])
     return policies
 
 

@@ -108,7 +108,7 @@ def kept(cache: Any, row: int = 0) -> list[list[list[int]]]:
 
 def expect(model: Any, case: Case, passes: list[list[int]]) -> list[Any]:
     """What the oracle says of one sequence alone: logits and kept positions after each pass."""
-    return Oracle(model, case.oracle).run(passes)
+    return getattr(case.oracle, "runner", Oracle)(model, case.oracle).run(passes)
 
 
 def check(steps: list[Any], logits: list[torch.Tensor], cache: Any = None, row: int = 0) -> None:

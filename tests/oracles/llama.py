@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from oracles.policies import column_sums, rope_positions
+from oracles.policies import rope_positions
 
 
 @dataclass
@@ -92,15 +92,16 @@ class Oracle:
 
             hidden = self.weights["model.embed_tokens.weight"][tokens]
             for layer in range(config.num_hidden_layers):
+                self.layer, self.prompt_seen = layer, prompt_seen
                 hidden = self.block(layer, hidden, positions, decode)
                 if evicts:
-                    self.evict(layer, prompt_seen)
+                    self.evict(layer, prompt_seen, decode)
             hidden = rms_norm(hidden, self.weights["model.norm.weight"], config.rms_norm_eps)
             kept = [[[entry.position for entry in head.entries] for head in layer] for layer in self.heads]
             steps.append(Step(linear(self.weights, "lm_head", hidden).float(), kept))
         return steps
 
-    def evict(self, layer, prompt_seen):
+    def evict(self, layer, prompt_seen, decode=False):
         """Let every kv head of a layer keep what the policy says, and forget its query rows."""
         for head in self.heads[layer]:
             kept = set(self.policy.keep(head.entries, head.rows, prompt_seen))
@@ -118,42 +119,63 @@ class Oracle:
         return hidden + linear(weights, f"{name}.mlp.down_proj", gate * torch.sigmoid(gate) * up)
 
     def attention(self, layer, x, positions, decode):
-        """Append this pass's tokens, attend causally to all that is held. x [q, hidden] -> [q, hidden]."""
+        """Append this pass's tokens, attend causally to what is held. x [q, hidden] -> [q, hidden]."""
         config, name = self.config, f"model.layers.{layer}.self_attn"
-        group = config.num_attention_heads // config.num_key_value_heads
         tokens = len(positions)
         queries = linear(self.weights, f"{name}.q_proj", x).view(tokens, -1, config.head_dim)
         keys = linear(self.weights, f"{name}.k_proj", x).view(tokens, -1, config.head_dim)
         values = linear(self.weights, f"{name}.v_proj", x).view(tokens, -1, config.head_dim)
         output = torch.zeros_like(queries)
-
-        for kv_head, head in enumerate(self.heads[layer]):
-            held = len(head.entries)
-            for row, position in enumerate(positions):
-                head.entries.append(Entry(position, keys[row, kv_head], values[row, kv_head]))
-            # A query is rotated where its own token's key is: entry held + row.
-            places = rope_positions([entry.position for entry in head.entries], self.policy.rope)
-            rotated = torch.stack(
-                [rotate(entry.key, place, self.theta) for entry, place in zip(head.entries, places, strict=True)]
-            )
-            value = torch.stack([entry.value for entry in head.entries])
-
-            rows = []
-            for row in range(tokens):
-                visible = held + row + 1
-                mass = {entry.position: 0.0 for entry in head.entries[:visible]}
-                for query_head in range(kv_head * group, (kv_head + 1) * group):
-                    query = rotate(queries[row, query_head], places[held + row], self.theta)
-                    logits = rotated[:visible] @ query / config.head_dim**0.5
-                    probabilities = torch.softmax(logits, dim=0)
-                    output[row, query_head] = probabilities @ value[:visible]
-                    for entry, probability in zip(head.entries[:visible], probabilities.tolist(), strict=True):
-                        mass[entry.position] += probability
-                rows.append(mass)
-
-            received = column_sums(rows)
-            for entry in head.entries:
-                entry.score += received[entry.position]
-            if not decode:
-                head.rows += rows
+        one_by_one = self.row_by_row and not decode
+        for rows in [[row] for row in range(tokens)] if one_by_one else [list(range(tokens))]:
+            for kv_head, head in enumerate(self.heads[layer]):
+                head.entries += [Entry(positions[row], keys[row, kv_head], values[row, kv_head]) for row in rows]
+            for row in rows:
+                output[row] = self.row(layer, queries, row, positions, decode)
+            if one_by_one:
+                self.evict(layer, self.prompt_seen, decode=True)
         return linear(self.weights, f"{name}.o_proj", output.flatten(1))
+
+    row_by_row = False  # whether a prompt's rows are attended and evicted one after the other
+
+    def row(self, layer, queries, row, positions, decode):
+        """One query row of all heads over what it reads. queries [q, H, d], not rotated -> [H, d]."""
+        config = self.config
+        group = config.num_attention_heads // config.num_key_value_heads
+        output = torch.zeros_like(queries[row])
+        reads = self.reads(layer, queries, row, positions, decode)
+        for kv_head, head in enumerate(self.heads[layer]):
+            mass = {entry.position: 0.0 for entry in head.entries if entry.position <= positions[row]}
+            logits = []
+            for query_head in range(kv_head * group, (kv_head + 1) * group):
+                entries, places, place = reads[query_head]
+                query = rotate(queries[row, query_head], place, self.theta)
+                keys = torch.stack([rotate(e.key, at, self.theta) for e, at in zip(entries, places, strict=True)])
+                scores = keys @ query / config.head_dim**0.5
+                probabilities = torch.softmax(scores, dim=0)
+                output[query_head] = probabilities @ torch.stack([entry.value for entry in entries])
+                for entry, probability in zip(entries, probabilities.tolist(), strict=True):
+                    mass[entry.position] += probability
+                logits.append({e.position: score for e, score in zip(entries, scores.tolist(), strict=True)})
+            self.observe(layer, kv_head, positions[row], mass, logits, decode)
+        return output
+
+    def reads(self, layer, queries, row, positions, decode):
+        """For each query head: the entries it reads, where each is rotated, and where the query is."""
+        group = self.config.num_attention_heads // self.config.num_key_value_heads
+        reads = []
+        for head in self.heads[layer]:
+            # A query is rotated where its own token's key is.
+            places = rope_positions([entry.position for entry in head.entries], self.policy.rope)
+            visible = [i for i, entry in enumerate(head.entries) if entry.position <= positions[row]]
+            entries = [head.entries[i] for i in visible]
+            reads += [(entries, [places[i] for i in visible], places[visible[-1]])] * group
+        return reads
+
+    def observe(self, layer, kv_head, position, mass, logits, decode):
+        """See one row: `mass` {position: softmax weight summed over the group}, `logits` the same per query head."""
+        head = self.heads[layer][kv_head]
+        for entry in head.entries:
+            entry.score += mass.get(entry.position, 0.0)
+        if not decode:
+            head.rows.append(mass)

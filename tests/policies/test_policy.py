@@ -293,7 +293,7 @@ class TestSelection:
         layer.append(*torch.randn(2, 3, 1, 12, 4, generator=generator), tokens)
         if policy.observes == "every row":
             for b, length in enumerate(lengths):
-                layer.observe(mass[b : b + 1, :, :length], b)
+                layer.observe(mass[b : b + 1, :, :length], slice(b, b + 1))
         layer.close_prompt(tokens)
         for b, length in enumerate(lengths):
             alone = prompt(policy, length, mass[b : b + 1, :, :length] if policy.observes == "every row" else None)
@@ -400,6 +400,6 @@ class TestBrokenScores:
         score = policy.score(Entries(positions, candidates, mass))
         layer = KVLayer(policy, 0, 1)
         tokens = feed(layer, 5)
-        layer._observed_mass = lambda positions: mass
+        layer._observed = lambda: (mass, None)
         layer.close_prompt(tokens)
         assert kept(layer) == [1, 3, 4], f"scores {score.tolist()}"

@@ -90,7 +90,7 @@ def test_all_rows_without_pooling_are_column_sums():
     tokens = feed(layer, 9, batch=2, kv_heads=2)
     layer.keys[:, :, :9] = key
     layer.remember(query, tokens, Scores(0.5))
-    torch.testing.assert_close(layer._observed_mass(layer.positions), mass.float())
+    torch.testing.assert_close(layer._observed()[0], mass.float())
     torch.testing.assert_close(mass.sum(-1), torch.full((2, 2), 9 * 3.0, dtype=torch.float64))
 
 

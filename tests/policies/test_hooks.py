@@ -1,0 +1,128 @@
+"""Policies that exist for these tests only, one for each hook of the interface that few policies use."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers import DynamicCache
+
+import kvpress
+from kvpress.policy import EvictionPolicy, Quota, Selected, SelectionPolicy, View
+from matrix import prompt, sharp_llama
+
+
+@dataclass(frozen=True, kw_only=True)
+class Newest(EvictionPolicy):
+    """Keeps the newest."""
+
+    total: int = 6
+    every: int = 1
+    rows: bool = False
+    raw: bool = False
+
+    @property
+    def evict_every(self):
+        return self.every
+
+    @property
+    def row_by_row(self):
+        return self.rows
+
+    @property
+    def raw_keys(self):
+        return self.raw
+
+    def quota(self, tokens, layer, layers):
+        return Quota(self.total, self.total)
+
+    def score(self, entries):
+        return entries.positions.float()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadAll(SelectionPolicy):
+    """Selects every slot by its index."""
+
+    raw: bool = False
+    chunk: int | None = None
+
+    @property
+    def raw_keys(self):
+        return self.raw
+
+    @property
+    def prompt_chunk(self):
+        return self.chunk
+
+    def select(self, view: View) -> Selected:
+        n = view.keys.shape[2]
+        return Selected(torch.arange(n).expand(*view.positions.shape[:2], n), view.valid)
+
+
+@torch.no_grad()
+def logits(model, policy, passes, mask=None):
+    cache = DynamicCache(config=model.config)
+    with kvpress.patch(model, policy):
+        found = [
+            model(
+                torch.tensor(ids), past_key_values=cache, attention_mask=None if mask is None else mask[:, :stop]
+            ).logits
+            for ids, stop in passes
+        ]
+    return found, cache
+
+
+def conversation(rows=1):
+    stop, passes = 0, []
+    for count, seed in ((17, 0), (1, 1), (1, 2), (5, 3), (1, 4)):
+        stop += count
+        passes.append(([prompt(count, seed + 10 * row) for row in range(rows)], stop))
+    return passes
+
+
+def test_selecting_everything_is_full():
+    """By index, with unrotated keys, with prompts in chunks: all the same as reading everything, padded too."""
+    model = sharp_llama()
+    mask = torch.ones(3, 25, dtype=torch.long)
+    mask[0, :9], mask[1, :2] = 0, 0
+    for passes, padding in ((conversation(), None), (conversation(3), mask)):
+        expected, _ = logits(model, "full", passes, padding)
+        for policy in (ReadAll(), ReadAll(raw=True), ReadAll(chunk=4), ReadAll(raw=True, chunk=3)):
+            found, _ = logits(model, policy, passes, padding)
+            for a, b in zip(found, expected, strict=True):
+                torch.testing.assert_close(a[:, -1], b[:, -1], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_one_by_one_are_decode_steps():
+    """A prompt that is evicted row by row is the same as its tokens fed one at a time."""
+    model, text = sharp_llama(), prompt(20)
+    found, cache = logits(model, Newest(rows=True), [([text], 20)])
+    single, other = logits(model, Newest(), [([[token]], at + 1) for at, token in enumerate(text)])
+    for at in range(20):
+        torch.testing.assert_close(found[0][:, at], single[at][:, 0], atol=1e-5, rtol=1e-4)
+    assert [sorted(x.positions.flatten().tolist()) for x in cache.layers] == [
+        sorted(x.positions.flatten().tolist()) for x in other.layers
+    ]
+
+
+def test_raw_keys_slide_like_a_window():
+    """With the newest only, consecutive places are the same distances as the original ones."""
+    model = sharp_llama()
+    expected, _ = logits(model, Newest(), conversation())
+    found, _ = logits(model, Newest(raw=True), conversation())
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_evicting_every_few_steps():
+    """Between evictions entries are tolerated; then as many leave as came."""
+    model, counts = sharp_llama(), []
+    cache = DynamicCache(config=model.config)
+    with kvpress.patch(model, Newest(every=3)), torch.no_grad():
+        for ids in ([prompt(17)], *([[token]] for token in range(5, 13))):
+            model(torch.tensor(ids), past_key_values=cache)
+            counts.append((cache.layers[0].positions >= 0).sum(-1).flatten().tolist())
+            held = sorted(at for at in cache.layers[1].positions[0, 0].tolist() if at >= 0)
+            seen = cache.get_seq_length()
+            assert held == list(range(seen - len(held), seen))
+    assert [count[0] for count in counts] == [6, 7, 8, 6, 7, 8, 6, 7, 8]
+    assert all(a == b for a, b in counts)
