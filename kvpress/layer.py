@@ -219,8 +219,8 @@ class KVLayer(Slots):
             if not self.ordered:
                 newest_last = torch.where(positions < 0, torch.iinfo(torch.int32).max, positions)
                 order = newest_last.argsort(dim=-1, stable=True)
-                positions, mass, last = (x if x is None else x.gather(2, order) for x in (positions, mass, last))
-            assert positions is not None
+                positions = positions.gather(2, order)
+                mass, last = (x if x is None else x.gather(2, order) for x in (mass, last))
             width = min(self.largest, self.length)
             priority = self._priority(positions, mass, last)
             index, chosen = topk_select(priority, self.totals[:, None], width)

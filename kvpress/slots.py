@@ -241,7 +241,7 @@ class Slots(CacheLayerMixin):
 
     def _holders(self) -> list[dict[str, Any]]:
         """The mappings that hold tensors with the batch as first dimension."""
-        return [vars(self), self.stats, self.state]
+        return [self.__dict__, self.stats, self.state]
 
     def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
