@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvpress.patching import Handle, patch, unpatch
     from kvpress.policy import EvictionPolicy, Policy
     from kvpress.registry import available, make_policy
+    from kvpress.sharing import SharedPrompt, record_prompt
 
 __version__ = "0.1.0"
 
@@ -31,10 +32,12 @@ _HOMES = {
     "Handle": "kvpress.patching",
     "Policy": "kvpress.policy",
     "PolicyError": "kvpress.errors",
+    "SharedPrompt": "kvpress.sharing",
     "UnsupportedModelError": "kvpress.errors",
     "available": "kvpress.registry",
     "make_policy": "kvpress.registry",
     "patch": "kvpress.patching",
+    "record_prompt": "kvpress.sharing",
     "unpatch": "kvpress.patching",
 }
 
@@ -43,10 +46,12 @@ __all__ = [
     "Handle",
     "Policy",
     "PolicyError",
+    "SharedPrompt",
     "UnsupportedModelError",
     "available",
     "make_policy",
     "patch",
+    "record_prompt",
     "unpatch",
 ]
 

@@ -155,12 +155,9 @@ def _prompt(
                 output[only, :, columns] = _attend_rows(
                     layer, query[only, :, columns], scores, current, past, only, stop
                 )
-    if layer.policy is not None:
-        if layer.policy.observes == "every row" and not layer.fused_mass:
-            layer.observe_rows(query, tokens, scores, current.new_tokens, past)
-        if layer.policy.observes == "window":
-            layer.remember(query, tokens, scores)
-        layer.close_prompt(tokens)
+    if current.record is not None:
+        current.record.append((tokens, query, key, value, scores))
+    layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.fused_mass)
     return output
 
 

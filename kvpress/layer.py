@@ -194,6 +194,18 @@ class KVLayer(Slots):
         self.recents = torch.tensor([quota.recent for quota in quotas], dtype=torch.int32, device=device)
         self.steps = 0
 
+    def finish_prompt(
+        self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int, mass_known: bool
+    ) -> None:
+        """After a prompt pass was attended: observe what the policy asks for (but the mass, if it is known), and evict."""
+        if self.policy is None:
+            return
+        if self.policy.observes == "every row" and not mass_known:
+            self.observe_rows(query, tokens, scores, new_tokens, past)
+        if self.policy.observes == "window":
+            self.remember(query, tokens, scores)
+        self.close_prompt(tokens)
+
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
         assert self.policy is not None

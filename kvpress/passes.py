@@ -100,6 +100,7 @@ class Pass:
         prompt: whether it is a prompt pass (several tokens, or the first of a cache) or a decode step.
         new_tokens: how many tokens the `generate` that runs was asked for, if one runs and that is known.
         shared: what a selection policy hands from layer to layer.
+        record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
     """
 
     modules: dict[int, int]
@@ -109,6 +110,7 @@ class Pass:
     prompt: bool
     new_tokens: int | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    record: list[Any] | None = None
 
     def holds(self, layer: "KVLayer") -> bool:
         """Whether the layer belongs to the cache of this pass."""
@@ -122,6 +124,21 @@ def active_pass() -> Pass | None:
     """The pass in progress on this thread, if any."""
     stack: list[Pass] = getattr(_thread, "passes", [])
     return stack[-1] if stack else None
+
+
+def current_record() -> list[Any] | None:
+    """Where prompt passes on this thread are recorded, within `recording`."""
+    return getattr(_thread, "record", None)
+
+
+@contextmanager
+def recording() -> Iterator[list[Any]]:
+    """Within the block a prompt pass leaves its tokens, queries, keys and values, layer by layer, in the list given out."""
+    before, _thread.record = current_record(), []
+    try:
+        yield _thread.record
+    finally:
+        _thread.record = before
 
 
 def expected_tokens() -> int | None:

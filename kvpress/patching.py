@@ -1,11 +1,12 @@
 """Put policies on a loaded model with one call, and take them off without a trace."""
 
+import copy
 import functools
 import inspect
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,12 +16,25 @@ from transformers.cache_utils import DynamicLayer
 from kvpress.attention import NAME, originals, register
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.layer import Facts, KVLayer
-from kvpress.passes import Pass, Tokens, enter_pass, expected_tokens, expecting, leave_pass, masked_tokens, plain_tokens
+from kvpress.passes import (
+    Pass,
+    Tokens,
+    current_record,
+    enter_pass,
+    expected_tokens,
+    expecting,
+    leave_pass,
+    masked_tokens,
+    plain_tokens,
+)
 from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary, find_rotary
 from kvpress.support import check_cache, find_attention, find_decoder
+
+if TYPE_CHECKING:
+    from kvpress.sharing import SharedPrompt
 
 _handles: "weakref.WeakKeyDictionary[Any, Handle]" = weakref.WeakKeyDictionary()
 _handles_lock = threading.Lock()
@@ -226,6 +240,38 @@ class Handle:
         number = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
         return number if isinstance(number, int) else None
 
+    def adopt_prompt(self, prompt: "SharedPrompt") -> DynamicCache:
+        """A cache as this handle's policies leave it after a prompt, made from one that was recorded.
+
+        Args:
+            prompt: what `kvpress.record_prompt` gave for the same model.
+
+        Raises:
+            PolicyError: a policy changes the prompt's own attention, so that its prompt cannot be shared.
+        """
+        if not self.shares_prompts:
+            raise PolicyError(
+                f"{self.describe()} does not leave the attention of a prompt exact, so that its prompt cannot be shared; run it"
+            )
+        decoder = self._decoder()
+        cache = copy.deepcopy(prompt.others)
+        layers = self._layers(decoder, cache, None, len(prompt.tokens.seen_tensor), prompt.tokens.count)
+        for ordinal, index in enumerate(self._indices):
+            query, key, value, scores = prompt.layers[ordinal]
+            layers[index].append(key, value, prompt.tokens)
+            layers[index].finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=False)
+        cache.layers[:] = layers
+        cache.layer_class_to_replicate = None
+        self._watch(cache, layers)
+        return cache
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the policies leave the attention of a prompt exact, so that one pass can serve several handles."""
+        row_by_row = self._eviction is not None and self._eviction.row_by_row
+        in_chunks = self._selection is not None and self._selection.prompt_chunk is not None
+        return not row_by_row and not in_chunks
+
     # ------------------------------------------------------------------ around a forward pass
 
     def _before_pass(
@@ -248,15 +294,21 @@ class Handle:
             tokens = self._tokens(batch, count, mask, inputs.device, layers[self._indices[0]])
             acted = [layers[index] for index in self._indices]
             prompt = count > 1 or acted[0].facts.seen == 0
-            current = Pass(self._modules, self._rotary, tokens, acted, prompt, expected_tokens())
+            current = Pass(
+                self._modules, self._rotary, tokens, acted, prompt, expected_tokens(), record=current_record()
+            )
             cache.layers[:] = layers  # only now that nothing can be refused any more
             cache.layer_class_to_replicate = None
-            self._facts = {index: layers[index].facts for index in self._indices}
-            self._cache = weakref.ref(cache)
+            self._watch(cache, layers)
         with self._lock:
             self._busy += 1
         enter_pass(current)
         return (), kwargs
+
+    def _watch(self, cache: Any, layers: list[Any]) -> None:
+        """Report on this cache from now on."""
+        self._facts = {index: layers[index].facts for index in self._indices}
+        self._cache = weakref.ref(cache)
 
     def _after_pass(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
         if not leave_pass(self._modules):
@@ -346,6 +398,10 @@ class Handle:
                 )
             before = known
         return masked_tokens(mask[:, -count:], before, before_tensor, prompt)
+
+    def new_layers(self, cache: DynamicCache) -> list[Any]:
+        """The layers that an empty cache of this model gets: ours where the policies act, its own elsewhere."""
+        return self._layers(self._decoder(), cache, None, 0, 0)
 
     def _layers(self, decoder: Any, cache: Any, mask: Tensor | None, batch: int, count: int) -> list[Any]:
         """The cache's layers, with ours in the place of the plain ones that the policies act on."""

@@ -53,6 +53,22 @@ def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
         raise PolicyError(f"{name}={value!r} does not work; choose one of {', '.join(map(repr, choices))}")
 
 
+def check_room(budget: Budget, protected: int, name: str) -> None:
+    """Raise `PolicyError` unless an int `budget` is larger than the newest entries that the field `name` protects."""
+    if isinstance(budget, int) and budget <= protected:
+        raise PolicyError(
+            f"budget={budget} has no room beside {name}={protected}; give a budget above {protected} or a smaller {name}"
+        )
+
+
+def check_pooling(kernel_size: Any, pooling: Any) -> None:
+    """Raise `PolicyError` unless `pool_scores` can pool so."""
+    check_count(kernel_size, "kernel_size", 1)
+    check_choice(pooling, "pooling", ("avg", "max"))
+    if kernel_size % 2 == 0:
+        raise PolicyError(f"kernel_size={kernel_size} is even; give an odd width, as {kernel_size + 1}")
+
+
 def entries_for(budget: Budget, tokens: int) -> int:
     """Entries that a budget allows for a prompt of `tokens` real tokens; a share is rounded down."""
     if isinstance(budget, int):
@@ -179,6 +195,17 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     paper: ClassVar[str] = ""
     takes_budget: ClassVar[bool] = False
     role: ClassVar[str | None] = None
+
+    @classmethod
+    def at_budget(cls, budget: Budget, **fields: Any) -> "Policy":
+        """The policy that keeps (or, if it selects, reads) `budget` entries, an int or a share of the prompt.
+
+        Raises:
+            PolicyError: the budget does not work, or the policy takes none.
+        """
+        if not cls.takes_budget:
+            raise PolicyError(f"{cls.name} takes no budget; leave budget={budget!r} out")
+        return cls(budget=budget, **fields)  # type: ignore[call-arg]
 
     @property
     def raw_keys(self) -> bool:
@@ -345,3 +372,11 @@ def pool_scores(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
     if pooling == "avg":
         return torch.nn.functional.avg_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
     return torch.nn.functional.max_pool1d(scores, kernel_size, stride=1, padding=kernel_size // 2)
+
+
+def pooled_mass(entries: Entries, kernel_size: int, pooling: str) -> Tensor:
+    """The observed attention mass, pooled over the candidates in position order, [batch, kv_heads, n]."""
+    assert entries.mass is not None
+    # Candidates come first in position order, so what is filled in behind them acts as the pooling's padding.
+    outside = 0.0 if pooling == "avg" else float("-inf")
+    return pool_scores(entries.mass.masked_fill(~entries.candidates, outside), kernel_size, pooling)

@@ -19,9 +19,9 @@ class Record:
         cache_bytes: bytes that the cache held when the answer was finished.
         plain_bytes: the same for unpatched transformers on the same prompt.
         read_share: share of the seen entries that a decode step read.
-        prompt_seconds, plain_prompt_seconds: the prompt pass, patched and unpatched.
+        prompt_seconds, plain_prompt_seconds: the prompt pass, patched and unpatched; nan where nothing was timed.
         step_ms, plain_step_ms: milliseconds per decode step in each timed block, the two taken in turns; empty where
-            steps were not timed.
+            nothing was timed.
     """
 
     arm: str
@@ -50,7 +50,7 @@ class Summary:
         low, high: the 95 % Wilson interval of the accuracy found / prompts.
         cache_bytes: mean over the prompts.
         share_of_full: bytes held over the bytes that unpatched transformers held on the same prompts.
-        prompt_seconds, prompt_ratio: median prompt pass at the longest length, and median ratio to unpatched.
+        prompt_seconds, prompt_ratio: median prompt pass of the timed prompts, and median ratio to unpatched.
         step_ms, step_ratio: median decode step there, and median over the blocks of the ratio to the unpatched block
             beside it; nan when nothing was timed.
     """
@@ -96,8 +96,8 @@ def summarise(records: Iterable[Record]) -> list[Summary]:
 
 def _summary(records: list[Record]) -> Summary:
     found = sum(record.found for record in records)
-    longest = [record for record in records if record.length == max(r.length for r in records)]
-    steps = [(ms, plain) for r in longest for ms, plain in zip(r.step_ms, r.plain_step_ms, strict=True)]
+    timed = [record for record in records if record.step_ms]
+    steps = [(ms, plain) for r in timed for ms, plain in zip(r.step_ms, r.plain_step_ms, strict=True)]
     return Summary(
         records[0].arm,
         records[0].policy,
@@ -108,21 +108,26 @@ def _summary(records: list[Record]) -> Summary:
         cache_bytes=fmean(r.cache_bytes for r in records),
         share_of_full=sum(r.cache_bytes for r in records) / sum(r.plain_bytes for r in records),
         read_share=fmean(r.read_share for r in records),
-        prompt_seconds=median(r.prompt_seconds for r in longest),
-        prompt_ratio=median(r.prompt_seconds / r.plain_prompt_seconds for r in longest),
+        prompt_seconds=median(r.prompt_seconds for r in timed) if timed else math.nan,
+        prompt_ratio=median(r.prompt_seconds / r.plain_prompt_seconds for r in timed) if timed else math.nan,
         step_ms=median(ms for ms, _ in steps) if steps else math.nan,
         step_ratio=median(ms / plain for ms, plain in steps) if steps else math.nan,
     )
+
+
+def _without_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: what was not measured is null."""
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values.items()}
 
 
 def write_results(folder: Path, setting: dict[str, Any], records: list[Record], summaries: list[Summary]) -> None:
     """Write results.json (setting, summaries, every record) and results.csv (the summaries) into `folder`."""
     content = {
         "setting": setting,
-        "summary": [asdict(s) for s in summaries],
-        "records": [asdict(r) for r in records],
+        "summary": [_without_nan(asdict(s)) for s in summaries],
+        "records": [_without_nan(asdict(r)) for r in records],
     }
-    (folder / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    (folder / "results.json").write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
     with (folder / "results.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(Summary)])
         writer.writeheader()

@@ -91,7 +91,7 @@ def run_demo(
         console.print(f"{plan.minutes:g} minutes allow {done} of {len(needles)} prompts; --minutes 0 runs all")
 
     summaries = summarise(records)
-    console.print(results_table(summaries, max(plan.lengths)))
+    console.print(results_table(summaries, needles[0].length))
     setting |= {"plan": asdict(plan), "query_aware": True, "seconds": time.perf_counter() - started}
     write_results(out, setting | {"peak_memory_bytes": peak_memory()}, records, summaries)
     title = f"{name}, {setting['dtype']}, needle in a haystack, {done} prompts"
@@ -131,10 +131,9 @@ def patchable(model: "PreTrainedModel", arms: Sequence[Arm], plan: Plan, console
 
 
 def answer_all(comparison: Comparison, needles: Sequence[Needle], minutes: float, console: Console) -> list[Record]:
-    """Answer the needles in order until the time is up; steps are timed at the longest length."""
+    """Answer the needles in order until the time is up; the first one, of the longest length, is timed."""
     records: list[Record] = []
     per_token = 0.0  # seconds of the last prompt per token of its length
-    longest = max(needle.length for needle in needles)
     deadline = time.perf_counter() + 60 * minutes if minutes else float("inf")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -145,7 +144,7 @@ def answer_all(comparison: Comparison, needles: Sequence[Needle], minutes: float
                 break
             where = f"{needle.length} tokens, needle at {needle.depth:.0%}"
             progress.update(task, description=where)
-            for record in comparison.run(needle, timed=needle.length == longest):
+            for record in comparison.run(needle, timed=needle is needles[0]):
                 records.append(record)
                 progress.update(task, advance=1, description=f"{where}, {record.arm}")
             per_token = (time.perf_counter() - began) / needle.length

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -48,27 +49,28 @@ def make_arms(names: Sequence[str], budgets: Sequence[int | float]) -> list[Arm]
     """
     arms = [Arm(PLAIN)]
     for name in dict.fromkeys(["full", *names]):
-        policies = kvpress.available()
-        if name in policies and not policies[name].takes_budget:
-            arms.append(Arm(name, "", kvpress.make_policy(name)))
+        policy = type(kvpress.make_policy(name))
+        if policy.takes_budget:
+            arms += [Arm(name, str(budget), policy.at_budget(budget)) for budget in dict.fromkeys(budgets)]
         else:
-            arms += [
-                Arm(name, str(budget), kvpress.make_policy(name, budget=budget)) for budget in dict.fromkeys(budgets)
-            ]
+            arms.append(Arm(name, "", policy()))
     return arms
 
 
 class Answer:
     """Greedy decoding of one prompt over one cache."""
 
-    def __init__(self, model: "PreTrainedModel", input_ids: list[int]) -> None:
-        self.model = model
+    def __init__(self, model: "PreTrainedModel", cache: Any, first: torch.Tensor, seconds: float = math.nan) -> None:
+        self.model, self.cache, self.tokens, self.prompt_seconds = model, cache, [first], seconds
+
+    @classmethod
+    def begin(cls, model: "PreTrainedModel", input_ids: list[int]) -> "Answer":
+        """Run the prompt."""
         started = _now(model)
         ids = torch.tensor([input_ids], device=model.device)
         output = model(ids, use_cache=True, logits_to_keep=1)
-        self.cache: Any = output.past_key_values
-        self.tokens = [output.logits[:, -1:].argmax(-1)]
-        self.prompt_seconds = _now(model) - started
+        first = output.logits[:, -1:].argmax(-1)
+        return cls(model, output.past_key_values, first, _now(model) - started)
 
     def copy(self) -> "Answer":
         """The same prompt with a cache of its own."""
@@ -101,9 +103,12 @@ class Comparison:
         """One record per arm, as each is done.
 
         Args:
-            timed: also time the decode steps, in blocks that alternate with blocks of the twin's.
+            timed: every arm runs the prompt itself, and its decode steps are timed in blocks that alternate with blocks
+                of the twin's; otherwise one prompt pass serves all arms that leave it exact.
         """
-        prompt = Answer(self.twin, needle.input_ids)
+        prompt = Answer.begin(self.twin, needle.input_ids)
+        ids = torch.tensor([needle.input_ids], device=self.model.device)
+        shared = None if timed else kvpress.record_prompt(self.model, ids)
         plain = prompt.copy()
         (plain_ms,) = _blocks(plain)
         plain_bytes = sum(t.nbytes for layer in plain.cache.layers for t in (layer.keys, layer.values))
@@ -112,7 +117,11 @@ class Comparison:
                 answer, held, step_ms, beside_ms = plain, {"bytes": plain_bytes, "read_share": 1.0}, plain_ms, plain_ms
             else:
                 with kvpress.patch(self.model, arm.instance) as handle:
-                    answer = Answer(self.model, needle.input_ids)
+                    if shared is not None and handle.shares_prompts:
+                        first = shared.logits.argmax(-1, keepdim=True)
+                        answer = Answer(self.model, handle.adopt_prompt(shared), first)
+                    else:
+                        answer = Answer.begin(self.model, needle.input_ids)
                     step_ms, beside_ms = _blocks(answer, prompt.copy()) if timed else (*_blocks(answer), ())
                     held = handle.report().to_dict()
             text = answer.text(self.tokenizer)
@@ -129,7 +138,7 @@ class Comparison:
                 cache_bytes=held["bytes"],
                 plain_bytes=plain_bytes,
                 read_share=held["read_share"],
-                prompt_seconds=answer.prompt_seconds,
+                prompt_seconds=answer.prompt_seconds if timed else math.nan,
                 plain_prompt_seconds=prompt.prompt_seconds,
                 step_ms=step_ms if timed else (),
                 plain_step_ms=beside_ms if timed else (),

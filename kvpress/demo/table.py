@@ -44,8 +44,8 @@ def results_table(summaries: Sequence[Summary], longest: int) -> Table:
     table.caption = (
         "found: needles found, with the 95 % Wilson interval (the prompt that is compressed holds the question); "
         "cache, of full: bytes held after the answer, mean over the prompts, and their share of unpatched transformers'; "
-        f"read: share of entries that a step reads; prompt, token: medians at {longest} tokens; ratio: to unpatched "
-        "transformers in the same run, its decode steps taken in turns"
+        f"read: share of entries that a step reads; prompt, token: seconds and milliseconds at {longest} tokens; ratio: to "
+        "unpatched transformers in the same run, its decode steps taken in turns"
     )
     table.caption_justify = "left"
     return table

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 
 import pytest
 import torch
@@ -60,7 +61,8 @@ def test_figures_are_measured(model, tokenizer, tmp_path):
     assert 64 * per_token <= h2o.cache_bytes < 100 * per_token
     assert h2o.read_share < 0.2
     assert len(h2o.step_ms) == len(h2o.plain_step_ms) == 2
-    assert by_arm["h2o 64", 360].step_ms == ()  # timed at the longest length alone
+    assert by_arm["h2o 64", 360].step_ms == ()  # the first prompt alone is timed
+    assert math.isnan(by_arm["h2o 64", 360].prompt_seconds)
     assert by_arm["full", 360].answer == by_arm["transformers", 360].answer
 
 
@@ -73,9 +75,18 @@ def test_the_twin_shares_the_weights_and_stays_unpatched(model, tokenizer):
         assert torch.equal(comparison.twin(ids).logits, before)
 
 
+def test_a_shared_prompt_answers_as_one_of_its_own(model, tokenizer):
+    arms = make_arms(["h2o", "snapkv", "streaming_llm"], (0.3,))
+    comparison = Comparison(model, tokenizer, arms)
+    needle = Haystack(tokenizer).needle(360, 0.5, seed=0)
+    own, shared = (list(comparison.run(needle, timed)) for timed in (True, False))
+    assert [r.answer for r in own] == [r.answer for r in shared]
+    assert [r.cache_bytes for r in own] == [r.cache_bytes for r in shared]
+
+
 def test_answer_copies_decode_alike(model):
     with torch.inference_mode():
-        first = Answer(model, list(range(5, 60)))
+        first = Answer.begin(model, list(range(5, 60)))
         second = first.copy()
         first.extend(4)
         assert second.cache.get_seq_length() == 55
@@ -150,6 +161,6 @@ def test_smollm2_finds_a_needle():
     model, tokenizer = load_model("smollm2", device="cpu")
     needle = Haystack(tokenizer).needle(1000, 0.5, seed=0)
     with torch.inference_mode(), kvpress.patch(model, "full"):
-        answer = Answer(model, needle.input_ids)
+        answer = Answer.begin(model, needle.input_ids)
         answer.extend(ANSWER_STEPS)
     assert is_found(needle, answer.text(tokenizer))
