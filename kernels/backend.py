@@ -1,0 +1,38 @@
+"""Which implementation of an operation runs."""
+
+import importlib.util
+import os
+from functools import lru_cache
+from typing import Literal
+
+from torch import Tensor
+
+Backend = Literal["auto", "torch", "triton"]
+
+
+@lru_cache(maxsize=1)
+def triton_installed() -> bool:
+    """Whether Triton can be imported (it is optional, and there is none for Windows and macOS)."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def use_triton(backend: Backend, tensor: Tensor) -> bool:
+    """Whether the Triton kernel runs on this tensor: with "auto" if it is on a CUDA device and Triton is installed.
+
+    Raises:
+        ValueError: a backend that does not exist, or "triton" where it cannot run.
+    """
+    if backend == "auto":
+        return tensor.is_cuda and triton_installed()
+    if backend == "torch":
+        return False
+    if backend != "triton":
+        raise ValueError(f"backend={backend!r} does not exist; choose 'auto', 'torch' or 'triton'")
+    if not triton_installed():
+        raise ValueError("backend='triton' needs the package triton; install it, or use 'auto'")
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton' cannot run on a tensor on {tensor.device}; move it to CUDA, set TRITON_INTERPRET=1 before "
+            "Python starts (slow, for tests), or use 'auto'"
+        )
+    return True
