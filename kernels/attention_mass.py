@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvpress.kernels.backend import Backend, use_triton
 from kvpress.kernels.gumbel_noise import gumbel_noise, gumbel_noise_in_order
 
 # Scores of one tile of rows, in float32 numbers (16 MiB).
@@ -79,6 +80,8 @@ def attention_mass(
     sinks: Tensor | None = None,
     row_weights: Tensor | None = None,
     perturbation: Perturbation | None = None,
+    lse: Tensor | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """Softmax weight that each entry gets from the given rows, summed over the rows and over the group.
 
@@ -92,11 +95,33 @@ def attention_mass(
         row_weights: float32 [batch, rows], a factor on each row; None for 1.
         perturbation: noise and temperature on the scores; None for the attention's own softmax. The sinks, if any, are
             left as they are.
+        lse: float32 [batch, heads, rows], natural logarithm of the summed exp of each row's scores (with noise and
+            temperature) over what it sees, and of its sink; None to compute it here. `sinks` is not looked at with it.
+        backend: "triton" and "auto" on CUDA run the Triton kernels; they sum without atomics, so equal inputs give equal
+            results.
 
     Returns:
         float32 [batch, kv_heads, n]. Without `row_weights` it sums to (real rows) * group over the entries (less with
         sinks).
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
+    if use_triton(backend, query) and query.dtype != torch.float64:
+        from kvpress.kernels.gpu import attention_mass as gpu
+
+        return gpu.attention_mass(
+            query,
+            row_positions,
+            key,
+            positions,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            row_weights=row_weights,
+            perturbation=perturbation,
+            lse=lse,
+        )
     batch, heads, rows, head_dim = query.shape
     kv_heads, entries = key.shape[1], key.shape[2]
     group = heads // kv_heads
@@ -123,7 +148,10 @@ def attention_mass(
         else:
             hidden = (positions[:, :, None] > at[:, None, :, None]) | (positions[:, :, None] < 0)
             scores = scores.masked_fill_(hidden[:, :, None], lowest)
-        if sinks is not None:
+        if lse is not None:
+            row_lse = lse[:, :, start : start + count].reshape(batch, kv_heads, group, count, 1)
+            weights = scores.sub_(row_lse).exp_()
+        elif sinks is not None:
             column = sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, count, 1)
             weights = torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :seen]
         else:

@@ -5,6 +5,7 @@ import os
 from functools import lru_cache
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Backend = Literal["auto", "torch", "triton"]
@@ -36,3 +37,16 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
             "Python starts (slow, for tests), or use 'auto'"
         )
     return True
+
+
+@lru_cache(maxsize=1)
+def flash_attn_installed() -> bool:
+    """Whether flash-attn can be imported (it is optional)."""
+    return importlib.util.find_spec("flash_attn") is not None
+
+
+def use_flash_attn(query: Tensor, value: Tensor) -> bool:
+    """Whether flash-attn attends these tensors: on a CUDA device, in half precision, with heads that it knows."""
+    half = query.dtype in (torch.float16, torch.bfloat16) and query.dtype == value.dtype
+    same_width = query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
+    return query.is_cuda and half and same_width and flash_attn_installed()

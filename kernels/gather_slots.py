@@ -3,20 +3,30 @@
 import torch
 from torch import Tensor
 
+from kvpress.kernels.backend import Backend, use_triton
 
-def gather_slots(slots: Tensor, index: Tensor, capacity: int | None = None) -> Tensor:
+
+def gather_slots(slots: Tensor, index: Tensor, capacity: int | None = None, *, backend: Backend = "auto") -> Tensor:
     """Copy the indexed slots to the front of a fresh buffer.
 
     Args:
         slots: [batch, kv_heads, m] or [batch, kv_heads, m, head_dim]; only the slot dimension may be strided.
         index: int64 [batch, kv_heads, k] with values in [0, m).
         capacity: number of slots of the result, at least k (default k). Slots past k are uninitialised.
+        backend: "triton" and "auto" on CUDA run the Triton kernel.
 
     Returns:
         [batch, kv_heads, capacity, ...] of the dtype of `slots`.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
     batch, kv_heads, k = index.shape
     capacity = k if capacity is None else capacity
+    if use_triton(backend, slots):
+        from kvpress.kernels.gpu import gather_slots as gpu
+
+        return gpu.gather_slots(slots, index, capacity)
     trailing = slots.shape[3:]
     flat = slots.reshape(batch * kv_heads * slots.shape[2], *trailing) if slots.is_contiguous() else None
     result = slots.new_empty(batch, kv_heads, capacity, *trailing)

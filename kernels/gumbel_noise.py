@@ -18,9 +18,15 @@ TABLE = 1 << 18
 def gumbel_table(seed: int) -> Tensor:
     """The table of a seed, float32 [TABLE], mean 0.5772 and standard deviation 1.2825."""
     generator = torch.Generator().manual_seed(seed)
-    uniform = torch.rand(TABLE, dtype=torch.float64, generator=generator)
+    uniform = torch.rand(TABLE, dtype=torch.float64, generator=generator, device="cpu")
     tiny = torch.finfo(torch.float64).tiny
     return uniform.clamp_(min=tiny).log_().neg_().clamp_(min=tiny).log_().neg_().float()
+
+
+@lru_cache(maxsize=8)
+def gumbel_table_on(seed: int, device: torch.device) -> Tensor:
+    """The table on a device; kept there, because every layer of every step reads it."""
+    return gumbel_table(seed).to(device)
 
 
 def gumbel_noise(seed: int, layer: int, rows: Tensor, entries: Tensor, heads: int) -> Tensor:
@@ -37,21 +43,21 @@ def gumbel_noise(seed: int, layer: int, rows: Tensor, entries: Tensor, heads: in
         float32 [batch, heads, rows, n].
     """
     kv_heads = entries.shape[1]
-    offsets = _offsets(layer, rows, heads)
+    offsets = gumbel_offsets(layer, rows, heads)
     where = entries.long().repeat_interleave(heads // kv_heads, dim=1)[:, :, None] + offsets[..., None]
-    return gumbel_table(seed).to(entries.device)[where % TABLE]
+    return gumbel_table_on(seed, entries.device)[where % TABLE]
 
 
 def gumbel_noise_in_order(seed: int, layer: int, rows: Tensor, count: int, heads: int) -> Tensor:
     """`gumbel_noise` for the entries 0 .. count - 1, as copies of runs of the table."""
-    table = gumbel_table(seed).to(rows.device)
+    table = gumbel_table_on(seed, rows.device)
     extended = table.repeat(1 + -(-count // TABLE))
     runs = extended.unfold(0, count, 1) if count else extended.new_empty(TABLE, 0)
-    offsets = _offsets(layer, rows, heads)
+    offsets = gumbel_offsets(layer, rows, heads)
     return runs.index_select(0, offsets.flatten()).view(*offsets.shape, count)
 
 
-def _offsets(layer: int, rows: Tensor, heads: int) -> Tensor:
+def gumbel_offsets(layer: int, rows: Tensor, heads: int) -> Tensor:
     """Where each head and row starts to read, int64 [batch, heads, rows]: a multiplicative hash of its place."""
     head = torch.arange(heads, device=rows.device)[:, None]
     place = (rows.long()[:, None] * 1_000_003 + head) * 1_009 + layer

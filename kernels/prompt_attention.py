@@ -6,12 +6,16 @@ Two ways to the same result, neither with a q x n matrix:
   The first part needs no causal mask (all of it is older), the second is an ordinary square causal attention.
 - tiles: a tile of query rows sees its whole row of scores at once. Costs more, and gives the attention mass of every
   entry (the column sums that H2O accumulates) from the same scores.
+
+On CUDA flash-attn takes the cases that it has, where it is installed.
 """
 
 import torch
 from einops import reduce, repeat
 from torch import Tensor
 from torch.nn import functional
+
+from kvpress.kernels.backend import use_flash_attn
 
 # Scores of one tile of query rows, in float32 numbers: 4 Mi numbers are 16 MiB, near the size of a last-level cache.
 TILE_SCORES = 1 << 22
@@ -63,7 +67,8 @@ def prompt_attention(
     sinks: Tensor | None = None,
     moved: tuple[Tensor, Tensor] | None = None,
     with_mass: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+    with_lse: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Causal attention of the last q of n entries over all n.
 
     Args:
@@ -77,20 +82,41 @@ def prompt_attention(
         moved: (query, slots): a second query of the shape of `query` that is used instead on the older entries where
             the bool [batch, kv_heads, n - q] is True (re-indexed positions).
         with_mass: also return the attention weights, summed over the rows and over the group.
+        with_lse: also return the logarithm of each row's softmax denominator.
 
     Returns:
         output: [batch, heads, q, head_dim] in the dtype of `query`.
         mass: float32 [batch, kv_heads, n] or None. Sums to q times the group size over the entries (less with sinks).
+        lse: float32 [batch, heads, q] or None: the natural logarithm of the summed exp of all scores and the sink.
     """
     past = key.shape[2] - query.shape[2]
+    lse: Tensor | None
+    plain = not with_mass and valid is None and sinks is None and moved is None
+    if plain and use_flash_attn(query, value):
+        output, lse = _flash(query, key, value, scale, softcap)
+        return output, None, lse if with_lse else None
     if with_mass or softcap is not None:
-        output, mass = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved)
-        return output, mass if with_mass else None
-    if past == 0 and sinks is None:
-        return _causal(query, key, value, scale), None
+        output, mass, lse = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved, with_lse)
+        return output, mass if with_mass else None, lse
+    if past == 0 and sinks is None and not with_lse:
+        return _causal(query, key, value, scale), None, None
     if query.device.type == "cpu":
-        return _in_parts(query, key, value, valid, scale, sinks, moved), None
-    return _in_tiles(query, key, value, valid, scale, softcap, sinks, moved)[0], None
+        output, lse = _in_parts(query, key, value, valid, scale, sinks, moved)
+        return output, None, lse if with_lse else None
+    output, _, lse = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved, with_lse)
+    return output, None, lse
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
+    """Its layout is [batch, rows, heads, head_dim]; of more entries than rows it takes the rows for the last ones."""
+    from flash_attn import flash_attn_func
+
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    capped = 0.0 if softcap is None else softcap
+    output, lse, _ = flash_attn_func(
+        query, key, value, softmax_scale=scale, causal=True, softcap=capped, return_attn_probs=True
+    )
+    return output.transpose(1, 2), lse
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -109,7 +135,7 @@ def _in_parts(
     scale: float,
     sinks: Tensor | None,
     moved: tuple[Tensor, Tensor] | None,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     batch, heads, q, head_dim = query.shape
     kv_heads = key.shape[1]
     past = key.shape[2] - q
@@ -147,7 +173,7 @@ def _in_parts(
     output = torch.zeros(parts[0][0].shape, dtype=torch.float32, device=query.device)
     for weight, (part_output, _) in zip(weights, parts, strict=False):  # the sinks' weight has no part
         output += weight[..., None] * part_output
-    return output.to(query.dtype)
+    return output.to(query.dtype), lses.float().logsumexp(dim=0)
 
 
 def _in_tiles(
@@ -159,7 +185,8 @@ def _in_tiles(
     softcap: float | None,
     sinks: Tensor | None,
     moved: tuple[Tensor, Tensor] | None,
-) -> tuple[Tensor, Tensor]:
+    with_lse: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, heads, q, head_dim = query.shape
     kv_heads, entries = key.shape[1], key.shape[2]
     group, past = heads // kv_heads, entries - q
@@ -173,6 +200,7 @@ def _in_tiles(
 
     output = torch.empty(batch * kv_heads, group, q, value.shape[-1], dtype=query.dtype, device=query.device)
     mass = torch.zeros(batch * kv_heads, entries, dtype=torch.float32, device=query.device)
+    lse = output.new_empty(batch * kv_heads, group, q, dtype=torch.float32) if with_lse else None
     tile = max(16, min(256, TILE_SCORES // (batch * heads * entries)))
     future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu_(1)
     for start in range(0, q, tile):
@@ -196,12 +224,14 @@ def _in_tiles(
             scores[..., :past].masked_fill_(empty, lowest)
         if column is not None:
             tile_column = column.reshape(batch * kv_heads, group, 1, 1).expand(-1, -1, stop - start, 1)
-            weights = torch.cat((scores, tile_column), dim=-1).softmax(dim=-1)[..., :seen]
-        else:
-            weights = scores.softmax(dim=-1)
+            scores = torch.cat((scores, tile_column), dim=-1)
+        weights = scores.softmax(dim=-1)[..., :seen]
+        if lse is not None:
+            lse[:, :, start:stop] = scores.logsumexp(dim=-1)
         mass[:, :seen] += weights.sum(dim=(1, 2))
         tile_weights = weights.to(values.dtype).flatten(1, 2)
         output[:, :, start:stop] = torch.bmm(tile_weights, values[:, :seen]).view(
             batch * kv_heads, group, stop - start, -1
         )
-    return output.view(batch, heads, q, -1), mass.view(batch, kv_heads, entries)
+    lse = None if lse is None else lse.view(batch, heads, q)
+    return output.view(batch, heads, q, -1), mass.view(batch, kv_heads, entries), lse

@@ -8,23 +8,36 @@ and is not applied again.
 import torch
 from torch import Tensor
 
+from kvpress.kernels.backend import Backend, use_triton
 
-def rope_shift(x: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool = False) -> Tensor:
+
+def rope_shift(
+    x: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool = False, *, backend: Backend = "auto"
+) -> Tensor:
     """Rotate `x` by `shift` positions.
 
     Args:
         x: [batch, heads, tokens, head_dim], any floating dtype. Only the first `2 * len(inv_freq)` channels are rotary;
             the rest passes through (partial rotary).
-        shift: [batch] or [batch, heads, tokens], in positions; negative moves towards the start.
+        shift: [batch], or what broadcasts to [batch, heads, tokens], in positions; negative moves towards the start.
         inv_freq: [rotary_dim / 2], the model's own inverse frequencies.
         interleaved: channel pairs are (0, 1), (2, 3), ... instead of the two halves.
+        backend: "triton" and "auto" on CUDA run the Triton kernel.
 
     Returns:
         A new tensor of the shape and dtype of `x`, computed in float32.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
     if shift.ndim == 1:
         shift = shift[:, None, None]
-    angle = shift.to(x.device, torch.float32)[..., None] * inv_freq.to(x.device, torch.float32)
+    shift, inv_freq = (numbers.to(x.device, torch.float32) for numbers in (shift, inv_freq))
+    if use_triton(backend, x):
+        from kvpress.kernels.gpu import rope_shift as gpu
+
+        return gpu.rope_shift(x, shift.expand(x.shape[:3]), inv_freq, interleaved)
+    angle = shift[..., None] * inv_freq
     cos, sin = angle.cos(), angle.sin()
     rotary_dim = 2 * inv_freq.shape[0]
     rotary, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvpress.patching import Handle, patch, unpatch
     from kvpress.policy import EvictionPolicy, Policy
     from kvpress.registry import available, make_policy
+    from kvpress.scoring import Score, score
     from kvpress.sharing import SharedPrompt, record_prompt
 
 __version__ = "0.1.0"
@@ -32,12 +33,14 @@ _HOMES = {
     "Handle": "kvpress.patching",
     "Policy": "kvpress.policy",
     "PolicyError": "kvpress.errors",
+    "Score": "kvpress.scoring",
     "SharedPrompt": "kvpress.sharing",
     "UnsupportedModelError": "kvpress.errors",
     "available": "kvpress.registry",
     "make_policy": "kvpress.registry",
     "patch": "kvpress.patching",
     "record_prompt": "kvpress.sharing",
+    "score": "kvpress.scoring",
     "unpatch": "kvpress.patching",
 }
 
@@ -46,12 +49,14 @@ __all__ = [
     "Handle",
     "Policy",
     "PolicyError",
+    "Score",
     "SharedPrompt",
     "UnsupportedModelError",
     "available",
     "make_policy",
     "patch",
     "record_prompt",
+    "score",
     "unpatch",
 ]
 

@@ -1,6 +1,7 @@
 """The attention and mask functions that a patched model calls, registered with transformers under one name each."""
 
 import sys
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvpress.kernels.prompt_attention import prompt_attention
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.layer import KVLayer
 from kvpress.passes import Pass, Scores, Tokens, active_pass, one_row
-from kvpress.policy import View
+from kvpress.policy import Selected, View
 
 NAME = "kvpress"
 
@@ -170,8 +171,12 @@ def _attend_rows(
     valid = None if valid is None else valid[only]
     moved = _moved(layer, query, past, current, only)
     if layer.rotary is not None:
-        query, keys = _turned(layer, query, keys, layer.positions[only, :, :stop])
-    output, mass = prompt_attention(query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.fused_mass)
+        positions = layer.positions[only, :, :stop]
+        raw = _unrotated(layer, query, positions.amax(dim=(1, 2)) + 1)
+        query, keys = _turned(layer, raw, keys, positions)
+    output, mass, _ = prompt_attention(
+        query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.fused_mass
+    )
     if mass is not None:
         layer.observe(mass, only)
     return output
@@ -188,7 +193,6 @@ def _row_by_row(
         layer.append(key[:, :, one], value[:, :, one], step)
         output[:, :, one] = _read(layer, step, query[:, :, one], scores, current)
     layer.tokens, layer.facts.tokens = tokens.seen, tokens.seen_tensor
-    layer.steps = 0
     return output
 
 
@@ -210,7 +214,7 @@ def _in_chunks(
             current.shared.clear()
             part = query[only, :, rows]
             seen = tokens.positions.expand(query.shape[0], -1)[only][:, rows[-1]] + 1
-            view = _view(layer, part, scores, current, only, stop, seen)
+            view = replace(_view(layer, part, scores, current, only, stop, seen), state={})
             output[only, :, rows] = _read_selected(layer, view, scores)[0]
     return output
 
@@ -219,33 +223,61 @@ def _decode(
     layer: KVLayer, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass
 ) -> Tensor:
     layer.settle()
+    layer.steps += 1
+    if layer.last_unread:
+        _show_last_row(layer, scores, current)
     layer.append(key, value, tokens)
     layer.facts.readable += layer.facts.seen
-    return _read(layer, tokens, query, scores, current, count=True)
+    output = _read(layer, tokens, query, scores, current, decode=True)
+    if layer.state:
+        layer.facts.nbytes = layer.nbytes
+    return output
 
 
-def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current: Pass, count: bool = False) -> Tensor:
-    """One row over what the cache holds, or what the selection policy chooses of it; then the eviction policy acts."""
+def _show_last_row(layer: KVLayer, scores: Scores, current: Pass) -> None:
+    """Show the selection policy what the prompt's last row reads of what was kept, before the first decode step."""
+    layer.last_unread = False
+    assert layer.selection is not None and layer.last_row is not None and layer.last_position is not None
+    keys, values = layer.used()
+    seen = layer.last_position.view(-1).to(keys.device) + 1
+    view = _view(layer, layer.last_row, scores, current, slice(None), layer.length, seen)
+    valid = layer.valid(layer.length)
+    if not layer.uniform:
+        valid = (view.positions >= 0) & (view.positions < seen[:, None, None])
+    _, weights, _ = decode_attention(view.query, keys, values, valid, **vars(scores), with_mass=True, per_head=True)
+    assert weights is not None
+    layer.selection.after_read(view, Selected(), weights)
+
+
+def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current: Pass, decode: bool = False) -> Tensor:
+    """One row over what the cache holds; then the eviction policy acts.
+
+    In a decode step the row reads what the selection policy chooses, and that is counted; a prompt's row is exact.
+    """
     observed = layer.fused_mass
     read = float(layer.length)
-    if layer.selection is not None:
+    if layer.selection is not None and decode:
         view = _view(layer, query, scores, current, slice(None), layer.length, tokens.seen_tensor.to(query.device))
         output, mass, read = _read_selected(layer, view, scores, observed)
     else:
         keys, values = layer.used()
         moved = _moved(layer, query, layer.length, current)
+        turned = query
         if layer.rotary is not None:
-            query, keys = _turned(layer, query, keys, layer.positions[:, :, : layer.length])
-        output, mass = decode_attention(
-            query, keys, values, layer.valid(layer.length), **vars(scores), moved=moved, with_mass=observed
+            raw = _unrotated(layer, query, tokens.seen_tensor)
+            turned, keys = _turned(layer, raw, keys, layer.positions[:, :, : layer.length])
+        output, mass, _ = decode_attention(
+            turned, keys, values, layer.valid(layer.length), **vars(scores), moved=moved, with_mass=observed
         )
-    if count:
+    if decode:
         layer.facts.read += read
     if layer.policy is not None:
         if mass is not None and observed:
             layer.observe(mass)
         elif layer.policy.observes == "every row":
             layer.observe_rows(query, tokens, scores, current.new_tokens, layer.length)
+            if layer.selection is not None and decode:
+                layer.facts.read += layer.length / 2  # the keys of what was not selected, too
         layer.evict_step()
     return output
 
@@ -257,6 +289,7 @@ def _view(layer: KVLayer, query: Tensor, scores: Scores, current: Pass, only: sl
     turn = None
     if layer.rotary is not None:
         turn = partial(rope_shift, inv_freq=layer.rotary.inv_freq, interleaved=layer.rotary.interleaved)
+        query = _unrotated(layer, query, seen)
     return View(
         layer=layer.index,
         layers=layer.count,
@@ -271,6 +304,8 @@ def _view(layer: KVLayer, query: Tensor, scores: Scores, current: Pass, only: sl
         state=layer.state,
         shared=current.shared,
         rows=only,
+        moved=_moved(layer, query, stop, current, only) if query.shape[2] == 1 else None,
+        aligned=layer.policy is None,
     )
 
 
@@ -283,47 +318,89 @@ def _read_selected(
     selected = selection.select(view)
     with_mass = observed or selection.observes_reads
     stop, rows, query = view.keys.shape[2], view.query.shape[2], view.query
+    index = None
     if selected.index is None:
         keys, values = layer.used(view.rows, stop)
         member, read = view.valid, float(stop)
+    elif rows == 1 and layer.rotary is None:  # the kernel reads the listed slots where they are
+        keys, values, index = layer.keys[view.rows], layer.values[view.rows], selected.index
+        member, read = selected.member, float(index.shape[2])
     else:
         keys = gather_slots(layer.keys[view.rows], selected.index)
         values = gather_slots(layer.values[view.rows], selected.index)
         member, read = selected.member, float(keys.shape[2])
     if layer.rotary is not None:
-        places = view.positions if selected.index is None else view.positions.gather(2, selected.index)
-        if member is not None:
-            places = places.masked_fill(~member, -1)
-        query, keys = _turned(layer, query, keys, places, view.seen)
+        places = None  # everything is there and in order
+        if member is not None or layer.policy is not None:
+            places = view.positions if selected.index is None else view.positions.gather(2, selected.index)
+            places = places if member is None else places.masked_fill(~member, -1)
+        query, keys = _turned(layer, query, keys, places)
     if rows == 1:
-        output, mass = decode_attention(query, keys, values, member, **vars(scores), with_mass=with_mass)
+        moved = view.moved
+        if moved is not None and selected.index is not None:
+            moved = moved[0], moved[1].gather(2, selected.index)
+        output, mass, _ = decode_attention(
+            query,
+            keys,
+            values,
+            member,
+            **vars(scores),
+            moved=moved,
+            index=index,
+            with_mass=with_mass,
+            per_head=selection.observes_reads,
+        )
     else:
         older = None if member is None else member[:, :, : keys.shape[2] - rows]
-        output, mass = prompt_attention(query, keys, values, older, **vars(scores))
+        output, mass, _ = prompt_attention(query, keys, values, older, **vars(scores))
     if mass is not None and selection.observes_reads:
         selection.after_read(view, selected, mass)
+        mass = mass.unflatten(1, (keys.shape[1], -1)).sum(2)
     if mass is not None and selected.index is not None:
         mass = mass.new_zeros(mass.shape[0], mass.shape[1], stop).scatter_add_(2, selected.index, mass)
     return output, mass if observed else None, read + selected.scanned
 
 
-def _turned(
-    layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor, seen: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """Unrotated keys rotated to the ranks of their positions, and the newest rows' query moved there with them.
+def _unrotated(layer: KVLayer, query: Tensor, seen: Tensor) -> Tensor:
+    """The query of a sequence's last rows without its rotation, in float32.
+
+    Taking exactly the rotation off that the model put on, and rotating anew, keeps the angles small and so exact:
+    turning by the difference would leave the rounding of a far position's angle in the scores.
 
     Args:
-        query: [batch, heads, rows, head_dim], rotated at its own positions, the last of the sequence.
-        keys: [batch, kv_heads, n, head_dim], not rotated.
-        positions: int32 [batch, kv_heads, n], -1 for what is not there.
-        seen: int [batch], real tokens seen; by default the newest position and one.
+        query: [batch, heads, rows, head_dim], rotated at the last positions of the sequence.
+        seen: int [batch], real tokens seen.
     """
     rotary = layer.rotary
     assert rotary is not None
-    ranks = positions.masked_fill(positions < 0, torch.iinfo(positions.dtype).max).argsort(-1).argsort(-1)
-    seen = positions.amax(dim=(1, 2)) + 1 if seen is None else seen
-    held = (positions[:, 0] >= 0).sum(-1)
-    turned = rope_shift(query, held - seen, rotary.inv_freq, rotary.interleaved)
+    rows = query.shape[2]
+    places = seen.to(query.device)[:, None, None] - rows + torch.arange(rows, device=query.device)
+    return rope_shift(query.float(), -places, rotary.inv_freq, rotary.interleaved)
+
+
+def _turned(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys rotated to the ranks of their positions, and the query's rows to the last ranks, those of their own keys.
+
+    Args:
+        query: [batch, heads, rows, head_dim], the last rows of the sequence, not rotated.
+        keys: [batch, kv_heads, n, head_dim], not rotated; as many of each kv head.
+        positions: int32 [batch, kv_heads, n], -1 for what is not there; None when all are there, in order.
+    """
+    rotary = layer.rotary
+    assert rotary is not None
+    if positions is None:
+        ranks = torch.arange(keys.shape[2], device=keys.device)[None, None]
+        held = torch.full((1,), keys.shape[2], device=keys.device)
+    else:
+        there = positions >= 0
+        held = there[:, 0].sum(-1)
+        if layer.policy is None:  # slots were only ever appended, and what is there is in order
+            ranks = there.cumsum(-1) - 1
+        else:
+            ranks = positions.masked_fill(~there, torch.iinfo(positions.dtype).max).argsort(-1).argsort(-1)
+    rows = query.shape[2]
+    places = held[:, None, None] - rows + torch.arange(rows, device=query.device)
+    turned = rope_shift(query, places, rotary.inv_freq, rotary.interleaved).to(keys.dtype)
     return turned, rope_shift(keys, ranks, rotary.inv_freq, rotary.interleaved)
 
 

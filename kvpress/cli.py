@@ -1,5 +1,6 @@
-"""The command line: `kvpress demo`, `kvpress generate`, `kvpress policies`."""
+"""The command line; `kvpress --help` lists its commands."""
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -114,9 +115,136 @@ def generate(
 
 
 @app.command()
+def calibrate(
+    policy: Annotated[str, typer.Option(help="A name from 'kvpress policies', or a YAML file.")] = "tidal_decode",
+    model: Model = SMOLLM2,
+    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
+    samples: Annotated[int, typer.Option(min=1, help="Needles per length.")] = 3,
+    seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 1000,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option(help="The YAML file to write; POLICY.yaml by default.")] = None,
+) -> None:
+    """Choose a policy's model-dependent field (TidalDecode's correction_layer) on needles, and write a policy file."""
+    with user_errors():
+        sizes = [parse(part, int, "--lengths") for part in lengths.split(",")]
+        fields = {"budget": parse(budget, number, "--budget")} if budget else {}
+        import kvpress
+        from kvpress.calibrate import Question, Trial, best, calibration_values, write_policy
+        from kvpress.calibrate import calibrate as try_values
+        from kvpress.demo.needle import Haystack
+
+        chosen = kvpress.make_policy(policy, **fields)
+        console = Console()
+        loaded, tokenizer = load(model, device, dtype, console)
+        values, haystack = calibration_values(loaded, chosen), Haystack(tokenizer)
+        questions = []
+        for length in sizes:
+            for sample in range(samples):
+                needle = haystack.needle(length, (sample + 0.5) / samples, seed + sample)
+                questions.append(Question(needle.input_ids, haystack.encode(f" {needle.number}")))
+        path = out or Path(f"{chosen.name}.yaml")
+        trials: list[Trial] = []
+        for trial in try_values(loaded, chosen, questions):
+            trials.append(trial)
+            shown = f"{chosen.calibrated}={trial.value}: {trial.right:.0%} of the answers' tokens right"
+            console.print(
+                f"{len(trials)}/{len(values)} {shown}, log-probability {trial.log_probability:.3f}", highlight=False
+            )
+        found = dataclasses.replace(chosen, **{str(chosen.calibrated): best(trials).value})
+        write_policy(path, found)
+        console.print(f"{found.describe()} written to {path}", highlight=False)
+
+
+@app.command()
+def ablate(
+    config: Annotated[Path, typer.Argument(help="A YAML file with out, defaults and sweep; see docs/evaluation.md.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Override a field (policy.window=16, out=x)."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its cost, and stop.")] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Answer samples again that failed.")] = False,
+) -> None:
+    """Run every combination of a configuration; started again, it goes on where it was."""
+    with user_errors(), eval_errors():
+        from kvpress.evals import commands
+        from kvpress.evals.config import read_plan
+
+        code = commands.ablate(read_plan(config, set_ or []), Console(), dry_run=dry_run, retry=retry)
+    raise typer.Exit(code)
+
+
+@app.command("eval")
+def evaluate(
+    task: Annotated[str, typer.Option(help="needle, passkey, kv_retrieval, ruler, longbench, ...")] = "needle",
+    policy: Annotated[str, typer.Option(help="A name from 'kvpress policies'.")] = "full",
+    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
+    length: Annotated[int | None, typer.Option(min=1, help="Sets the task's length.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="The first so many of the task's samples.")] = None,
+    query_aware: Annotated[bool, typer.Option(help="Whether the compressed prompt holds the question.")] = True,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the task's samples.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="Another field (policy.window=16, task.depths=[0.5])."),
+    ] = None,
+    model: Model = SMOLLM2,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path, typer.Option(help="Folder for the run's directory.")] = Path("results"),
+) -> None:
+    """Run one policy on one task."""
+    with user_errors(), eval_errors():
+        fields = {
+            "model": model,
+            "device": device,
+            "dtype": dtype,
+            "policy": policy,
+            "task": task,
+            "query_aware": query_aware,
+        }
+        options = {"length": length, "samples": samples, "seed": seed}
+        fields |= {name: value for name, value in options.items() if value is not None}
+        if budget:
+            fields["budget"] = parse(budget, number, "--budget")
+        from kvpress.evals import commands
+        from kvpress.evals.config import make_plan
+
+        code = commands.ablate(
+            make_plan({"out": str(out), "defaults": fields}, {(): "kvpress eval"}, set_ or []), Console()
+        )
+    raise typer.Exit(code)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that ablate or eval wrote.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for the report; the first DIR by default.")] = None,
+    title: Annotated[str, typer.Option(help="Its heading.")] = "kvpress evaluation",
+) -> None:
+    """Write report.html, report.md and report.csv of runs."""
+    with user_errors(), eval_errors():
+        from kvpress.evals.report import write_report
+
+        for path in write_report(folders, out or folders[0], title):
+            Console().print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def ls(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that ablate or eval wrote.")],
+) -> None:
+    """List runs: policy, task, score, how far they are."""
+    with user_errors(), eval_errors():
+        from kvpress.evals import commands
+
+        commands.ls(folders, Console())
+
+
+@app.command()
 def policies() -> None:
     """List the policies, with their fields and defaults."""
-    import dataclasses
     import inspect
 
     from rich import box
@@ -146,6 +274,24 @@ def user_errors() -> Iterator[None]:
         line = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] [red]{escape(line)}[/]", highlight=False)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def eval_errors() -> Iterator[None]:
+    """Make what the evaluation says of wrong input a user's error; name the extra where its packages are missing."""
+    try:
+        from kvpress.evals.config import ConfigError
+        from kvpress.evals.runner import RunError
+        from kvpress.evals.store import StoreError
+        from kvpress.evals.task import TaskError
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"evaluation needs the package {error.name}; run: pip install 'kvpress-toolkit[eval]'"
+        ) from error
+    try:
+        yield
+    except (ConfigError, RunError, StoreError, TaskError) as error:
+        raise UsageError(str(error)) from error
 
 
 def load(name: str, device: str, dtype: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

@@ -8,6 +8,7 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.merge_slots import merge_slots
+from kvpress.kernels.rope_shift import rope_shift
 from kvpress.kernels.topk_select import topk_select
 from kvpress.passes import Scores, Tokens
 from kvpress.policy import Entries, EvictionPolicy, Merging, SelectionPolicy
@@ -54,6 +55,11 @@ class KVLayer(Slots):
         self.totals: Tensor | None = None  # int32 [batch], each sequence's quota
         self.recents: Tensor | None = None  # int32 [batch], how much of it is for the newest entries
         self.steps = 0  # decode steps since the latest prompt pass
+        self.last_row: Tensor | None = None  # [batch, heads, 1, head_dim], the last query of a prompt
+        self.last_position: Tensor | None = None  # int32 [batch, 1]
+        self.last_unread = False  # the policy has not seen yet what that row reads
+        self.decoded: Tensor | None = None  # [batch, steps(, hidden)], inputs of decode steps to be computed again
+        self.decoded_at: Tensor | None = None  # int64 [batch, steps], their position ids
 
     @property
     def mass(self) -> Tensor | None:
@@ -92,6 +98,14 @@ class KVLayer(Slots):
             )
         super().check_crop(removed)
 
+    def take_back(self, removed: int) -> None:
+        super().take_back(removed)
+        self.last_unread = False
+        if self.decoded is not None and self.decoded_at is not None:
+            left = max(0, self.decoded.shape[1] - removed)
+            self.decoded = self.decoded[:, :left].clone() if left else None
+            self.decoded_at = self.decoded_at[:, :left].clone() if left else None
+
     # ------------------------------------------------------------------ observing
 
     @property
@@ -111,7 +125,8 @@ class KVLayer(Slots):
         """Add what a pass's rows saw, for a policy that weighs rows, perturbs scores or also looks at the last rows.
 
         Args:
-            query: [batch, heads, count, head_dim], the rows; the entries are those in the slots in use.
+            query: [batch, heads, count, head_dim], the rows, rotated at their own positions; the entries are those in the
+                slots in use.
             tokens: the tokens of the pass.
             scores: how the model scores.
             new_tokens: how many tokens the caller wants generated, if that is known.
@@ -119,7 +134,7 @@ class KVLayer(Slots):
         """
         policy, mass = self.policy, self.mass
         assert policy is not None and mass is not None
-        keys, _ = self.used()
+        keys = self._keys_in_place()
         row_positions = tokens.positions.expand(query.shape[0], -1)
         positions = self.positions[:, :, : self.length]
         structural = past == 0 and self.uniform and query.shape[2] > 1  # entry i is at position i
@@ -140,6 +155,14 @@ class KVLayer(Slots):
         )
         if policy.observed_window:
             self._keep_last_rows(query, row_positions, keys, positions, options)
+
+    def _keys_in_place(self) -> Tensor:
+        """Keys of the slots in use, rotated at the entries' own positions, as the queries that observe them are at theirs."""
+        keys, _ = self.used()
+        if self.rotary is None:
+            return keys
+        places = self.positions[:, :, : self.length].clamp(min=0)
+        return rope_shift(keys, places, self.rotary.inv_freq, self.rotary.interleaved)
 
     def _keep_last_rows(
         self, query: Tensor, row_positions: Tensor, keys: Tensor, positions: Tensor, options: dict[str, Any]
@@ -198,13 +221,25 @@ class KVLayer(Slots):
         self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int, mass_known: bool
     ) -> None:
         """After a prompt pass was attended: observe what the policy asks for (but the mass, if it is known), and evict."""
+        if self.selection is not None and self.selection.observes_reads:
+            self._keep_last_row(query, tokens)
         if self.policy is None:
             return
+        self.steps = 0
         if self.policy.observes == "every row" and not mass_known:
             self.observe_rows(query, tokens, scores, new_tokens, past)
         if self.policy.observes == "window":
             self.remember(query, tokens, scores)
         self.close_prompt(tokens)
+
+    def _keep_last_row(self, query: Tensor, tokens: Tokens) -> None:
+        rows, positions = query, tokens.positions.expand(query.shape[0], -1)
+        if tokens.padded and self.last_row is not None and self.last_position is not None:
+            # A sequence that has nothing in this pass keeps its row of an earlier one.
+            rows = torch.cat((self.last_row, rows), dim=2)
+            positions = torch.cat((self.last_position, positions), dim=1)
+        row, self.last_position = newest_rows(rows, positions, 1, not tokens.padded)
+        self.last_row, self.last_unread = row.clone(), True
 
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
@@ -246,7 +281,6 @@ class KVLayer(Slots):
     def evict_step(self) -> None:
         """End a decode step: where a quota is exceeded drop the entries of lowest priority; of equals, the newest."""
         assert self.policy is not None and self.largest is not None and self.totals is not None
-        self.steps += 1
         every = self.policy.evict_every
         if not self.policy.drops_in_decode or (self.uniform and self.entries < self.largest + every):
             return
@@ -279,7 +313,7 @@ class KVLayer(Slots):
             return self.mass[:, :, : self.length], last
         if self.window is not None:
             assert self.window_positions is not None and self.scores is not None
-            keys, _ = self.used()
+            keys = self._keys_in_place()
             positions = self.positions[:, :, : self.length]
             return attention_mass(self.window, self.window_positions, keys, positions, **vars(self.scores)), None
         return None, None
@@ -306,12 +340,13 @@ class KVLayer(Slots):
 
     def _merge_rest(self, index: Tensor, chosen: Tensor) -> None:
         """Merge what a prompt pass drops into what stays, where the policy assigns it."""
-        kept = torch.zeros(self.positions.shape, dtype=torch.bool, device=index.device).scatter_(2, index, chosen)
-        dropped = (self.positions >= 0) & ~kept
+        held = self.positions[:, :, : self.length] >= 0
+        kept = torch.zeros(held.shape, dtype=torch.uint8, device=index.device)
+        kept = kept.scatter_add_(2, index, chosen.to(torch.uint8)) > 0  # what is not chosen may repeat a chosen slot
+        dropped = held & ~kept
         width = int(dropped.sum(-1).max())
         if width:
-            rest, is_rest = topk_select(dropped.float().masked_fill(~dropped, float("-inf")), dropped.sum(-1), width)
-            self._merge(index, chosen, rest, is_rest)
+            self._merge(*marked_first(kept, index.shape[2]), *marked_first(dropped, width))
 
     def _merge_victims(self, victims: Tensor, over: Tensor | None) -> None:
         """Merge what a decode step drops into what stays."""
@@ -325,10 +360,16 @@ class KVLayer(Slots):
         assert self.policy is not None
         keys, values = self.used()
         entries = self._entries(self.positions[:, :, : self.length], *self._observed())
-        target, weights = self.policy.assign(Merging(entries, keys, values, centres, is_centre, rest, is_rest))
-        target = target.masked_fill(~is_rest, -1)
-        stats = [stat[..., : self.length] for stat in self.stats.values()]
-        merge_slots(keys, values, stats, weights, centres, rest, target)
+        merge = self.policy.assign(Merging(entries, keys, values, centres, is_centre, rest, is_rest))
+        stats = [stat[..., : self.length] for stat in self.stats.values()] if merge.sum_statistics else []
+        target = merge.target.masked_fill(~is_rest, -1)
+        merge_slots(keys, values, stats, merge.weights, centres, rest, target, value_norms=merge.value_norms)
+
+
+def marked_first(marks: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Slots in ascending order, the marked ones before the others: the first k, and which of them are marked."""
+    slots = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :k]
+    return slots, marks.gather(2, slots)
 
 
 def newest_rows(query: Tensor, positions: Tensor, size: int, unpadded: bool) -> tuple[Tensor, Tensor]:

@@ -76,10 +76,24 @@ def load_smollm2(
     Raises:
         ModelLoadError: the package is not installed, or the cache folder cannot be written.
     """
-    folder = _smollm2_folder()
-    if not _is_whole(folder):
-        _convert_smollm2(folder)
+    folder = _converted_smollm2()
     return _load(str(folder), f"the converted SmolLM2 in {folder}", device, dtype, local_files_only=True, **kwargs)
+
+
+def load_tokenizer(name_or_path: str = SMOLLM2) -> "PreTrainedTokenizerBase":
+    """The tokenizer alone of what `load_model` loads.
+
+    Raises:
+        ModelLoadError: there is none under that name.
+    """
+    from transformers import AutoTokenizer
+
+    source = str(_converted_smollm2()) if name_or_path == SMOLLM2 else name_or_path
+    try:
+        with _quiet():
+            return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).expanduser().is_dir())
+    except Exception as error:  # as in `_load`
+        raise ModelLoadError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
 
 
 def cache_folder() -> Path:
@@ -113,6 +127,14 @@ def _load(
     except Exception as error:  # what a hub, a folder or a device can go wrong with has no common class
         raise ModelLoadError(f"cannot load a causal LM; tried {tried}: {_first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def _converted_smollm2() -> Path:
+    """The folder with the converted model, made if it is not there."""
+    folder = _smollm2_folder()
+    if not _is_whole(folder):
+        _convert_smollm2(folder)
+    return folder
 
 
 def _smollm2_folder() -> Path:

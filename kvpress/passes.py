@@ -100,6 +100,7 @@ class Pass:
         prompt: whether it is a prompt pass (several tokens, or the first of a cache) or a decode step.
         new_tokens: how many tokens the `generate` that runs was asked for, if one runs and that is known.
         shared: what a selection policy hands from layer to layer.
+        again: how many columns of decode steps are fed once more before those of the pass itself.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
     """
 
@@ -111,6 +112,7 @@ class Pass:
     new_tokens: int | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     record: list[Any] | None = None
+    again: int = 0
 
     def holds(self, layer: "KVLayer") -> bool:
         """Whether the layer belongs to the cache of this pass."""

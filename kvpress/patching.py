@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+from transformers.utils import ModelOutput
 
 from kvpress.attention import NAME, originals, register
 from kvpress.errors import PolicyError, UnsupportedModelError
@@ -19,6 +20,7 @@ from kvpress.layer import Facts, KVLayer
 from kvpress.passes import (
     Pass,
     Tokens,
+    active_pass,
     current_record,
     enter_pass,
     expected_tokens,
@@ -70,6 +72,11 @@ def patch(model: Any, policy: PolicySpec) -> "Handle":
     for one in policies:
         if isinstance(one, SelectionPolicy):
             one.check_layers(len(attention))
+            if one.correct_every and len(DynamicCache(config=decoder.config).layers) > len(attention):
+                raise PolicyError(
+                    f"{one.describe()} takes decode steps back to compute them again, and {type(model).__name__} has layers "
+                    "without full attention, whose cache cannot; use correct_every=0"
+                )
     rotary = _rotary(decoder, attention, policies)
     with _handles_lock:
         if decoder in _handles:
@@ -87,10 +94,15 @@ def unpatch(model: Any) -> None:
     Raises:
         PolicyError: the model is not patched, or it is generating right now.
     """
-    handle = _handles.get(model.get_decoder()) if hasattr(model, "get_decoder") else None
+    handle = handle_of(model)
     if handle is None:
         raise PolicyError(f"{type(model).__name__} is not patched; nothing to take off")
     handle.unpatch()
+
+
+def handle_of(model: Any) -> "Handle | None":
+    """The handle of a patched model; None if it is not patched."""
+    return _handles.get(model.get_decoder()) if hasattr(model, "get_decoder") else None
 
 
 def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> list[Rotary]:
@@ -268,9 +280,7 @@ class Handle:
     @property
     def shares_prompts(self) -> bool:
         """Whether the policies leave the attention of a prompt exact, so that one pass can serve several handles."""
-        row_by_row = self._eviction is not None and self._eviction.row_by_row
-        in_chunks = self._selection is not None and self._selection.prompt_chunk is not None
-        return not row_by_row and not in_chunks
+        return all(policy.leaves_prompts_exact for policy in self.policies)
 
     # ------------------------------------------------------------------ around a forward pass
 
@@ -293,9 +303,19 @@ class Handle:
             layers = self._layers(decoder, cache, mask, batch, count)
             tokens = self._tokens(batch, count, mask, inputs.device, layers[self._indices[0]])
             acted = [layers[index] for index in self._indices]
-            prompt = count > 1 or acted[0].facts.seen == 0
+            again = self._feed_again(kwargs, inputs, acted)
+            if again:
+                tokens = self._tokens(batch, again + count, mask, inputs.device, acted[0])
+            prompt = again + count > 1 or acted[0].facts.seen == 0
             current = Pass(
-                self._modules, self._rotary, tokens, acted, prompt, expected_tokens(), record=current_record()
+                self._modules,
+                self._rotary,
+                tokens,
+                acted,
+                prompt,
+                expected_tokens(),
+                record=current_record(),
+                again=again,
             )
             cache.layers[:] = layers  # only now that nothing can be refused any more
             cache.layer_class_to_replicate = None
@@ -310,11 +330,62 @@ class Handle:
         self._facts = {index: layers[index].facts for index in self._indices}
         self._cache = weakref.ref(cache)
 
-    def _after_pass(self, decoder: Any, args: tuple[Any, ...], output: Any) -> None:
-        if not leave_pass(self._modules):
-            return  # the pass was refused before it began
+    def _feed_again(self, kwargs: dict[str, Any], inputs: Tensor, acted: list[KVLayer]) -> int:
+        """Feed decode steps once more, before this pass's tokens, where the policy wants what they stored exact.
+
+        Decode steps are remembered until there are as many as the policy corrects at a time, or a prompt pass follows. Then
+        they are taken back, and `kwargs` bring them again.
+
+        Returns:
+            How many there are.
+        """
+        every = 0 if self._selection is None else self._selection.correct_every
+        first, count = acted[0], inputs.shape[1]
+        if not every or first.facts.seen == 0:
+            return 0
+        places = kwargs.get("position_ids")
+        if places is None:
+            places = torch.arange(first.facts.seen, first.facts.seen + count, device=inputs.device)[None]
+        if places.ndim != 2:
+            raise PolicyError(
+                f"correct_every needs 2-D position_ids, and these have {places.ndim}; use correct_every=0"
+            )
+        places = places.expand(inputs.shape[0], -1)
+        decoded, decoded_at = first.decoded, first.decoded_at
+        if decoded is None or decoded_at is None or decoded.ndim != inputs.ndim:  # ids after embeddings start anew
+            decoded, decoded_at = inputs[:, :0], places[:, :0]
+        again, decoded = decoded.shape[1], torch.cat((decoded.to(inputs.device), inputs), dim=1)
+        decoded_at = torch.cat((decoded_at.to(places.device), places), dim=1)
+        if count == 1 and again < every:
+            first.decoded, first.decoded_at = decoded, decoded_at
+            return 0
+        if again:
+            kwargs["input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"] = decoded
+            kwargs["position_ids"] = decoded_at
+            kwargs.pop("cache_position", None)
+            for layer in acted:
+                layer.take_back(again)
+        first.decoded = first.decoded_at = None
+        return again
+
+    def _after_pass(self, decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
+        current = active_pass()
+        if current is None or not leave_pass(self._modules):
+            return None  # the pass was refused before it began
         with self._lock:
             self._busy -= 1
+        self._note_others()
+        if not current.again or output is None:
+            return None
+        count = current.tokens.count - current.again
+        if count == 1:  # a decode step, which read everything
+            for facts in self._facts.values():
+                facts.readable += facts.seen
+                facts.read += facts.length
+        return _last_columns(output, count)
+
+    def _note_others(self) -> None:
+        """Note for the report what the layers hold that the policies leave alone."""
         cache = self._cache() if self._cache is not None else None
         if cache is not None and len(cache.layers) > len(self._facts):
             for index, layer in enumerate(cache.layers):
@@ -482,6 +553,17 @@ def _watched(handle: Handle, model: Any) -> Callable[..., Any]:
                 handle._busy -= 1
 
     return watched
+
+
+def _last_columns(output: Any, count: int) -> Any:
+    """A decoder's output (hidden states, in whatever they are nested) of the last columns alone."""
+    if isinstance(output, Tensor):
+        return output[:, -count:]
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = _last_columns(value, count)
+        return output
+    return tuple(_last_columns(item, count) for item in output) if isinstance(output, tuple) else output
 
 
 def _nbytes(tensor: Tensor) -> int:

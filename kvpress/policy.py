@@ -47,10 +47,16 @@ def check_count(value: Any, name: str, minimum: int) -> None:
         raise PolicyError(f"{name}={value!r} does not work; give an int of at least {minimum}")
 
 
-def check_choice(value: Any, name: str, choices: tuple[str, ...]) -> None:
+def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
     """Raise `PolicyError` unless `value` is one of `choices`."""
     if value not in choices:
         raise PolicyError(f"{name}={value!r} does not work; choose one of {', '.join(map(repr, choices))}")
+
+
+def check_factor(value: Any, name: str) -> None:
+    """Raise `PolicyError` unless `value` is a number in [0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise PolicyError(f"{name}={value!r} does not work; give a number from 0 to 1")
 
 
 def check_room(budget: Budget, protected: int, name: str) -> None:
@@ -75,6 +81,13 @@ def entries_for(budget: Budget, tokens: int) -> int:
         return budget
     # The small term keeps a share exact that has no exact binary form: 0.29 of 100 is 29, not 28.
     return math.floor(budget * tokens + 1e-9)
+
+
+def entries_of(budget: Budget, tokens: Tensor) -> Tensor:
+    """`entries_for` of every number in an int tensor, int64 of the same shape; at least 1."""
+    if isinstance(budget, int):
+        return torch.full_like(tokens, budget, dtype=torch.int64)
+    return (tokens.double() * budget + 1e-9).floor().long().clamp(min=1)
 
 
 @dataclass(frozen=True)
@@ -136,23 +149,44 @@ class Merging:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Where dropped entries go, and how they are merged there.
+
+    Attributes:
+        target: int64 [batch, kv_heads, m], index into `Merging.centres` for each of `Merging.rest`, or -1 for nowhere.
+        weights: float32 [batch, kv_heads, n], above 0, the weight of every slot in its merge.
+        value_norms: whether a merged value has the centre's norm, as a merged key has, or is the weighted mean.
+        sum_statistics: whether what was observed of the merged entries is summed, or the centre's own stays.
+    """
+
+    target: Tensor
+    weights: Tensor
+    value_norms: bool = False
+    sum_statistics: bool = True
+
+
+@dataclass(frozen=True)
 class View:
     """One cache layer as a selection policy sees it, before its attention; this pass's entries are in it.
 
     Attributes:
         layer, layers: index among the layers that the policy acts on, and their number.
-        query: [batch, heads, rows, head_dim], rotated at its own positions.
+        query: [batch, heads, rows, head_dim], rotated at its own positions; not rotated, and float32, if the policy has
+            `raw_keys`.
         keys: [batch, kv_heads, n, head_dim], views of the slots in use; not rotated if the policy has `raw_keys`.
         positions: int32 [batch, kv_heads, n], -1 for an empty slot.
         valid: bool [batch, kv_heads, n], or None when no slot is empty.
         seen: int32 [batch], real tokens seen of each sequence, those of this pass included.
         scale, softcap: how the model turns q.k into scores.
-        turn: (x [batch, heads, n, head_dim], shift [batch] or [batch, heads, n]) -> x rotated by so many positions; only for
-            a policy with `raw_keys`.
+        turn: (x [batch, heads, n, head_dim], shift [batch], or what broadcasts to [batch, heads, n]) -> x rotated by so many
+            positions; only for a policy with `raw_keys`.
         state: what the policy keeps for this layer from step to step. It lives with the cache and starts empty, also after
-            every prompt pass; a tensor must have the batch as its first dimension.
+            every prompt pass; a tensor must have the batch as its first dimension. What a chunk of a prompt leaves is lost.
         shared: what the policy hands from layer to layer in one pass; empty at the first layer.
         rows: which sequences of the batch these are.
+        moved: (query, bool [batch, kv_heads, n]), in a decode step under an eviction policy that re-indexes its sinks: what
+            the attention uses instead of `query` for the slots where it is True.
+        aligned: a slot holds the same token in every layer and kv head, since nothing evicts.
     """
 
     layer: int
@@ -168,6 +202,8 @@ class View:
     state: dict[str, Any]
     shared: dict[str, Any]
     rows: slice
+    moved: tuple[Tensor, Tensor] | None = None
+    aligned: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,7 +211,8 @@ class Selected:
     """What a step reads of one layer.
 
     Attributes:
-        index: int64 [batch, kv_heads, k], slots, each at most once per kv head; None to read everything.
+        index: int64 [batch, kv_heads, k], slots, each at most once per kv head; None to read everything. For a policy with
+            `raw_keys` in the order of their positions, and as many in each kv head.
         member: bool [batch, kv_heads or heads, k], False where a kv head has fewer than k, or where a query head of the
             group does not read the slot; None when all are read by all.
         scanned: entries (K and V) per kv head and step whose worth of memory was read to choose, for the report.
@@ -194,6 +231,8 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     kind: ClassVar[str] = "exact"
     paper: ClassVar[str] = ""
     takes_budget: ClassVar[bool] = False
+    takes_share: ClassVar[bool] = True
+    """Whether a budget may be a share of the prompt, not only entries."""
     role: ClassVar[str | None] = None
 
     @classmethod
@@ -217,8 +256,20 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
         """Whether attention sees entries at other positions than their own, so that the model's rotation must be known."""
         return self.raw_keys
 
+    @property
+    def leaves_prompts_exact(self) -> bool:
+        """Whether a prompt's own attention is that of the dense model, so that one pass can serve several policies."""
+        return True
+
     def check_company(self, others: "Sequence[Policy]") -> None:  # noqa: B027 (most policies have nothing against company)
         """Raise `PolicyError` if the policy cannot act on one model together with the others, which play other roles."""
+
+    calibrated: ClassVar[str | None] = None
+    """The field that `kvpress calibrate` can choose for a model."""
+
+    def calibration_values(self, layers: int) -> list[Any]:
+        """What the calibrated field may be on a model with so many attention layers."""
+        return []
 
     @classmethod
     def parameters(cls) -> list[Field[Any]]:
@@ -297,6 +348,10 @@ class EvictionPolicy(Policy):
         return False
 
     @property
+    def leaves_prompts_exact(self) -> bool:
+        return not self.row_by_row
+
+    @property
     def reindexed_sinks(self) -> int:
         """Number of first positions that are attended as if they stood right before the kept recent ones; 0 for none."""
         return 0
@@ -319,13 +374,8 @@ class EvictionPolicy(Policy):
     def score(self, entries: Entries) -> Tensor:
         """Score each entry, float [batch, kv_heads, n]; only the values at `entries.candidates` count."""
 
-    def assign(self, merging: Merging) -> tuple[Tensor, Tensor]:
-        """Where each dropped entry goes, for a policy that `merges`.
-
-        Returns:
-            int64 [batch, kv_heads, m], index into `merging.centres`, or -1 for nowhere; and float32
-            [batch, kv_heads, n], the weight of every slot in its merge.
-        """
+    def assign(self, merging: Merging) -> Merge:
+        """Where each dropped entry goes, for a policy that `merges`."""
         raise AssertionError(f"{type(self).__name__} merges and does not say where")
 
 
@@ -340,9 +390,26 @@ class SelectionPolicy(Policy):
     """Whether `after_read` wants the attention weights."""
 
     @property
+    def correct_every(self) -> int:
+        """Decode steps after which what they stored is computed again, exactly; 0 for never."""
+        return 0
+
+    def check_company(self, others: "Sequence[Policy]") -> None:
+        for other in others:
+            if other.raw_keys and not self.raw_keys:
+                raise PolicyError(
+                    f"{self.describe()} compares queries with rotated keys, and {other.describe()} stores them without their "
+                    "rotation; use a policy that leaves tokens at their own positions (rope='original' where it has that)"
+                )
+
+    @property
     def prompt_chunk(self) -> int | None:
         """Rows of a prompt that select together; None leaves the prompt's attention exact."""
         return None
+
+    @property
+    def leaves_prompts_exact(self) -> bool:
+        return self.prompt_chunk is None
 
     def check_layers(self, layers: int) -> None:
         """Raise `PolicyError` if the policy cannot act on a model with so many attention layers."""
@@ -355,7 +422,11 @@ class SelectionPolicy(Policy):
         """
 
     def after_read(self, view: View, selected: Selected, mass: Tensor) -> None:
-        """See the weights of a decode step, float32 [batch, kv_heads, k] (all slots in use if all were read)."""
+        """See the weights of a decode step, float32 [batch, heads, k] (all slots in use if all were read).
+
+        Called for the last row of every prompt, too, before the decode step that follows it: with its query, and what was
+        kept of the prompt as the entries.
+        """
 
 
 def pool_scores(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:

@@ -1,6 +1,5 @@
 """Policies by name: from a string, a mapping, a YAML file, or as they are."""
 
-import difflib
 import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from kvpress.errors import PolicyError
+from kvpress.errors import PolicyError, nearest
 from kvpress.policy import Policy
 
 PolicySpec = Policy | str | Path | Mapping[str, Any] | Sequence[Any]
@@ -33,7 +32,8 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
 
     Args:
         spec: a policy (returned as it is), a name such as "h2o", a mapping {"name": "h2o", "budget": 0.2}, or the path of
-            a YAML file that holds such a mapping.
+            a YAML file that holds such a mapping. A `budget` is understood by every policy that takes one, whatever its
+            paper calls it.
         overrides: fields that win over those of `spec`.
 
     Raises:
@@ -59,12 +59,14 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
         raise PolicyError(f"{source}: {dict(spec)!r} has no name; add name: one of {', '.join(available())}")
     cls = available().get(name) if isinstance(name, str) else None
     if cls is None:
-        raise PolicyError(f"{source}: unknown policy {name!r}{_nearest(str(name), list(available()))}")
+        raise PolicyError(f"{source}: unknown policy {name!r}{nearest(str(name), list(available()))}")
     known = [field.name for field in cls.parameters()]
+    if "budget" not in known and cls.takes_budget:
+        known.append("budget")  # under another name in its paper; see `Policy.at_budget`
     for key in values:
         if key not in known:
-            raise PolicyError(f"{source}: {name} has no field {key!r}{_nearest(str(key), known)}")
-    return cls(**values)
+            raise PolicyError(f"{source}: {name} has no field {key!r}{nearest(str(key), known)}")
+    return cls.at_budget(**values) if "budget" in values else cls(**values)
 
 
 def make_policies(spec: PolicySpec) -> list[Policy]:
@@ -101,12 +103,3 @@ def _read_yaml(path: Path) -> Any:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise PolicyError(f"{path}: not valid YAML: {error}") from error
-
-
-def _nearest(word: str, known: list[str]) -> str:
-    """The end of a message about a word that is not known: the nearest one, and all there are."""
-    if not known:
-        return "; there are none to set"
-    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    return f"{meant} (there are: {', '.join(known)})"

@@ -4,6 +4,7 @@ Policies that leave the attention of a prompt exact differ only in what they obs
 once, and each policy's cache is made from its queries, keys and values.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +65,12 @@ def record_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     """
     if input_ids.shape[1] < 2:
         raise PolicyError(f"a prompt of {input_ids.shape[1]} token(s) is not worth recording; give at least 2")
+    places = {}
+    if attention_mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
+        # As `generate` does: each sequence at its own positions, which not every policy's choice is indifferent to.
+        places["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with patch(model, "full"), recording() as record:
-        output = model(input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1)
+        output = model(input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1, **places)
     cache = output.past_key_values
     others = DynamicCache(config=model.config.get_text_config(decoder=True))
     for index, layer in enumerate(cache.layers):

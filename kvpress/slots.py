@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kvpress.errors import PolicyError
-from kvpress.kernels.gather_slots import gather_slots
+from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.passes import Tokens, active_pass
 from kvpress.rotary import Rotary
@@ -208,13 +208,9 @@ class Slots(CacheLayerMixin):
     def compact(self, index: Tensor, chosen: Tensor, capacity: int) -> None:
         """Keep the slots at index, int64 [batch, kv_heads, k], in new buffers; those not `chosen` become empty."""
         k = index.shape[2]
-        positions = torch.full((*index.shape[:2], capacity), -1, dtype=torch.int32, device=index.device)
-        positions[:, :, :k] = self.positions.gather(2, index).masked_fill_(~chosen, -1)
-        self.keys = gather_slots(self.keys, index, capacity)
-        self.values = gather_slots(self.values, index, capacity)
-        self.keys[:, :, k:].zero_()
-        self.values[:, :, k:].zero_()
-        self.positions = positions
+        self.keys, self.values, self.positions = compact_slots(
+            self.keys, self.values, self.positions, index, chosen, capacity
+        )
         for name, stat in self.stats.items():
             where = index.view(*index.shape[:2], *(1,) * (stat.ndim - 3), k).expand(*stat.shape[:-1], k)
             self.stats[name] = torch.nn.functional.pad(stat.gather(-1, where), (0, capacity - k))
@@ -301,14 +297,22 @@ class Slots(CacheLayerMixin):
         if removed <= 0 or not self.is_initialized:
             return
         self.check_crop(removed)
-        removed = min(removed, self.length)
-        self.length = self.entries = self.facts.length = self.length - removed
-        self.facts.seen -= removed
-        self.positions[:, :, self.length :] = -1
-        self.state.clear()
+        self.take_back(min(removed, self.length))
+
+    def take_back(self, removed: int) -> None:
+        """Remove the last slots, which must be those of the last columns: of decode steps, or of an unpadded batch."""
+        kept = self.length - removed
         assert self.facts.tokens is not None
-        self.facts.tokens = self.facts.tokens - removed
-        self.tokens = None if self.tokens is None else [seen - removed for seen in self.tokens]
+        if self.uniform:
+            self.facts.tokens = self.facts.tokens - removed
+            self.tokens = None if self.tokens is None else [seen - removed for seen in self.tokens]
+        else:
+            self.facts.tokens = self.facts.tokens - (self.positions[:, 0, kept : self.length] >= 0).sum(-1).int()
+            self.tokens = None
+        self.length = self.entries = self.facts.length = kept
+        self.facts.seen -= removed
+        self.positions[:, :, kept:] = -1
+        self.state.clear()
 
     def check_crop(self, removed: int) -> None:
         """Raise `PolicyError` unless the last tokens can be taken back."""

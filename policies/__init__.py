@@ -1,8 +1,37 @@
 """Policies from the literature, one file each."""
 
+from kvpress.policies.a2sf import A2SF
+from kvpress.policies.a2sf_prefill import A2SFPrefill
+from kvpress.policies.ems import EMS
 from kvpress.policies.full import Full
 from kvpress.policies.h2o import H2O
+from kvpress.policies.h2o_prefill import H2OPrefill
+from kvpress.policies.keyformer import Keyformer
+from kvpress.policies.observed_attention import ObservedAttention
+from kvpress.policies.pyramid_kv import PyramidKV
+from kvpress.policies.quest import Quest
+from kvpress.policies.recycled import RecycledAttention
 from kvpress.policies.snapkv import SnapKV
 from kvpress.policies.streaming_llm import StreamingLLM
+from kvpress.policies.tidal_decode import TidalDecode
+from kvpress.policies.token_select import TokenSelect
+from kvpress.policies.tova import TOVA
 
-__all__ = ["H2O", "Full", "SnapKV", "StreamingLLM"]
+__all__ = [
+    "A2SF",
+    "EMS",
+    "H2O",
+    "TOVA",
+    "A2SFPrefill",
+    "Full",
+    "H2OPrefill",
+    "Keyformer",
+    "ObservedAttention",
+    "PyramidKV",
+    "Quest",
+    "RecycledAttention",
+    "SnapKV",
+    "StreamingLLM",
+    "TidalDecode",
+    "TokenSelect",
+]

@@ -1,12 +1,12 @@
 """H2O: the heavy-hitter oracle."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from kvpress.errors import PolicyError
-from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, entries_for
+from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, check_choice, entries_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +26,16 @@ class H2O(EvictionPolicy):
     - Scores are summed in float32 (authors: in the model's dtype, where large sums stop growing).
     - With one `budget`, heavy and recent are its two halves, and an odd entry goes to recent (the authors round each down).
     - Sequences of a batch have their own scores (the authors sum over the batch).
+    - With `rope="reindex"` the authors make room before a turn of new tokens; here the cache is at its budget after every
+      pass, and the tokens of a pass see all that was kept before.
 
     Args:
         heavy: heavy hitters kept; int, or float share of the prompt's length. May be 0 (a sliding window).
         recent: most recent tokens kept, likewise. May be 0, which leaves a cache of heavy hitters alone.
         budget: heavy and recent together (paper: 4 % to 60 % of the prompt, 20 % in the main results, which is the
             default here); equal halves, or the remainder when one of the two is given.
+        rope: "original" (keys and query stay at their own positions) or "reindex" (the authors' streaming variant: what is
+            kept is attended at the consecutive positions 0 .. m-1, so distances never exceed the size of the cache).
         evict: see `EvictionPolicy`.
 
     Raises:
@@ -45,9 +49,11 @@ class H2O(EvictionPolicy):
     heavy: Budget | None = None
     recent: Budget | None = None
     budget: Budget | None = None
+    rope: Literal["original", "reindex"] = "original"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_choice(self.rope, "rope", ("original", "reindex"))
         for part in ("heavy", "recent"):
             if getattr(self, part) is not None:
                 check_budget(getattr(self, part), part, minimum=0)
@@ -76,6 +82,10 @@ class H2O(EvictionPolicy):
             raise PolicyError(
                 f"heavy + recent = {used:g} is less than budget={budget!r}; drop the budget or one of the parts"
             )
+
+    @property
+    def raw_keys(self) -> bool:
+        return self.rope == "reindex"
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         if self.heavy is not None and self.recent is not None:

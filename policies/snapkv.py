@@ -5,17 +5,17 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kvpress.errors import PolicyError
 from kvpress.policy import (
     Budget,
     Entries,
     EvictionPolicy,
     Quota,
     check_budget,
-    check_choice,
     check_count,
+    check_pooling,
+    check_room,
     entries_for,
-    pool_scores,
+    pooled_mass,
 )
 
 
@@ -62,15 +62,8 @@ class SnapKV(EvictionPolicy):
         super().__post_init__()
         check_budget(self.budget)
         check_count(self.window, "window", 1)
-        check_count(self.kernel_size, "kernel_size", 1)
-        check_choice(self.pooling, "pooling", ("avg", "max"))
-        if self.kernel_size % 2 == 0:
-            raise PolicyError(f"kernel_size={self.kernel_size} is even; give an odd width, as {self.kernel_size + 1}")
-        if isinstance(self.budget, int) and self.budget <= self.window:
-            raise PolicyError(
-                f"budget={self.budget} has no room beside window={self.window}; give a budget above {self.window} or a "
-                "smaller window"
-            )
+        check_pooling(self.kernel_size, self.pooling)
+        check_room(self.budget, self.window, "window")
 
     @property
     def observed_window(self) -> int:
@@ -82,8 +75,4 @@ class SnapKV(EvictionPolicy):
 
     def score(self, entries: Entries) -> Tensor:
         """The window's attention mass, pooled over the candidates in position order, [batch, kv_heads, n]."""
-        assert entries.mass is not None
-        # Candidates come first in position order, so what is filled in behind them acts as the pooling's padding.
-        outside = 0.0 if self.pooling == "avg" else float("-inf")
-        scores = entries.mass.masked_fill(~entries.candidates, outside)
-        return pool_scores(scores, self.kernel_size, self.pooling)
+        return pooled_mass(entries, self.kernel_size, self.pooling)

@@ -1,9 +1,11 @@
 """Run a policy on one cache layer, without a model: random keys and values, attention mass as given."""
 
+import math
+
 import torch
 
 from kvpress.layer import KVLayer
-from kvpress.passes import plain_tokens
+from kvpress.passes import Scores, plain_tokens
 
 HEAD_DIM = 4
 
@@ -34,6 +36,36 @@ def step(layer, mass=None, **shape):
         held = layer.positions[:, :, : layer.length]
         layer.observe(torch.tensor([mass.get(at, 0.0) for at in held.flatten().tolist()]).view(held.shape))
     layer.evict_step()
+
+
+def attended(policy, query, key, passes):
+    """Run rows of given queries over entries of given keys, [batch, heads, n, head_dim], so many tokens a pass.
+
+    Scores are plain products. A later pass of one token is a decode step. Returns the layer and what it kept after each
+    pass: for each sequence and kv head the sorted positions.
+    """
+    layer, seen, sets = KVLayer(policy, 0, 1), 0, []
+    for count in passes:
+        rows, decode, past = slice(seen, seen + count), seen > 0 and count == 1, layer.length
+        tokens = plain_tokens(key.shape[0], count, layer.tokens, layer.facts.tokens, "cpu")
+        if decode:
+            layer.settle()
+        layer.append(key[:, :, rows], key[:, :, rows], tokens)
+        layer.observe_rows(query[:, :, rows], tokens, Scores(1.0), None, past)
+        if decode:
+            layer.evict_step()
+        else:
+            layer.close_prompt(tokens)
+        seen += count
+        sets.append([[kept(layer, b, head) for head in range(key.shape[1])] for b in range(key.shape[0])])
+    return layer, sets
+
+
+def rows_that_give(*weights):
+    """Queries and keys, [1, 1, n, n], of rows that give their entries these softmax weights (of those they see)."""
+    n = len(weights)
+    logs = [[math.log(weight) if weight else 0.0 for weight in row] for row in weights]
+    return torch.tensor(logs).view(1, 1, n, n), torch.eye(n).view(1, 1, n, n)
 
 
 def kept(layer, row=0, head=0):

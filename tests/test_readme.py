@@ -18,7 +18,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_policy_of_the_readme() -> None:
     scope: dict[str, Any] = {"__name__": "readme"}
-    exec(blocks("python")[1], scope)
+    exec(blocks("python")[-1], scope)
     model = sharp_llama()
     with torch.no_grad(), kvpress.patch(model, {"name": "last_row", "budget": 0.25}):
         cache = model(torch.tensor([prompt(40)])).past_key_values
@@ -44,3 +44,20 @@ def test_the_ten_lines_of_the_readme(tmp_path: Path, monkeypatch: Any, capsys: A
     exec(blocks("python")[0], scope)
     assert scope["output"].shape == (1, 152)
     assert "h2o(budget=0.2)" in capsys.readouterr().out
+
+
+def test_the_scoring_of_the_readme(capsys: Any) -> None:
+    from kvpress.policies import H2O
+
+    scope: dict[str, Any] = {
+        "kvpress": kvpress,
+        "H2O": H2O,
+        "model": sharp_llama(),
+        "context_ids": prompt(30),
+        "continuation_ids": prompt(5, 1),
+        "question_ids": prompt(20, 2),
+        "answers_ids": [prompt(3, 3), prompt(4, 4)],
+    }
+    exec(blocks("python")[1], scope)
+    assert float(capsys.readouterr().out) > 1
+    assert scope["best"].count in (3, 4)

@@ -51,7 +51,8 @@ def test_padded_batch(model, case):
             return
         cache = handle.adopt_prompt(shared)
         mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
-        logits = model(torch.tensor([[5], [6]]), attention_mask=mask, past_key_values=cache).logits
+        at = torch.tensor([[9], [20]])
+        logits = model(torch.tensor([[5], [6]]), attention_mask=mask, position_ids=at, past_key_values=cache).logits
     for row, (text, token) in enumerate(zip(texts, (5, 6), strict=True)):
         check(expect(model, case, [text, [token]]), [shared.logits[row], logits[row, -1]], cache, row)
 

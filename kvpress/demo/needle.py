@@ -5,29 +5,10 @@ very small one can answer by going on, and the answer has to be read out of the 
 """
 
 import random
-import re
 from dataclasses import dataclass
-from importlib.resources import files
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from kvpress import haystack
 
-BOOKS = ("pride_and_prejudice.txt", "moby_dick.txt", "alice.txt")
-CITIES = (
-    "Lisbon",
-    "Nairobi",
-    "Oslo",
-    "Lima",
-    "Kyoto",
-    "Cairo",
-    "Boston",
-    "Madrid",
-    "Prague",
-    "Dublin",
-    "Havana",
-    "Perth",
-)
 INTRODUCTION = (
     "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
     "I will quiz you about the numbers afterwards.\n"
@@ -64,19 +45,8 @@ class Needle:
     seed: int
 
 
-class Haystack:
-    """The shipped books as tokenised sentences."""
-
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase") -> None:
-        self.tokenizer = tokenizer
-        text = " ".join((files("kvpress") / "data" / book).read_text(encoding="utf-8") for book in BOOKS)
-        sentences = re.split(r"(?<=[.!?])\s+|(?<=[.!?][”’])\s+", " ".join(text.split()))
-        self.sentences: list[list[int]] = [self.encode(" " + sentence) for sentence in sentences]
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids without special tokens."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+class Haystack(haystack.Haystack):
+    """The shipped books, and needles in them."""
 
     def needle(self, length: int, depth: float, seed: int) -> Needle:
         """A prompt of exactly `length` tokens; the same arguments give the same prompt.
@@ -92,7 +62,7 @@ class Haystack:
         if not 0 <= depth <= 1:
             raise PromptError(f"depth {depth} is outside [0, 1]")
         rng = random.Random(f"needle {length} {depth} {seed}")
-        city, number = rng.choice(CITIES), str(rng.randint(1_000_000, 9_999_999))
+        city, number = rng.choice(haystack.CITIES), str(rng.randint(1_000_000, 9_999_999))
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         before = bos + self.encode(INTRODUCTION)
         needle = self.encode(" " + NEEDLE.format(city=city, number=number))
@@ -100,8 +70,7 @@ class Haystack:
         room = length - len(before) - len(needle) - len(after)
         if room < 0:
             raise PromptError(f"a needle prompt of {length} tokens is too short; it needs at least {length - room}")
-        text, starts = self._text(room, rng.randrange(len(self.sentences)))
-        at = min(starts, key=lambda start: abs(start - depth * room))
+        text, at = self.cut(room, rng.randrange(len(self.sentences)), depth)
         return Needle(
             before + text[:at] + needle + text[at:] + after,
             length,
@@ -112,17 +81,7 @@ class Haystack:
             seed,
         )
 
-    def _text(self, room: int, first: int) -> tuple[list[int], list[int]]:
-        """`room` tokens from sentence `first` on, round and round, and where a needle may go: sentence starts and the end."""
-        text: list[int] = []
-        starts = []
-        while len(text) < room:
-            starts.append(len(text))
-            text += self.sentences[first % len(self.sentences)]
-            first += 1
-        return text[:room], [*starts, room]
-
 
 def is_found(needle: Needle, answer: str) -> bool:
     """Whether the answer holds the needle's number; a longer number that contains it is another number."""
-    return re.search(rf"(?<!\d){needle.number}(?!\d)", answer) is not None
+    return haystack.has_word(answer, needle.number)

@@ -53,7 +53,7 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.depths, self.samples) < 1:
             raise PromptError(f"depths={self.depths}, samples={self.samples} make no prompt; give at least 1 of each")
-        make_arms(self.policies, self.budgets)  # what cannot work is said before a model is loaded
+        make_arms(self.policies, self.budgets, max(self.lengths))  # what cannot work is said before a model is loaded
 
 
 def run_demo(
@@ -78,7 +78,8 @@ def run_demo(
     started = time.perf_counter()
     haystack = Haystack(tokenizer)
     needles = make_needles(haystack, plan)
-    arms = patchable(model, make_arms(plan.policies or tuple(kvpress.available()), plan.budgets), plan, console)
+    wanted = make_arms(plan.policies or tuple(kvpress.available()), plan.budgets, max(plan.lengths))
+    arms = patchable(model, wanted, plan, console)
     setting = describe(model, name)
     console.print(
         "{model}: {dtype} on {device}, {threads} threads, torch {torch}, transformers {transformers}".format(**setting)

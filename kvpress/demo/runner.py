@@ -41,8 +41,10 @@ class Arm:
         return f"{self.policy} {self.budget}".strip()
 
 
-def make_arms(names: Sequence[str], budgets: Sequence[int | float]) -> list[Arm]:
+def make_arms(names: Sequence[str], budgets: Sequence[int | float], length: int) -> list[Arm]:
     """The unpatched model, full attention under kvpress, and each named policy at each budget.
+
+    A policy that takes entries only gets as many as the share of a prompt of `length` tokens.
 
     Raises:
         PolicyError: a name or a budget that does not work.
@@ -51,7 +53,9 @@ def make_arms(names: Sequence[str], budgets: Sequence[int | float]) -> list[Arm]
     for name in dict.fromkeys(["full", *names]):
         policy = type(kvpress.make_policy(name))
         if policy.takes_budget:
-            arms += [Arm(name, str(budget), policy.at_budget(budget)) for budget in dict.fromkeys(budgets)]
+            for budget in dict.fromkeys(budgets):
+                entries = int(budget * length) if isinstance(budget, float) and not policy.takes_share else budget
+                arms.append(Arm(name, str(budget), policy.at_budget(entries)))
         else:
             arms.append(Arm(name, "", policy()))
     return arms

@@ -37,7 +37,7 @@ def demo(model, tokenizer, folder, **plan):
 
 def test_all_policies_end_to_end(model, tokenizer, tmp_path):
     records, shown = demo(model, tokenizer, tmp_path)
-    arms = len(make_arms(tuple(kvpress.available()), (0.25, 0.5)))
+    arms = len(make_arms(tuple(kvpress.available()), (0.25, 0.5), 420))
     assert len(records) == 4 * arms
     for name in ("heat_map.png", "memory_accuracy.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
@@ -55,7 +55,7 @@ def test_all_policies_end_to_end(model, tokenizer, tmp_path):
 def test_figures_are_measured(model, tokenizer, tmp_path):
     records, _ = demo(model, tokenizer, tmp_path, policies=("h2o",), budgets=(64,), depths=1)
     by_arm = {(record.arm, record.length): record for record in records}
-    per_token = 2 * 2 * 2 * 8 * 4  # K and V, layers, kv heads, head size, bytes
+    per_token = 2 * 4 * 2 * 8 * 4  # K and V, layers, kv heads, head size, bytes
     plain, h2o = by_arm["transformers", 420], by_arm["h2o 64", 420]
     assert plain.cache_bytes == plain.plain_bytes == (420 + ANSWER_STEPS) * per_token
     assert 64 * per_token <= h2o.cache_bytes < 100 * per_token
@@ -67,7 +67,7 @@ def test_figures_are_measured(model, tokenizer, tmp_path):
 
 
 def test_the_twin_shares_the_weights_and_stays_unpatched(model, tokenizer):
-    comparison = Comparison(model, tokenizer, make_arms(["h2o"], (0.5,)))
+    comparison = Comparison(model, tokenizer, make_arms(["h2o"], (0.5,), 420))
     assert all(a is b for a, b in zip(model.parameters(), comparison.twin.parameters(), strict=True))
     ids = torch.arange(5, 50)[None]
     before = comparison.twin(ids).logits
@@ -76,7 +76,7 @@ def test_the_twin_shares_the_weights_and_stays_unpatched(model, tokenizer):
 
 
 def test_a_shared_prompt_answers_as_one_of_its_own(model, tokenizer):
-    arms = make_arms(["h2o", "snapkv", "streaming_llm"], (0.3,))
+    arms = make_arms(["h2o", "snapkv", "streaming_llm"], (0.3,), 420)
     comparison = Comparison(model, tokenizer, arms)
     needle = Haystack(tokenizer).needle(360, 0.5, seed=0)
     own, shared = (list(comparison.run(needle, timed)) for timed in (True, False))
@@ -109,8 +109,10 @@ def test_needles_spread_their_depths(tokenizer):
 
 
 def test_arms():
-    labels = [arm.label for arm in make_arms(["snapkv", "h2o", "snapkv", "full"], (0.25, 64, 0.25))]
+    labels = [arm.label for arm in make_arms(["snapkv", "h2o", "snapkv", "full"], (0.25, 64, 0.25), 420)]
     assert labels == ["transformers", "full", "snapkv 0.25", "snapkv 64", "h2o 0.25", "h2o 64"]
+    entries = make_arms(["token_select"], (0.25,), 1000)[-1].instance
+    assert entries.n_init + entries.n_local + entries.k == 250  # it takes no share
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def tiny_model(tokenizer):
         vocab_size=len(tokenizer),
         hidden_size=32,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=4,  # enough for policies that leave the first ones alone
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=1024,

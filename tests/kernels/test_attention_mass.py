@@ -114,7 +114,7 @@ def test_all_rows_equal_the_prompts_own_mass():
     query, _, key, _ = inputs(63, 63, 3, holes=False)
     places = torch.arange(63, dtype=torch.int32)
     mass = attention_mass(query, places.expand(BATCH, 63), key, places.expand(BATCH, KV_HEADS, 63), scale=0.25)
-    _, expected = prompt_attention(query, key, key, scale=0.25, with_mass=True)
+    _, expected, _ = prompt_attention(query, key, key, scale=0.25, with_mass=True)
     torch.testing.assert_close(mass, expected)
 
 
@@ -135,3 +135,101 @@ def test_u6_heads_do_not_leak():
     mass = attention_mass(query, row_positions, key, positions, scale=0.3)
     other = attention_mass(flipped, row_positions, key.flip(1), positions.flip(1), scale=0.3)
     torch.testing.assert_close(other.flip(1), mass)
+
+
+def weighted(query, row_positions, key, positions, weights, **chosen):
+    """The float64 loop row by row, each row times its weight."""
+    visible = visibility(row_positions, positions)
+    total = torch.zeros(positions.shape, dtype=torch.float64)
+    for row in range(query.shape[2]):
+        at = slice(row, row + 1)
+        _, mass = attend(query[:, :, at], key, key, visible[:, :, at], scale=0.3, **chosen)
+        total += weights[:, row].double()[:, None, None] * mass
+    return total
+
+
+def in_order(rows, entries, group, dtype=torch.float32):
+    """Entry i at position i, the rows at the last positions."""
+    query, _, key, _ = inputs(rows, entries, group, dtype=dtype, holes=False)
+    places = torch.arange(entries, dtype=torch.int32)
+    return query, places[entries - rows :].expand(BATCH, rows), key, places.expand(BATCH, KV_HEADS, entries)
+
+
+@pytest.mark.parametrize(("rows", "entries"), [(1, 1), (1, 63), (7, 63), (32, 111)], ids=lambda n: str(n))
+@GROUPS
+@ALL_FEATURES
+@TILES
+def test_row_weights(rows, entries, group, features, tile_scores, monkeypatch):
+    """A factor on each row of each sequence, against the loop and the reference; padding rows, empty slots."""
+    monkeypatch.setattr(module, "TILE_SCORES", tile_scores)
+    query, row_positions, key, positions = inputs(rows, entries, group)
+    chosen = options(features, query)
+    weights = torch.rand(BATCH, rows, generator=torch.Generator().manual_seed(2))
+    expected = weighted(query, row_positions, key, positions, weights, **chosen)
+    mass = attention_mass(query, row_positions, key, positions, scale=0.3, row_weights=weights, **chosen)
+    assert mass.dtype == torch.float32
+    torch.testing.assert_close(mass, expected.float())
+    if rows < 32 and tile_scores == 1:
+        reference = attention_mass_reference(
+            query, row_positions, key, positions, scale=0.3, row_weights=weights, **chosen
+        )
+        torch.testing.assert_close(reference, expected.float())
+
+
+@GROUPS
+@TILES
+def test_row_weights_of_one_and_of_zero(group, tile_scores, monkeypatch):
+    """Ones change nothing; a row of weight zero adds nothing; a sequence's weights are its own."""
+    monkeypatch.setattr(module, "TILE_SCORES", tile_scores)
+    query, row_positions, key, positions = inputs(9, 63, group)
+    plain = attention_mass(query, row_positions, key, positions, scale=0.3)
+    ones = torch.ones(BATCH, 9)
+    mass = attention_mass(query, row_positions, key, positions, scale=0.3, row_weights=ones)
+    torch.testing.assert_close(mass, plain)
+    ones[1, 4:] = 0
+    mass = attention_mass(query, row_positions, key, positions, scale=0.3, row_weights=ones)
+    torch.testing.assert_close(mass[0], plain[0])
+    first = attention_mass(query[:, :, :4], row_positions[:, :4], key, positions, scale=0.3)
+    torch.testing.assert_close(mass[1], first[1])
+
+
+@pytest.mark.parametrize(("rows", "entries"), [(1, 1), (63, 63), (7, 63), (32, 111)], ids=lambda n: str(n))
+@GROUPS
+@ALL_FEATURES
+@TILES
+@pytest.mark.parametrize("weigh", [False, True], ids=["plain", "weighed"])
+def test_without_positions(rows, entries, group, features, tile_scores, weigh, monkeypatch):
+    """positions=None says that entries are in order and the rows at the end: the result of saying so by positions."""
+    monkeypatch.setattr(module, "TILE_SCORES", tile_scores)
+    query, row_positions, key, positions = in_order(rows, entries, group)
+    chosen = options(features, query)
+    weights = torch.rand(BATCH, rows, generator=torch.Generator().manual_seed(2)) if weigh else None
+    mass = attention_mass(query, row_positions, key, None, scale=0.3, row_weights=weights, **chosen)
+    explicit = attention_mass(query, row_positions, key, positions, scale=0.3, row_weights=weights, **chosen)
+    torch.testing.assert_close(mass, explicit)
+    if tile_scores > 1:
+        ones = torch.ones(BATCH, rows) if weights is None else weights
+        expected = weighted(query, row_positions, key, positions, ones, **chosen)
+        torch.testing.assert_close(mass, expected.float())
+
+
+def test_without_positions_against_the_definition():
+    """The reference, at a length with several tiles of several rows each."""
+    query, row_positions, key, positions = in_order(9, 40, 2)
+    weights = torch.rand(BATCH, 9, generator=torch.Generator().manual_seed(2))
+    mass = attention_mass(query, row_positions, key, None, scale=0.3, row_weights=weights)
+    expected = attention_mass_reference(query, row_positions, key, positions, scale=0.3, row_weights=weights)
+    torch.testing.assert_close(mass, expected)
+
+
+def test_a_forgetting_factor_weighs_rows():
+    """Weights alpha ** (rows after it) give the recursion mass = alpha * mass + (the row's weights)."""
+    query, row_positions, key, positions = in_order(21, 21, 3)
+    for alpha in (0.0, 0.5, 0.95):
+        weights = alpha ** torch.arange(20.0, -1.0, -1.0).expand(BATCH, -1)
+        mass = attention_mass(query, row_positions, key, None, scale=0.3, row_weights=weights)
+        step = torch.zeros_like(mass)
+        for row in range(21):
+            at = slice(row, row + 1)
+            step = alpha * step + attention_mass(query[:, :, at], row_positions[:, at], key, positions, scale=0.3)
+        torch.testing.assert_close(mass, step)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from brute import attend, eager
-from kvpress.kernels import decode_attention as decode_module
+from kvpress.kernels import decode_scores as scores_module
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
 
 BATCH, KV_HEADS = 2, 2
@@ -61,7 +61,7 @@ def test_is_as_precise_as_torch(slots, group, head_dim, dtype, with_mass):
     expected, _ = brute(query, key, value, scale=scale)
     visible = torch.ones(BATCH, KV_HEADS, 1, slots, dtype=torch.bool)
     torch_error = (eager(query, key, value, visible, scale=scale).double() - expected).abs().max()
-    output, _ = decode_attention(query, key, value, scale=scale, with_mass=with_mass)
+    output, _, _ = decode_attention(query, key, value, scale=scale, with_mass=with_mass)
     assert output.dtype == dtype and output.shape == query.shape
     floor = 8 * torch.finfo(torch.float32).eps * expected.abs().max()
     assert (output.double() - expected).abs().max() <= 2 * torch_error + floor
@@ -76,8 +76,8 @@ def test_equals_the_definition(slots, group, features, with_mass):
     query, key, value = inputs(slots, group, 16, seed=2)
     chosen = options(features, slots, query)
     expected, expected_mass = brute(query, key, value, scale=0.3, **chosen)
-    reference, reference_mass = decode_attention_reference(query, key, value, scale=0.3, **chosen)
-    output, mass = decode_attention(query, key, value, scale=0.3, **chosen, with_mass=with_mass)
+    reference, reference_mass, _ = decode_attention_reference(query, key, value, scale=0.3, **chosen)
+    output, mass, _ = decode_attention(query, key, value, scale=0.3, **chosen, with_mass=with_mass)
     torch.testing.assert_close(reference, expected.float())
     torch.testing.assert_close(reference_mass, expected_mass.float())
     torch.testing.assert_close(output, expected.float())
@@ -110,7 +110,7 @@ def test_no_valid_slot_gives_zeros(features, with_mass, dtype):
     """A kv head that holds nothing reads zeros; the others are untouched."""
     query, key, value = inputs(63, 3, 16, dtype)
     chosen = options(("valid", *features), 63, query)
-    output, mass = decode_attention(query, key, value, scale=0.25, **chosen, with_mass=with_mass)
+    output, mass, _ = decode_attention(query, key, value, scale=0.25, **chosen, with_mass=with_mass)
     assert output.isfinite().all()
     assert (output[-1, -3:] == 0).all()
     assert (output[:-1] != 0).any(-1).all() and (output[-1, :-3] != 0).any(-1).all()
@@ -125,7 +125,7 @@ def test_u5_mass_sums_to_the_group(group, dtype, features):
     """U5: one row per query head, so the weights of a kv head sum to the group (0 where it holds nothing)."""
     query, key, value = inputs(111, group, 16, dtype)
     chosen = options(features, 111, query)
-    _, mass = decode_attention(query, key, value, scale=0.25, **chosen, with_mass=True)
+    _, mass, _ = decode_attention(query, key, value, scale=0.25, **chosen, with_mass=True)
     expected = torch.full((BATCH, KV_HEADS), float(group))
     if "valid" in chosen:
         expected[-1, -1] = 0
@@ -148,8 +148,8 @@ def test_slots_in_any_order():
     """A permutation of the slots permutes the mass and leaves the output."""
     query, key, value = inputs(63, 3, 16)
     order = torch.randperm(63, generator=torch.Generator().manual_seed(3))
-    output, mass = decode_attention(query, key, value, scale=0.25, with_mass=True)
-    moved, moved_mass = decode_attention(query, key[:, :, order], value[:, :, order], scale=0.25, with_mass=True)
+    output, mass, _ = decode_attention(query, key, value, scale=0.25, with_mass=True)
+    moved, moved_mass, _ = decode_attention(query, key[:, :, order], value[:, :, order], scale=0.25, with_mass=True)
     torch.testing.assert_close(moved, output)
     torch.testing.assert_close(moved_mass, mass[:, :, order])
 
@@ -158,8 +158,8 @@ def test_u6_heads_do_not_leak():
     """U6: permuting the kv heads with their groups permutes the results."""
     query, key, value = inputs(63, 3, 16)
     flipped = query.unflatten(1, (KV_HEADS, 3)).flip(1).flatten(1, 2)
-    output, mass = decode_attention(query, key, value, scale=0.25, with_mass=True)
-    other, other_mass = decode_attention(flipped, key.flip(1), value.flip(1), scale=0.25, with_mass=True)
+    output, mass, _ = decode_attention(query, key, value, scale=0.25, with_mass=True)
+    other, other_mass, _ = decode_attention(flipped, key.flip(1), value.flip(1), scale=0.25, with_mass=True)
     torch.testing.assert_close(other.unflatten(1, (KV_HEADS, 3)).flip(1).flatten(1, 2), output)
     torch.testing.assert_close(other_mass.flip(1), mass)
 
@@ -168,7 +168,7 @@ def test_u6_heads_do_not_leak():
 def test_large_logits(with_mass):
     """Scores in the thousands neither overflow nor become NaN."""
     query, key, value = inputs(63, 3, 16)
-    output, _ = decode_attention(query * 100, key * 100, value, scale=0.25, with_mass=with_mass)
+    output, _, _ = decode_attention(query * 100, key * 100, value, scale=0.25, with_mass=with_mass)
     expected, _ = brute(query * 100, key * 100, value, scale=0.25)
     torch.testing.assert_close(output, expected.float(), rtol=1e-3, atol=1e-3)
 
@@ -180,7 +180,67 @@ def test_tiles_of_keys(monkeypatch, dtype, features):
     query, key, value = inputs(111, 3, 64, dtype)
     chosen = options(features, 111, query)
     whole = decode_attention(query, key, value, scale=0.2, **chosen, with_mass=True)
-    monkeypatch.setattr(decode_module, "TILE_KEYS", 25 * BATCH * KV_HEADS * 64)
+    monkeypatch.setattr(scores_module, "TILE_KEYS", 25 * BATCH * KV_HEADS * 64)
     tiled = decode_attention(query, key, value, scale=0.2, **chosen, with_mass=True)
     torch.testing.assert_close(tiled[0], whole[0])
     torch.testing.assert_close(tiled[1], whole[1])
+
+
+@pytest.mark.parametrize(
+    "features", [(), ("valid",), ("valid", "softcap", "sinks", "moved")], ids=lambda n: "+".join(n) or "plain"
+)
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["i32", "i64"])
+@WITH_MASS
+def test_listed_slots(features, index_dtype, with_mass):
+    """With an index the result is that of a cache that holds only the listed slots, in their order."""
+    query, key, value = inputs(63, 3, 16, spare=4)
+    index = torch.rand(BATCH, KV_HEADS, 63, generator=torch.Generator().manual_seed(5)).argsort(-1)[..., :20]
+    chosen = {"scale": 0.25, **options(features, 20, query)}
+    listed = (x.gather(2, index[..., None].expand(-1, -1, -1, 16)) for x in (key, value))
+    expected = brute(query, *listed, **chosen)
+    index = index.to(index_dtype)
+    reference = decode_attention_reference(query, key, value, **chosen, index=index)
+    output, mass, _ = decode_attention(query, key, value, **chosen, index=index, with_mass=with_mass)
+    for found in (reference, (output, mass)):
+        torch.testing.assert_close(found[0], expected[0].float())
+        if found[1] is not None:
+            torch.testing.assert_close(found[1], expected[1].float())
+
+
+@DTYPES
+@pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
+def test_lse(dtype, features):
+    """The weights are exp(score - LSE); a head that reads nothing has -inf, or its sink."""
+    query, key, value = inputs(63, 3, 16, dtype)
+    chosen = {"scale": 0.25, **options(features, 63, query)}
+    _, _, expected = decode_attention_reference(query, key, value, **chosen)
+    output, mass, lse = decode_attention(query, key, value, **chosen, with_lse=True)
+    assert lse.dtype == torch.float32 and lse.shape == query.shape[:2] and mass is None
+    torch.testing.assert_close(lse, expected)
+    assert output.equal(decode_attention(query, key, value, **chosen, with_mass=True)[0])
+    if features == ():
+        scores = (query.float().unflatten(1, (KV_HEADS, 3)) * 0.25 * key.float()[:, :, None, :1]).sum(-1)[..., 0]
+        weights = decode_attention(query, key, value, **chosen, with_mass=True, per_head=True)[1]
+        torch.testing.assert_close((scores.flatten(1, 2) - lse).exp(), weights[..., 0])
+
+
+def test_lse_merges_parts():
+    """Two halves of the slots, weighed by their LSE, are the whole."""
+    query, key, value = inputs(63, 3, 16)
+    whole, _, _ = decode_attention(query, key, value, scale=0.25)
+    halves = [
+        decode_attention(query, key[:, :, part], value[:, :, part], scale=0.25, with_lse=True)
+        for part in (slice(0, 20), slice(20, 63))
+    ]
+    weights = torch.stack([lse for _, _, lse in halves]).softmax(0)[..., None, None]
+    torch.testing.assert_close(sum(w * output for w, (output, _, _) in zip(weights, halves, strict=True)), whole)
+
+
+def test_a_backend_that_cannot_run(monkeypatch):
+    """Triton on a CPU without the interpreter, and a backend that does not exist."""
+    query, key, value = inputs(1, 1, 16)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="backend='triton'"):
+        decode_attention(query, key, value, scale=0.25, backend="triton")
+    with pytest.raises(ValueError, match="does not exist"):
+        decode_attention(query, key, value, scale=0.25, backend="cuda")

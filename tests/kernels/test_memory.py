@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 from kvpress.kernels import attention_mass as mass_module
 from kvpress.kernels import prompt_attention as prompt_module
 from kvpress.kernels.attention_mass import attention_mass
+from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
 
@@ -100,3 +101,16 @@ def test_decode_attention_repeats_no_keys(with_mass):
         with Largest() as largest:
             decode_attention(query, key, value, scale=0.125, with_mass=with_mass)
     assert largest.numbers <= key.numel(), largest.operation
+
+
+@pytest.mark.parametrize("tokens", [1024, 2048], ids="{}-tokens".format)
+def test_block_sparse_attention(tokens):
+    """No more than the rows of one block by what they list: four blocks, 32 columns and their own."""
+    query, key, value = qkv(tokens, tokens)
+    blocks = torch.arange(4).expand(1, KV_HEADS, tokens // 64, 4)
+    columns = torch.arange(512, 544).expand(1, KV_HEADS, 32)
+    with Largest() as largest:
+        block_sparse_attention(query, key, value, scale=0.125, blocks=blocks, columns=columns)
+    scores = HEADS // KV_HEADS * 64 * (5 * 64 + 32)
+    assert 0 < largest.numbers <= max(query.numel(), scores), largest.operation
+    assert query.numel() < tokens * tokens * HEADS / 10

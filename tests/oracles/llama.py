@@ -81,8 +81,13 @@ class Oracle:
                     self.evict(layer, prompt_seen)
                 eviction_waits = False
 
-            positions = list(range(seen, seen + len(tokens)))
-            seen += len(tokens)
+            again = self.again(tokens, decode)
+            if again:
+                seen, decode = seen - len(again), False
+                for head in [head for layer in self.heads for head in layer]:
+                    head.entries = [entry for entry in head.entries if entry.position < seen]
+            positions = list(range(seen, seen + len(again) + len(tokens)))
+            seen += len(positions)
             if decode:
                 evicts = not self.policy.prompt_only
             else:
@@ -90,16 +95,20 @@ class Oracle:
                 evicts = self.policy.evict == "each_pass"
                 eviction_waits = not evicts
 
-            hidden = self.weights["model.embed_tokens.weight"][tokens]
+            hidden = self.weights["model.embed_tokens.weight"][again + tokens]
             for layer in range(config.num_hidden_layers):
                 self.layer, self.prompt_seen = layer, prompt_seen
                 hidden = self.block(layer, hidden, positions, decode)
                 if evicts:
                     self.evict(layer, prompt_seen, decode)
-            hidden = rms_norm(hidden, self.weights["model.norm.weight"], config.rms_norm_eps)
+            hidden = rms_norm(hidden[len(again) :], self.weights["model.norm.weight"], config.rms_norm_eps)
             kept = [[[entry.position for entry in head.entries] for head in layer] for layer in self.heads]
             steps.append(Step(linear(self.weights, "lm_head", hidden).float(), kept))
         return steps
+
+    def again(self, tokens, decode):
+        """The tokens of earlier decode steps, the last ones, that are taken back and fed once more with these."""
+        return []
 
     def evict(self, layer, prompt_seen, decode=False):
         """Let every kv head of a layer keep what the policy says, and forget its query rows."""

@@ -117,8 +117,8 @@ class H2O:
     heavy: int | float | None = None
     recent: int | float | None = None
     budget: int | float | None = None
+    rope: str = "original"
     evict: str = "each_pass"
-    rope = "original"
     prompt_only = False
 
     def parts(self, seen):

@@ -1,5 +1,6 @@
 """What a user installs: the wheel's content, and where `kvpress` and `kernels` are imported from."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -16,16 +17,19 @@ import pytest
 import kvpress
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGED = ("kvpress", "kernels", "policies")
+PACKAGED = ("kvpress", "kernels", "policies", "evals")
 
-# Imports kvpress and everything under its two mapped folders and prints module name -> file.
+# Imports kvpress and everything under its mapped folders and prints module name -> file. Triton kernels need Triton.
 IMPORT_ALL = """
-import importlib, json, pkgutil, sys
+import importlib, importlib.util, json, pkgutil, sys
 folder, *blocked = sys.argv[1:]
 sys.path.insert(0, folder)
 sys.modules.update(dict.fromkeys(blocked))
 names = ["kvpress"]
-for package in ("kvpress.kernels", "kvpress.policies"):
+packages = ["kvpress.kernels", "kvpress.policies", "kvpress.evals"]
+if "triton" not in blocked and importlib.util.find_spec("triton"):
+    packages.append("kvpress.kernels.gpu")
+for package in packages:
     path = importlib.import_module(package).__path__
     names += [module.name for module in pkgutil.walk_packages(path, package + ".")]
 print(json.dumps({name: importlib.import_module(name).__file__ for name in names}))
@@ -68,9 +72,8 @@ def imported_files(folder: Path, cwd: Path, *blocked: str) -> dict[str, Path]:
 
 def module_names(folder: str) -> set[str]:
     """The modules that `folder` of the repository holds, as imported."""
-    return {f"kvpress.{folder}.{file.stem}" for file in ROOT.joinpath(folder).glob("*.py")} - {
-        f"kvpress.{folder}.__init__"
-    }
+    package = "kvpress." + folder.replace("/", ".")
+    return {f"{package}.{file.stem}" for file in ROOT.joinpath(folder).glob("*.py")} - {f"{package}.__init__"}
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +122,9 @@ def test_wheel_needs_no_gpu_package(wheel: Wheel) -> None:
 @pytest.mark.parametrize("blocked", [(), ("triton", "flash_attn")], ids=["all", "no-triton-no-flash-attn"])
 def test_wheel_imports_from_one_folder(wheel: Wheel, tmp_path: Path, blocked: tuple[str, ...]) -> None:
     files = imported_files(wheel.installed, tmp_path, *blocked)
-    assert set(files) >= {"kvpress"} | module_names("kernels") | module_names("policies")
+    assert set(files) >= {"kvpress"} | module_names("kernels") | module_names("policies") | module_names("evals")
+    if importlib.util.find_spec("triton"):
+        assert set(files) >= module_names("kernels/gpu") or "triton" in blocked
     assert [name for name, file in files.items() if not file.is_relative_to(wheel.installed)] == []
 
 
@@ -129,14 +134,15 @@ def test_versions_agree(wheel: Wheel) -> None:
 
 def test_checkout_imports_its_own_folders(tmp_path: Path) -> None:
     files = imported_files(ROOT, tmp_path)
-    for folder in ("kernels", "policies"):
+    folders = ["kernels", "policies", "evals"] + ["kernels/gpu"] * bool(importlib.util.find_spec("triton"))
+    for folder in folders:
         for name in module_names(folder):
             assert files[name] == ROOT / folder / f"{name.rpartition('.')[2]}.py"
 
 
 # Hugging Face's `kernels` package, which transformers imports, must win over the folder kernels/ when Python
 # starts in the repository root, and over tests/kernels/ when pytest has put tests/ on the path.
-@pytest.mark.parametrize("folder", ["kernels", "tests/kernels"])
+@pytest.mark.parametrize("folder", ["kernels", "kernels/gpu", "tests/kernels", "tests/kernels/gpu"])
 def test_kernels_folder_is_no_regular_package(folder: str) -> None:
     assert not (ROOT / folder / "__init__.py").exists()
 

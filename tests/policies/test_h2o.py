@@ -2,10 +2,17 @@
 
 import pytest
 import torch
+from transformers import DynamicCache
 
+import kvpress
+from kvpress import PolicyError, UnsupportedModelError
 from kvpress.policies import H2O, StreamingLLM
 from kvpress.policy import Quota
 from layers import kept, prompt, random_mass, row, step
+from matrix import kept as held
+from matrix import prompt as text
+from matrix import sharp_llama
+from models import tiny_opt
 
 ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0], [0.1, 0.6, 0.3]])
 
@@ -93,6 +100,55 @@ def test_steps_against_sorted(heavy, recent):
         assert kept(layer) == chosen
 
 
+def column_sums(model, ids):
+    """What transformers' own attention weights sum to, per layer [kv_heads, n]."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        attentions = model(torch.tensor([ids]), output_attentions=True).attentions
+    model.set_attn_implementation("sdpa")
+    group = model.config.num_attention_heads // model.config.num_key_value_heads
+    return [weights[0].double().unflatten(0, (-1, group)).sum(dim=(1, 2)) for weights in attentions]
+
+
+def test_h6_right_before_eviction_scores_are_column_sums():
+    """H6: after a prompt they are transformers' own column sums, and add up to one per row and query head."""
+    model, ids = sharp_llama(), text(30)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad(), kvpress.patch(model, H2O(budget=8, evict="after_prompt")):
+        model(torch.tensor([ids]), past_key_values=cache)
+    for layer, sums in zip(cache.layers, column_sums(model, ids), strict=True):
+        torch.testing.assert_close(layer.mass[0].double(), sums, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.mass[0].sum(-1), torch.full((2,), 30.0 * 2), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("recent", [1, 3, 5], ids="recent-{}".format)
+@pytest.mark.parametrize("passes", [[9], [4, 7], [9, 1, 1, 1, 6, 1, 1]], ids=str)
+def test_h7_the_recent_are_always_the_last(recent, passes):
+    """H7: after every pass and step the last `recent` positions are those last seen."""
+    layer, seen = None, 0
+    for count in passes:
+        seen += count
+        if layer is not None and count == 1:
+            step(layer, dict(enumerate(random_mass(seen, seed=seen).tolist())))
+        else:
+            entries = count + (0 if layer is None else len(kept(layer)))
+            layer = prompt(H2O(heavy=2, recent=recent), count, random_mass(1, 1, entries, seed=seen), layer=layer)
+        assert kept(layer)[-recent:] == list(range(max(0, seen - recent), seen))
+        assert len(kept(layer)) == min(seen, 2 + recent)
+
+
+@pytest.mark.parametrize("recent", [0, 1, 7], ids="recent-{}".format)
+def test_h8_the_smallest_column_sum_goes(recent):
+    """H8: with room for N - 1 one entry goes, the smallest of transformers' column sums before the window."""
+    model, ids = sharp_llama(), text(30)
+    with torch.no_grad(), kvpress.patch(model, H2O(heavy=29 - recent, recent=recent)):
+        sets = held(model(torch.tensor([ids])).past_key_values)
+    for heads, sums in zip(sets, column_sums(model, ids), strict=True):
+        for positions, scores in zip(heads, sums.tolist(), strict=True):
+            victim = min(range(30 - recent), key=lambda at: scores[at])
+            assert positions == [at for at in range(30) if at != victim]
+
+
 def test_h8_one_too_many():
     """H8: with room for N - 1 exactly one entry goes, the smallest before the window."""
     mass = row(0.4, 0.9, 0.2, 0.3, 0.05, 0.01)
@@ -158,3 +214,79 @@ def test_quota_is_never_empty(budget):
     for tokens in range(1, 200):
         quota = H2O(budget=budget).quota(tokens, 0, 1)
         assert quota.total >= 1 and 0 <= quota.recent <= quota.total
+
+
+@torch.no_grad()
+def logits_of(model, policy, passes):
+    """Logits of each pass and what was kept after it."""
+    cache, found = DynamicCache(config=model.config), []
+    with kvpress.patch(model, policy):
+        for ids in passes:
+            found.append((model(torch.tensor([ids]), past_key_values=cache).logits[0], held(cache)))
+    return found
+
+
+TURNS = [text(20), [5], [6], [7], text(5, 1), [8], [9]]
+
+
+def test_reindex_is_a_fresh_prompt_of_what_is_kept():
+    """In one layer with one kv head what is kept, as a prompt of its own, gives the unpatched model's same logits."""
+    model = sharp_llama(layers=1, kv_heads=1)
+    ids = [token for turn in TURNS for token in turn]
+    before, seen = [], 0
+    for turn, (logits, [[positions]]) in zip(
+        TURNS, logits_of(model, H2O(heavy=4, recent=3, rope="reindex"), TURNS), strict=True
+    ):
+        new = list(range(seen, seen + len(turn)))
+        seen += len(turn)
+        with torch.no_grad():
+            fresh = model(torch.tensor([[ids[at] for at in before + new]])).logits[0, -len(turn) :]
+        torch.testing.assert_close(logits, fresh, atol=1e-4, rtol=1e-4)
+        before = positions
+    assert before != list(range(seen - 7, seen))  # heavy hitters far behind were held
+
+
+def test_rope_modes_differ_once_something_is_dropped():
+    """The first prompt is the same; afterwards distances are others, unless only a window was kept."""
+    model = sharp_llama()
+    for heavy, same in ((4, False), (0, True)):
+        (one, *then), (two, *other) = (
+            logits_of(model, H2O(heavy=heavy, recent=6, rope=rope), TURNS) for rope in ("original", "reindex")
+        )
+        torch.testing.assert_close(one[0], two[0], atol=1e-5, rtol=1e-5)
+        far = max((a[0] - b[0]).abs().max() for a, b in zip(then, other, strict=True))
+        assert far < 1e-4 if same else far > 1e-2
+
+
+def test_reindex_needs_a_rotary_embedding():
+    """A model without one is refused, before anything is changed; original positions work."""
+    model = tiny_opt()
+    with pytest.raises(UnsupportedModelError, match="rotary"):
+        kvpress.patch(model, H2O(budget=4, rope="reindex"))
+    kvpress.patch(model, H2O(budget=4)).unpatch()
+
+
+def test_defaults():
+    """20 % in equal halves at original positions, as in the paper's main results."""
+    policy = H2O()
+    assert (policy.budget, policy.heavy, policy.recent, policy.rope) == (0.2, None, None, "original")
+    assert not policy.raw_keys and H2O(rope="reindex").raw_keys
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        pytest.param({"rope": "none"}, ("rope='none'", "'original'", "'reindex'"), id="rope"),
+        pytest.param({"budget": 0}, ("budget=0", "at least 1"), id="no-budget"),
+        pytest.param({"heavy": -1, "recent": 2}, ("heavy=-1", "at least 0"), id="negative"),
+        pytest.param({"heavy": 3}, ("heavy=3", "recent=None", "give both"), id="half"),
+        pytest.param({"heavy": 0, "recent": 0}, ("heavy=0", "recent=0", "at least one"), id="nothing"),
+        pytest.param({"heavy": 5, "recent": 5, "budget": 8}, ("10", "budget=8", "lower"), id="too-large"),
+        pytest.param({"heavy": 1, "recent": 5, "budget": 8}, ("6", "budget=8", "drop"), id="too-small"),
+        pytest.param({"heavy": 0.1, "budget": 8}, ("0.1", "budget=8", "all as"), id="two-kinds"),
+    ],
+)
+def test_bad_values(fields, words):
+    with pytest.raises(PolicyError) as caught:
+        H2O(**fields)
+    assert all(word in str(caught.value) for word in words) and "\n" not in str(caught.value)

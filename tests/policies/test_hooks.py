@@ -1,13 +1,16 @@
 """Policies that exist for these tests only, one for each hook of the interface that few policies use."""
 
+import dataclasses
 from dataclasses import dataclass
 
+import pytest
 import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.policies import A2SF, SnapKV
 from kvpress.policy import EvictionPolicy, Quota, Selected, SelectionPolicy, View
-from matrix import prompt, sharp_llama
+from matrix import kept, prompt, sharp_llama
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,3 +129,17 @@ def test_evicting_every_few_steps():
             assert held == list(range(seen - len(held), seen))
     assert [count[0] for count in counts] == [6, 7, 8, 6, 7, 8, 6, 7, 8]
     assert all(a == b for a, b in counts)
+
+
+@pytest.mark.parametrize("policy", [SnapKV(budget=8, window=3), A2SF(budget=8, alpha=0.5)], ids=["window", "every-row"])
+def test_what_is_observed_does_not_depend_on_how_keys_are_stored(policy):
+    """Rows that observe apart from the attention see unrotated keys where their entries stand."""
+
+    class Raw(type(policy)):
+        name = ""
+        raw_keys = True
+
+    model = sharp_llama()
+    raw = Raw(**{field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)})
+    (_, one), (_, two) = (logits(model, each, [([prompt(40)], 40)]) for each in (policy, raw))
+    assert kept(one) == kept(two)

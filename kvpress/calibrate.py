@@ -1,0 +1,109 @@
+"""Choose a policy's model-dependent field by trying its values on needles."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from kvpress.errors import PolicyError
+from kvpress.patching import Handle, patch
+from kvpress.policy import Policy
+from kvpress.sharing import SharedPrompt, record_prompt
+from kvpress.support import find_attention, find_decoder
+
+TAIL = 16  # last tokens of a prompt that are fed one by one, so that the policy acts on the question, too
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and its right continuation, token ids."""
+
+    prompt: list[int]
+    answer: list[int]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One value of the field.
+
+    Attributes:
+        log_probability: of the right answers under the policy, mean over their tokens.
+        right: share of answer tokens that were the most likely ones.
+    """
+
+    value: Any
+    log_probability: float
+    right: float
+
+
+def calibration_values(model: Any, policy: Policy) -> list[Any]:
+    """The values that can be tried.
+
+    Raises:
+        PolicyError: the policy has nothing to calibrate.
+    """
+    if policy.calibrated is None:
+        raise PolicyError(f"{policy.name} has no field that depends on the model; there is nothing to calibrate")
+    return policy.calibration_values(len(find_attention(find_decoder(model))))
+
+
+@torch.inference_mode()
+def calibrate(model: Any, policy: Policy, questions: Sequence[Question]) -> Iterator[Trial]:
+    """Try every value of the policy's calibrated field on the questions; one result per value, in order.
+
+    Each question's prompt is run once and shared by all values; its last tokens and the answer are fed one by one, so that
+    the policy acts on them.
+
+    Args:
+        model: a model that is not patched.
+        policy: its other fields are kept.
+        questions: prompts of more than `TAIL` tokens, with their answers.
+
+    Raises:
+        PolicyError: nothing to calibrate, a prompt that is too short, or a policy whose prompts cannot be shared.
+    """
+    values = calibration_values(model, policy)
+    for question in questions:
+        if len(question.prompt) <= TAIL + 1 or not question.answer:
+            raise PolicyError(
+                f"a prompt of {len(question.prompt)} tokens with {len(question.answer)} of answer cannot calibrate; give more than "
+                f"{TAIL + 1} and at least 1"
+            )
+    device = next(model.parameters()).device
+    prompts = [record_prompt(model, torch.tensor([question.prompt[:-TAIL]], device=device)) for question in questions]
+    for value in values:
+        with patch(model, replace(policy, **{str(policy.calibrated): value})) as handle:
+            scores = [_answer(model, handle, prompt, one) for prompt, one in zip(prompts, questions, strict=True)]
+        chosen = torch.cat([log_probability for log_probability, _ in scores])
+        hits = torch.cat([hit for _, hit in scores])
+        yield Trial(value, chosen.mean().item(), hits.float().mean().item())
+
+
+def _answer(model: Any, handle: Handle, prompt: SharedPrompt, question: Question) -> tuple[Tensor, Tensor]:
+    """Log-probability of each token of the answer, and whether it was the most likely one."""
+    cache = handle.adopt_prompt(prompt)
+    fed = question.prompt[-TAIL:] + question.answer[:-1]
+    device = prompt.logits.device
+    logits = [model(torch.tensor([[token]], device=device), past_key_values=cache).logits[0, -1] for token in fed]
+    log_probabilities = torch.stack(logits[-len(question.answer) :]).float().log_softmax(-1)
+    answer = torch.tensor(question.answer, device=device)
+    return log_probabilities.gather(1, answer[:, None])[:, 0], log_probabilities.argmax(-1) == answer
+
+
+def best(trials: Sequence[Trial]) -> Trial:
+    """The value with the most right tokens; of equals the one that gives the answers the highest probability."""
+    return max(trials, key=lambda trial: (trial.right, trial.log_probability))
+
+
+def write_policy(path: Path, policy: Policy) -> None:
+    """Write a policy into a YAML file that `kvpress.patch` takes, every field that differs from its default."""
+    values = {"name": policy.name}
+    for field in policy.parameters():
+        value = getattr(policy, field.name)
+        if value != field.default:
+            values[field.name] = value
+    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")

@@ -1,0 +1,74 @@
+"""A2SF as a compression of the prompt alone."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kvpress.policy import (
+    Budget,
+    Entries,
+    EvictionPolicy,
+    Quota,
+    check_budget,
+    check_count,
+    check_factor,
+    check_room,
+    entries_for,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class A2SFPrefill(EvictionPolicy):
+    """Keep what the end of the prompt attends to, by a window that fades out, and the most recent tokens; decode appends.
+
+    At the end of a prompt pass each layer and kv head keeps its last `recent` entries and, of the others, the best
+    `budget - recent` by the softmax weights of all rows, summed over the group, where each row counts `alpha` times what the
+    next one does. With 0.95 that is a soft window of about the last 20 rows. Decode never evicts.
+
+    Source: the current code of the authors of A2SF (github.com/Dirac-Notation/A2SF); for the paper's method see `A2SF`.
+    Deviations:
+
+    - A budget smaller than `recent` keeps the last `budget` tokens (a share of a short prompt can be that small); as an int it
+      is refused.
+    - Later prompt passes compress again, by all that an entry has received since it came in; decode steps count, and fade
+      what came before, like any other row.
+
+    Args:
+        budget: entries kept per layer and kv head after a prompt pass; int, or float share of the prompt's length.
+        alpha: forgetting factor in [0, 1]; 1 is the plain sum of `H2OPrefill`.
+        recent: most recent tokens kept.
+        evict: see `EvictionPolicy`.
+
+    Raises:
+        PolicyError: a value out of range, or an int budget that is not larger than `recent`.
+    """
+
+    name: ClassVar[str] = "a2sf_prefill"
+    paper: ClassVar[str] = "arXiv 2407.20485"
+    observes: ClassVar = "every row"
+    drops_in_decode: ClassVar[bool] = False
+
+    budget: Budget = 256
+    alpha: float = 0.95
+    recent: int = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.budget)
+        check_factor(self.alpha, "alpha")
+        check_count(self.recent, "recent", 0)
+        check_room(self.budget, self.recent, "recent")
+
+    @property
+    def forgetting(self) -> float:
+        return float(self.alpha)
+
+    def quota(self, tokens: int, layer: int, layers: int) -> Quota:
+        total = max(1, entries_for(self.budget, tokens))
+        return Quota(total, min(self.recent, total))
+
+    def score(self, entries: Entries) -> Tensor:
+        """The accumulated and forgotten attention mass, [batch, kv_heads, n]."""
+        assert entries.mass is not None
+        return entries.mass

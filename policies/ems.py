@@ -1,0 +1,181 @@
+"""EMS, reconstructed: evict, then merge what is dropped into what stays."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from kvpress.errors import PolicyError
+from kvpress.kernels.nearest_centre import nearest_centre
+from kvpress.policy import (
+    Budget,
+    Entries,
+    EvictionPolicy,
+    Merge,
+    Merging,
+    Quota,
+    check_budget,
+    check_choice,
+    check_count,
+    check_factor,
+    check_room,
+    entries_for,
+)
+
+MEAN_FLOOR = 1e-6
+WEIGHT_FLOOR = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMS(EvictionPolicy):
+    """EMS, a reconstruction: keep by a global-local score, and merge what is dropped into the most similar of what stays.
+
+    No code is known to be published, and this was made from what the abstract and the reviews tell of the paper: results are
+    those of the reconstruction, not the authors'.
+
+    An entry has two scores: the softmax mass it got from every row since it came in, and from the last `window` rows alone,
+    both summed over the group. Each is divided by its mean over the entries held, and the larger counts. When there are
+    too many entries, the last `window`, the first `n_sink` and the best of the others up to the budget stay, as centres.
+    Of the rest, the best that together have the share `rho` of the rest's score, at most `kappa` times the budget, are
+    candidates to be merged. A candidate goes to the centre with the largest cos(K) * cos(V) if that is at least `tau`; all
+    others are dropped (the "zero class"). A centre and its members become one entry at the centre's position: its key has
+    the centre's norm and the score-weighted mean of the members' directions, its value is the score-weighted mean, its
+    two scores are the sums. Prompt passes end so; decode does it when there are `evict_every` entries too many.
+
+    Source: Li et al., "EMS: Adaptive Evict-then-Merge Strategy for Head-wise KV Cache Compression Based on Global-Local
+    Importance", arXiv 2412.08521. Choices of this reconstruction:
+
+    - The two scores are aligned by their means; which of them is rescaled does not change the ranking.
+    - The last `window` tokens are protected, and the same number of rows makes the local score.
+    - Keys are compared and merged as they are cached, after the rotary embedding.
+    - Each cosine is at least 0 before the product, or two opposite directions would count as alike (`raw_product`
+      takes them as they are).
+    - One set per kv head, all heads with the same budget: budgets that adapt to a head are left out, because heads with
+      different numbers of entries have no common tensor. A head still decides how much of its rest is merged.
+
+    Args:
+        budget: entries kept per layer and kv head; int, or float share of the prompt's length (paper: 256).
+        window: last tokens that always stay, and last rows that make the local score.
+        n_sink: first tokens that always stay.
+        rho: share of the rest's score that the candidates for merging have, in [0, 1]; 1 makes all of them candidates.
+        kappa: at most so many times the budget are candidates, at least 0; `math.inf` for no limit.
+        tau: least similarity to merge, at least 0; above 1 nothing is merged.
+        raw_product: see above.
+        value_norms: merged values keep the centre's norm too.
+        keep_centre_score: a centre keeps its own scores instead of the sums.
+        evict_every: decode steps between compressions; until then more entries are held.
+        evict: see `EvictionPolicy`.
+
+    Raises:
+        PolicyError: a value out of range, or an int budget without room beside the window and the sinks.
+    """
+
+    name: ClassVar[str] = "ems"
+    paper: ClassVar[str] = "arXiv 2412.08521"
+    observes: ClassVar = "every row"
+    merges: ClassVar[bool] = True
+
+    budget: Budget = 256
+    window: int = 32
+    n_sink: int = 0
+    rho: float = 0.9
+    kappa: float = 4.0
+    tau: float = 0.6
+    raw_product: bool = False
+    value_norms: bool = False
+    keep_centre_score: bool = False
+    evict_every: int = 32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.budget)
+        check_count(self.window, "window", 1)
+        check_count(self.n_sink, "n_sink", 0)
+        check_factor(self.rho, "rho")
+        check_at_least_zero(self.kappa, "kappa")
+        check_at_least_zero(self.tau, "tau")
+        for flag in ("raw_product", "value_norms", "keep_centre_score"):
+            check_choice(getattr(self, flag), flag, (True, False))
+        check_count(self.evict_every, "evict_every", 1)
+        check_room(self.budget, self.window + self.n_sink, "window + n_sink" if self.n_sink else "window")
+
+    @property
+    def observed_window(self) -> int:
+        return self.window
+
+    def quota(self, tokens: int, layer: int, layers: int) -> Quota:
+        total = max(1, entries_for(self.budget, tokens))
+        return Quota(total, min(self.window, total))
+
+    def score(self, entries: Entries) -> Tensor:
+        """The global-local score, [batch, kv_heads, n]; infinite for the sinks."""
+        return global_local_score(entries).masked_fill(entries.positions < self.n_sink, float("inf"))
+
+    def assign(self, merging: Merging) -> Merge:
+        entries, positions = merging.entries, merging.entries.positions
+        scores = global_local_score(entries)
+        last = torch.iinfo(positions.dtype).max
+
+        # The rest, best first; of equals the earlier one.
+        at = positions.gather(2, merging.rest).masked_fill(~merging.is_rest, last)
+        order = at.argsort(dim=-1, stable=True)
+        ranked = scores.gather(2, merging.rest).masked_fill(~merging.is_rest, -1.0)
+        order = order.gather(2, ranked.gather(2, order).argsort(dim=-1, descending=True, stable=True))
+        is_candidate = self._candidates(ranked.gather(2, order), merging.is_centre.sum(-1, keepdim=True))
+        width = min(order.shape[2], math.floor(min(self.kappa * merging.centres.shape[2], order.shape[2])))
+        order, is_candidate = order[..., :width], is_candidate[..., :width]
+
+        # Centres in position order, so that of equal ones the earlier is found first.
+        at = positions.gather(2, merging.centres).masked_fill(~merging.is_centre, last)
+        by_position = at.argsort(dim=-1, stable=True)
+        place, similarity = nearest_centre(
+            merging.keys,
+            merging.values,
+            merging.centres.gather(2, by_position),
+            merging.is_centre.gather(2, by_position),
+            merging.rest.gather(2, order),
+            raw_product=self.raw_product,
+        )
+        place = by_position.gather(2, place).masked_fill(~is_candidate | (similarity < self.tau), -1)
+        return Merge(
+            target=torch.full_like(merging.rest, -1).scatter_(2, order, place),
+            weights=scores.clamp(min=WEIGHT_FLOOR),
+            value_norms=self.value_norms,
+            sum_statistics=not self.keep_centre_score,
+        )
+
+    def _candidates(self, ranked: Tensor, budgets: Tensor) -> Tensor:
+        """Which of the rest may be merged, bool [batch, kv_heads, m].
+
+        Args:
+            ranked: their scores [batch, kv_heads, m], largest first, negative for what is not of the rest.
+            budgets: int [batch, kv_heads, 1], entries that stay.
+        """
+        is_rest = ranked >= 0
+        numbers = torch.arange(1, ranked.shape[2] + 1, device=ranked.device)
+        within = is_rest & (numbers <= self.kappa * budgets)
+        if self.rho == 1:
+            return within
+        mass = ranked.clamp(min=0)
+        return within & (mass.cumsum(-1) - mass < self.rho * mass.sum(-1, keepdim=True))
+
+
+def global_local_score(entries: Entries) -> Tensor:
+    """The larger of the mass from all rows and of that from the last rows, each over its mean, [batch, kv_heads, n]."""
+    assert entries.mass is not None and entries.last_rows is not None
+    held = entries.positions >= 0
+    return torch.maximum(_over_mean(entries.mass, held), _over_mean(entries.last_rows, held))
+
+
+def _over_mean(mass: Tensor, held: Tensor) -> Tensor:
+    mass = mass.masked_fill(~held, 0.0)
+    mean = mass.sum(-1, keepdim=True) / held.sum(-1, keepdim=True).clamp(min=1)
+    return mass / mean.clamp(min=MEAN_FLOOR)
+
+
+def check_at_least_zero(value: Any, name: str) -> None:
+    """Raise `PolicyError` unless `value` is a number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+        raise PolicyError(f"{name}={value!r} does not work; give a number of at least 0")

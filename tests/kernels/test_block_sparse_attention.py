@@ -1,0 +1,239 @@
+"""block_sparse_attention against its reference, a float64 loop and dense attention."""
+
+import pytest
+import torch
+
+from brute import attend, causal, eager
+from kvpress.kernels.block_sparse_attention import (
+    block_sparse_attention,
+    block_sparse_attention_reference,
+    listed_keys,
+)
+from kvpress.kernels.prompt_attention import prompt_attention
+
+BATCH, KV_HEADS = 2, 2
+GROUPS = pytest.mark.parametrize("group", [1, 3], ids="group-{}".format)
+SHAPES = pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 62), (63, 0), (37, 74)], ids=str)
+FORMS = [("blocks",), ("columns",), ("diagonals",), ("columns", "diagonals"), ("blocks", "columns", "diagonals")]
+ALL_FORMS = pytest.mark.parametrize("forms", [(), *FORMS], ids=lambda names: "+".join(names) or "none")
+
+
+def inputs(rows, past, group, head_dim=16, dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(BATCH, KV_HEADS * group, rows, head_dim, generator=generator).to(dtype)
+    key, value = torch.randn(2, BATCH, KV_HEADS, past + rows, head_dim, generator=generator).to(dtype)
+    return query, key, value
+
+
+def lists(forms, rows, past, heads, block_size=16, seed=1):
+    """Random lists of the named forms with -1 among them, each with as many heads as told; diagonals in clusters."""
+    generator = torch.Generator().manual_seed(seed)
+    n = rows + past
+
+    def some(limit, shape):
+        """Per row of the shape: different numbers below the limit in random order, about half replaced by -1."""
+        drawn = torch.stack(
+            [torch.randperm(limit, generator=generator) for _ in range(shape.numel())]
+        )  # fmt: skip
+        drawn[torch.rand(drawn.shape, generator=generator) < 0.5] = -1
+        return drawn.view(*shape, limit)
+
+    chosen = {}
+    if "blocks" in forms:
+        chosen["blocks"] = some(-(-n // block_size), torch.Size((BATCH, heads, -(-rows // block_size))))
+    if "columns" in forms:
+        chosen["columns"] = some(n, torch.Size((BATCH, heads)))[..., : 1 + n // 8]
+    if "diagonals" in forms:
+        chosen["diagonals"] = torch.cat(
+            (
+                some(min(n, 3), torch.Size((BATCH, heads))),
+                n // 2 + some(n - n // 2, torch.Size((BATCH, heads)))[..., :3],
+            ),
+            dim=-1,
+        )
+        chosen["diagonals"][chosen["diagonals"] == n // 2 - 1] = -1  # what -1 became
+    return chosen
+
+
+def reads(rows, past, heads, blocks=None, columns=None, diagonals=None, block_size=16):
+    """Bool [batch, heads, rows, n]: pair by pair, from the operation's description."""
+    n = rows + past
+    seen = torch.zeros(BATCH, heads, rows, n, dtype=torch.bool)
+    for b in range(BATCH):
+        for head in range(heads):
+            of = [
+                None if x is None else x[b, head * x.shape[1] // heads].tolist() for x in (blocks, columns, diagonals)
+            ]
+            for row in range(rows):
+                tile = row // block_size
+                first = past + tile * block_size
+                for j in range(past + row + 1):
+                    listed = of[0] is not None and j // block_size in of[0][tile]
+                    listed |= of[1] is not None and j in of[1]
+                    listed |= of[2] is not None and any(0 <= j - first + d < block_size for d in of[2] if d >= 0)
+                    seen[b, head, row, j] = listed or j == past + row
+    return seen
+
+
+def exact(query, key, value, seen, **chosen):
+    """The float64 loop, with K and V repeated to the query heads."""
+    group = query.shape[1] // key.shape[1]
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (key, value))
+    return attend(query, keys, values, seen, **chosen)[0]
+
+
+@SHAPES
+@GROUPS
+@ALL_FORMS
+@pytest.mark.parametrize("per_head", [False, True], ids=["kv-head", "head"])
+def test_equals_the_definition(rows, past, group, forms, per_head):
+    """Every form alone and together, per kv head or query head, in a prompt and in a chunk that starts anywhere."""
+    query, key, value = inputs(rows, past, group)
+    heads = query.shape[1]
+    chosen = lists(forms, rows, past, heads if per_head else KV_HEADS)
+    seen = reads(rows, past, heads, **chosen)
+    if chosen:
+        assert torch.equal(listed_keys(rows, rows + past, heads, **chosen, block_size=16), seen)
+    output, lse = block_sparse_attention(query, key, value, scale=0.3, block_size=16, **chosen)
+    torch.testing.assert_close(output, exact(query, key, value, seen, scale=0.3).float())
+    expected, expected_lse = block_sparse_attention_reference(query, key, value, scale=0.3, block_size=16, **chosen)
+    torch.testing.assert_close(expected, output)
+    assert lse.dtype == torch.float32
+    torch.testing.assert_close(lse, expected_lse)
+
+
+@pytest.mark.parametrize("features", [("softcap",), ("sinks",), ("softcap", "sinks")], ids="+".join)
+def test_softcap_and_sinks(features):
+    query, key, value = inputs(50, 37, 3)
+    options = {"scale": 0.3} | ({"softcap": 1.5} if "softcap" in features else {})
+    if "sinks" in features:
+        options["sinks"] = torch.randn(query.shape[1], generator=torch.Generator().manual_seed(2))
+    chosen = lists(FORMS[-1], 50, 37, KV_HEADS)
+    output, lse = block_sparse_attention(query, key, value, block_size=16, **chosen, **options)
+    seen = reads(50, 37, query.shape[1], **chosen)
+    torch.testing.assert_close(output, exact(query, key, value, seen, **options).float())
+    _, expected = block_sparse_attention_reference(query, key, value, block_size=16, **chosen, **options)
+    torch.testing.assert_close(lse, expected)
+
+
+@pytest.mark.parametrize("form", ["blocks", "columns", "diagonals"])
+@pytest.mark.parametrize("block_size", [16, 64, 128], ids="block-{}".format)
+def test_everything_listed_is_dense_attention(form, block_size):
+    """All blocks, all columns, or all diagonals: each is the exact causal attention."""
+    query, key, value = inputs(111, 29, 3)
+    number = -(-140 // block_size) if form == "blocks" else 140
+    shape = (BATCH, KV_HEADS, -(-111 // block_size), number) if form == "blocks" else (BATCH, KV_HEADS, number)
+    listed = {form: torch.arange(number).expand(shape)}
+    output, _ = block_sparse_attention(query, key, value, scale=0.3, block_size=block_size, **listed)
+    torch.testing.assert_close(output, prompt_attention(query, key, value, scale=0.3)[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+def test_is_as_precise_as_torch(dtype):
+    """The error against float64 is at most twice that of eager attention in that precision."""
+    query, key, value = inputs(63, 21, 3, 64, dtype)
+    chosen = lists(FORMS[-1], 63, 21, KV_HEADS)
+    seen = reads(63, 21, query.shape[1], **chosen)
+    expected = exact(query, key, value, seen, scale=0.125)
+    wide = [x.repeat_interleave(3, dim=1) for x in (key, value)]
+    torch_error = (eager(query, *wide, seen, scale=0.125).double() - expected).abs().max()
+    output, _ = block_sparse_attention(query, key, value, scale=0.125, block_size=16, **chosen)
+    assert output.dtype == dtype
+    assert (output.double() - expected).abs().max() <= 2 * torch_error + 1e-6
+
+
+def test_unlisted_keys_are_never_read():
+    """NaN in every key and value that no row of a query block reads: past entries, other blocks' rows, empty buffer."""
+    query, key, value = inputs(50, 37, 3)
+    chosen = {
+        "blocks": torch.tensor([0, 2]).expand(BATCH, KV_HEADS, 4, 2),
+        "columns": torch.tensor([18]).expand(BATCH, KV_HEADS, 1),
+        "diagonals": torch.tensor([0]).expand(BATCH, KV_HEADS, 1),
+    }
+    expected, _ = block_sparse_attention(query, key, value, scale=0.3, block_size=16, **chosen)
+    unread = ~listed_keys(50, 87, KV_HEADS, **chosen, block_size=16).any(dim=2)
+    assert unread.any()
+    buffers = torch.full((2, BATCH, KV_HEADS, 100, 16), float("nan"))
+    for buffer, tensor in zip(buffers, (key, value), strict=True):
+        buffer[:, :, :87] = tensor.masked_fill(unread[..., None], float("nan"))
+    output, lse = block_sparse_attention(
+        query, buffers[0, :, :, :87], buffers[1, :, :, :87], scale=0.3, block_size=16, **chosen
+    )
+    assert lse.isfinite().all()
+    torch.testing.assert_close(output, expected)
+
+
+def test_a_block_does_not_read_what_others_list():
+    """NaN in a query block's own keys stays in the blocks that list them."""
+    query, key, value = inputs(48, 0, 1)
+    key[:, :, 3] = float("nan")
+    blocks = torch.tensor([[0], [1], [2]]).expand(BATCH, KV_HEADS, 3, 1)
+    output, _ = block_sparse_attention(query, key, value, scale=0.3, blocks=blocks, block_size=16)
+    assert output[:, :, 3:16].isnan().all() and output[:, :, :3].isfinite().all()
+    assert output[:, :, 16:].isfinite().all()
+
+
+def test_a_row_reads_itself():
+    """Without any list the output is the row's own value, and the LSE its own score."""
+    query, key, value = inputs(63, 21, 3)
+    output, lse = block_sparse_attention(query, key, value, scale=0.3)
+    own = slice(21, None)
+    torch.testing.assert_close(output, value[:, :, own].repeat_interleave(3, dim=1))
+    torch.testing.assert_close(lse, 0.3 * (query * key[:, :, own].repeat_interleave(3, dim=1)).sum(-1))
+
+
+def test_chunks_equal_one_pass():
+    """Rows fed in chunks of whole query blocks read what they read in one pass."""
+    query, key, value = inputs(111, 0, 3)
+    chosen = lists(("blocks", "columns", "diagonals"), 111, 0, KV_HEADS)
+    output, lse = block_sparse_attention(query, key, value, scale=0.3, block_size=16, **chosen)
+    for start, stop in ((0, 32), (32, 48), (48, 111)):
+        part = {**chosen, "blocks": chosen["blocks"][:, :, start // 16 : -(-stop // 16)]}
+        tensors = query[:, :, start:stop], key[:, :, :stop], value[:, :, :stop]
+        chunk, chunk_lse = block_sparse_attention(*tensors, scale=0.3, block_size=16, **part)
+        torch.testing.assert_close(chunk, output[:, :, start:stop])
+        torch.testing.assert_close(chunk_lse, lse[:, :, start:stop])
+
+
+def test_the_lse_merges_parts():
+    """Past and new keys apart, merged by their LSE, are attention over both."""
+    query, key, value = inputs(48, 32, 3)
+    both, _ = block_sparse_attention(
+        query,
+        key,
+        value,
+        scale=0.3,
+        blocks=torch.arange(5).expand(1, 1, 1, 5).expand(BATCH, KV_HEADS, 3, 5),
+        block_size=16,
+    )
+    diagonal = torch.arange(3).expand(BATCH, KV_HEADS, 3, 3)
+    new, new_lse = block_sparse_attention(
+        query, key[:, :, 32:], value[:, :, 32:], scale=0.3, blocks=diagonal, block_size=16
+    )
+    scores = 0.3 * query @ key[:, :, :32].repeat_interleave(3, dim=1).transpose(-1, -2)
+    old, old_lse = scores.softmax(-1) @ value[:, :, :32].repeat_interleave(3, dim=1), scores.logsumexp(-1)
+    weight = (new_lse - old_lse).sigmoid()[..., None]
+    torch.testing.assert_close(weight * new + (1 - weight) * old, both)
+
+
+def test_a_diagonal_takes_whole_runs():
+    """Counted by hand: 16 rows in blocks of 4, column 0, diagonals 0 and 5.
+
+    The diagonals give each block its own 4 entries and, of those 5 to 2 before it, whichever there are: blocks from 0, 4, 8
+    and 12 have 10, 10 + 3 * 4, 10 + 4 * 4 and 10 + 4 * 4 pairs; column 0 adds 4 to each of the last two.
+    With key block 0 also listed where the second diagonal begins it is the 96 pairs of MInference's kernel.
+    """
+    columns, diagonals = torch.tensor([[[0]]]), torch.tensor([[[0, 5]]])
+    mask = listed_keys(16, 16, 1, columns=columns, diagonals=diagonals, block_size=4)
+    assert mask.sum() == 10 + 22 + 26 + 4 + 26 + 4
+    blocks = torch.tensor([[-1], [0], [-1], [-1]])[None, None]
+    assert listed_keys(16, 16, 1, blocks=blocks, columns=columns, diagonals=diagonals, block_size=4).sum() == 96
+    assert torch.equal(
+        listed_keys(16, 16, 1, blocks=torch.arange(4).expand(1, 1, 4, 4), block_size=4)[0], causal(1, 1, 16, 16)[0]
+    )
+
+
+@pytest.mark.parametrize("block_size", [0, 8, 48, 100])
+def test_bad_block_size(block_size):
+    with pytest.raises(ValueError, match=f"block_size={block_size} is no power of two"):
+        block_sparse_attention(*inputs(4, 0, 1), scale=1.0, block_size=block_size)

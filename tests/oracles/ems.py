@@ -1,0 +1,128 @@
+"""The reconstruction of EMS in plain Python, one kv head at a time."""
+
+import math
+from dataclasses import dataclass
+
+from oracles.llama import Oracle, rotate
+from oracles.policies import resolve, top
+
+
+def over_mean(numbers):
+    return [number / max(sum(numbers) / len(numbers), 1e-6) for number in numbers]
+
+
+def global_local(everything, last):
+    """The larger of two scores, each divided by its mean."""
+    return [max(pair) for pair in zip(over_mean(everything), over_mean(last), strict=True)]
+
+
+def unit(vector):
+    return vector / max(vector.norm().item(), 1e-30)
+
+
+class EMSOracle(Oracle):
+    """Each entry also has `last`: {row's position: mass of that row}, for the last `window` rows."""
+
+    def observe(self, layer, kv_head, position, mass, logits, decode):
+        super().observe(layer, kv_head, position, mass, logits, decode)
+        for entry in self.heads[layer][kv_head].entries:
+            rows = entry.__dict__.setdefault("last", {})
+            rows[position] = mass.get(entry.position, 0.0)
+            for row in [row for row in rows if row <= position - self.policy.window]:
+                del rows[row]
+
+    def evict(self, layer, prompt_seen, decode=False):
+        total = resolve(self.policy.budget, prompt_seen)
+        for head in self.heads[layer]:
+            head.rows = []
+            count = len(head.entries)
+            if count > total and not (decode and count < total + self.policy.evict_every):
+                head.entries = self.compress(head.entries, total)
+
+    def compress(self, entries, total):
+        """The entries that stay, with others merged into them."""
+        scores = global_local([entry.score for entry in entries], [sum(entry.last.values()) for entry in entries])
+        centres, rest = self.policy.split(scores, [entry.position for entry in entries], total)
+        keys = [rotate(entry.key, entry.position, self.theta) for entry in entries]
+        members = {centre: [centre] for centre in centres}
+        for index in self.policy.candidates([scores[index] for index in rest], total):
+            chosen = self.policy.nearest(rest[index], centres, keys, [entry.value for entry in entries])
+            if chosen is not None:
+                members[chosen].append(rest[index])
+        merged = [self.merge(entries, keys, scores, members[centre]) for centre in centres]
+        for index, (key, value, score, last) in zip(centres, merged, strict=True):
+            entry = entries[index]
+            entry.key, entry.value = rotate(key, -entry.position, self.theta), value
+            entry.score, entry.last = score, last
+        return [entries[index] for index in centres]
+
+    def merge(self, entries, keys, scores, members):
+        """Key, value and the two scores of a centre (the first member) with its members."""
+        first, policy = members[0], self.policy
+        weights = [max(scores[index], 1e-12) for index in members]
+        shares = [weight / sum(weights) for weight in weights]
+        values = [entries[index].value for index in members]
+        key = sum(share * unit(keys[index]) for share, index in zip(shares, members, strict=True))
+        value = sum(share * x for share, x in zip(shares, values, strict=True))
+        if policy.value_norms:
+            value = sum(share * unit(x) for share, x in zip(shares, values, strict=True))
+            value = values[0].norm() * unit(value)
+        if len(members) == 1:
+            key, value = keys[first], values[0]
+        counted = members[:1] if policy.keep_centre_score else members
+        score = sum(entries[index].score for index in counted)
+        rows = {row for index in counted for row in entries[index].last}
+        last = {row: sum(entries[index].last.get(row, 0.0) for index in counted) for row in rows}
+        return keys[first].norm() * unit(key), value, score, last
+
+
+@dataclass(frozen=True)
+class EMS:
+    """Spec section 6.3."""
+
+    budget: int | float = 256
+    window: int = 32
+    n_sink: int = 0
+    rho: float = 0.9
+    kappa: float = 4
+    tau: float = 0.6
+    raw_product: bool = False
+    value_norms: bool = False
+    keep_centre_score: bool = False
+    evict_every: int = 32
+    evict: str = "each_pass"
+    rope = "original"
+    prompt_only = False
+    runner = EMSOracle
+
+    def split(self, scores, positions, total):
+        """(centres, rest), indices: the last `window`, the first tokens and the best up to `total`; and the others."""
+        kept = list(range(len(scores)))[-min(self.window, total) :]
+        others = [index for index in range(len(scores)) if index not in kept]
+        ranks = [math.inf if positions[index] < self.n_sink else scores[index] for index in others]
+        kept = sorted([others[index] for index in top(ranks, total - len(kept))] + kept)
+        return kept, [index for index in range(len(scores)) if index not in kept]
+
+    def candidates(self, scores, total):
+        """Indices of the best of `scores` that together have the share rho of them, at most kappa * total."""
+        order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+        chosen = []
+        for index in order:
+            before = sum(scores[other] for other in chosen)
+            if len(chosen) + 1 <= self.kappa * total and (self.rho == 1 or before < self.rho * sum(scores)):
+                chosen.append(index)
+            else:
+                break
+        return chosen
+
+    def nearest(self, index, centres, keys, values):
+        """The centre that entry `index` goes to, or None."""
+        best, chosen = self.tau, None
+        for centre in centres:
+            cosines = [(unit(x[index]) @ unit(x[centre])).item() for x in (keys, values)]
+            if not self.raw_product:
+                cosines = [max(0.0, cosine) for cosine in cosines]
+            product = cosines[0] * cosines[1]
+            if product > best or (product == best and chosen is None):
+                best, chosen = product, centre
+        return chosen
