@@ -1,0 +1,350 @@
+"""Triton kernels of `kvpress.kernels.decode_attention`: splits of the keys, their merge, and the weights from the LSE."""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK_SPLITS = 16  # partial results merged at a time
+KEYS_PER_SPLIT = 128  # fewer are not worth a program of their own
+
+
+class Config(NamedTuple):
+    """Launch settings of the attention kernel.
+
+    Attributes:
+        block_m: query heads of one kv head, padded to what `tl.dot` takes.
+        block_n: keys per tile.
+        block_d: head dimension, padded to a power of two.
+    """
+
+    block_m: int
+    block_n: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+
+
+def config(group: int, head_dim: int, itemsize: int) -> Config:
+    """Launch settings from shapes: a tile of K is 16 KiB where registers allow, less in float32 and for large groups."""
+    block_m, block_d = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(head_dim))
+    tile = 16384 if itemsize == 2 and block_m == 16 else 8192
+    block_n = max(16, min(64, tile // (block_d * itemsize)))
+    return Config(block_m, block_n, block_d, num_warps=4 if block_m <= 32 else 8, num_stages=3)
+
+
+def split_count(count: int, rows: int, multiprocessors: int) -> int:
+    """Into how many splits `count` keys go, so that with `rows` kv heads there are about two waves of programs."""
+    wanted = triton.cdiv(2 * multiprocessors, rows)
+    return max(1, min(wanted, triton.cdiv(count, KEYS_PER_SPLIT)))
+
+
+def weigh_blocks(group: int) -> dict[str, int]:
+    """Tile of the kernel that makes weights of scores: a kv head's query heads, and keys."""
+    block_m = triton.next_power_of_2(group)
+    return {"BLOCK_M": block_m, "BLOCK_N": max(16, min(256, 4096 // block_m))}
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; those of an H100 in the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+# Lengths grow in decode and are never compiled in, nor are strides that grow with them.
+@triton.jit(
+    do_not_specialize=["count", "per_split", "kv_heads", "group", "stride_ib", "stride_ih", "stride_mb", "stride_mh"]
+)
+def attend_kernel(
+    p_query,
+    p_key,
+    p_value,
+    p_index,
+    p_valid,
+    p_sinks,
+    p_output,
+    p_lse,
+    p_scores,
+    scale,
+    softcap,
+    count,
+    per_split,
+    kv_heads,
+    group,
+    stride_qb,
+    stride_qh,
+    stride_kb,
+    stride_kh,
+    stride_kn,
+    stride_vb,
+    stride_vh,
+    stride_vn,
+    stride_ib,
+    stride_ih,
+    stride_mb,
+    stride_mh,
+    PER_HEAD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One split of one kv head: online softmax of its query heads over a range of keys, or of listed keys.
+
+    Writes p_output [batch * heads, splits, head_dim] and p_lse [batch * heads, splits], and the scores, -inf where a
+    head does not look, to p_scores [batch * heads, count] unless it is None.
+    """
+    i_row, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    i_batch, i_head = (i_row // kv_heads).to(tl.int64), (i_row % kv_heads).to(tl.int64)
+    first = i_split * per_split
+    last = tl.minimum(first + per_split, count)
+
+    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    m_m, m_d = o_m < group, o_d < HEAD_DIM
+    o_heads = i_head * group + o_m
+    o_out = (i_batch * kv_heads + i_head) * group + o_m  # int64, rows of what is written
+    p_key += i_batch * stride_kb + i_head * stride_kh
+    p_value += i_batch * stride_vb + i_head * stride_vh
+    # [BLOCK_M, BLOCK_D]
+    p_rows = p_query + i_batch * stride_qb + o_heads[:, None] * stride_qh + o_d[None, :]
+    b_query = tl.load(p_rows, mask=m_m[:, None] & m_d[None, :], other=0.0)
+
+    # [BLOCK_M], [BLOCK_M], [BLOCK_M, BLOCK_D]
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if p_sinks is not None:  # a sink is a key without a value; it belongs to the first split
+        b_sinks = tl.load(p_sinks + o_heads, mask=m_m, other=float("-inf")).to(tl.float32)
+        b_max = tl.where(i_split == 0, b_sinks, b_max)
+        b_sum = tl.where(b_max > float("-inf"), 1.0, 0.0)
+
+    for start in range(first, last, BLOCK_N):
+        # [BLOCK_N]
+        o_n = start + tl.arange(0, BLOCK_N)
+        m_n = o_n < last
+        if p_index is not None:
+            b_slot = tl.load(p_index + i_batch * stride_ib + i_head * stride_ih + o_n, mask=m_n, other=0).to(tl.int64)
+        else:
+            b_slot = o_n.to(tl.int64)
+        # [BLOCK_M, BLOCK_N], and whether any head looks: the rest is not read
+        m_seen = m_m[:, None] & m_n[None, :]
+        m_read = m_n
+        if p_valid is not None:
+            p_mask = p_valid + i_batch * stride_mb
+            if PER_HEAD:
+                p_see = p_mask + o_heads[:, None] * stride_mh + o_n[None, :]
+                m_seen = tl.load(p_see, mask=m_seen, other=0) != 0
+                m_read = tl.max(m_seen.to(tl.int32), axis=0) != 0
+            else:
+                m_read = tl.load(p_mask + i_head * stride_mh + o_n, mask=m_n, other=0) != 0
+                m_seen = m_m[:, None] & m_read[None, :]
+        # [BLOCK_D, BLOCK_N]
+        p_tile = p_key + b_slot[None, :] * stride_kn + o_d[:, None]
+        b_key = tl.load(p_tile, mask=m_d[:, None] & m_read[None, :], other=0.0)
+        # [BLOCK_M, BLOCK_N]
+        b_scores = tl.dot(b_query, b_key.to(b_query.dtype), input_precision="ieee") * scale
+        if softcap is not None:
+            # tanh by its definition: Triton has none of its own. Where exp overflows it gives 1.
+            b_scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * b_scores / softcap) + 1.0))
+        b_scores = tl.where(m_seen, b_scores, float("-inf"))
+        if p_scores is not None:
+            p_kept = p_scores + o_out[:, None] * count + o_n[None, :]
+            tl.store(p_kept, b_scores, mask=m_m[:, None] & m_n[None, :])
+
+        b_new = tl.maximum(b_max, tl.max(b_scores, axis=1))
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: no NaN from -inf - -inf
+        b_weights = tl.exp(b_scores - b_shift[:, None])
+        b_decay = tl.exp(b_max - b_shift)
+        # [BLOCK_N, BLOCK_D]
+        p_tile = p_value + b_slot[:, None] * stride_vn + o_d[None, :]
+        b_value = tl.load(p_tile, mask=m_read[:, None] & m_d[None, :], other=0.0)
+        b_acc = b_acc * b_decay[:, None]
+        b_acc += tl.dot(b_weights.to(b_value.dtype), b_value, input_precision="ieee")
+        b_sum = b_sum * b_decay + tl.sum(b_weights, axis=1)
+        b_max = b_new
+
+    b_out = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
+    o_part = o_out * splits + i_split
+    p_out = p_output + o_part[:, None] * HEAD_DIM + o_d[None, :]
+    tl.store(p_out, b_out.to(p_output.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+    tl.store(p_lse + o_part, b_max + tl.log(b_sum), mask=m_m)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def merge_kernel(
+    p_parts, p_part_lse, p_output, p_lse, splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """One query head: the splits' outputs weighed by their LSE; p_output [rows, head_dim] and p_lse [rows]."""
+    i_row = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK_D)
+    m_d = o_d < HEAD_DIM
+    # [], [], [BLOCK_D]
+    b_max = tl.full((), float("-inf"), tl.float32)
+    b_sum = tl.zeros((), tl.float32)
+    b_acc = tl.zeros((BLOCK_D,), tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        # [BLOCK_S]
+        o_s = start + tl.arange(0, BLOCK_S)
+        m_s = o_s < splits
+        b_lse = tl.load(p_part_lse + i_row * splits + o_s, mask=m_s, other=float("-inf"))
+        # [BLOCK_S, BLOCK_D]
+        p_tile = p_parts + (i_row * splits + o_s)[:, None] * HEAD_DIM + o_d[None, :]
+        b_parts = tl.load(p_tile, mask=m_s[:, None] & m_d[None, :], other=0.0)
+        b_new = tl.maximum(b_max, tl.max(b_lse, axis=0))
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_weights, b_decay = tl.exp(b_lse - b_shift), tl.exp(b_max - b_shift)
+        b_acc = b_acc * b_decay + tl.sum(b_parts * b_weights[:, None], axis=0)
+        b_sum = b_sum * b_decay + tl.sum(b_weights, axis=0)
+        b_max = b_new
+    b_out = b_acc / tl.where(b_sum > 0, b_sum, 1.0)
+    tl.store(p_output + i_row * HEAD_DIM + o_d, b_out.to(p_output.dtype.element_ty), mask=m_d)
+    tl.store(p_lse + i_row, b_max + tl.log(b_sum))
+
+
+@triton.jit(do_not_specialize=["count", "group"])
+def weigh_kernel(p_scores, p_lse, p_mass, count, group, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Attention weights exp(score - LSE) of a tile of keys: in place of the scores, or summed over the group in p_mass.
+
+    p_scores [kv rows * group, count], p_lse [kv rows * group], p_mass [kv rows, count] or None.
+    """
+    i_row = tl.program_id(0).to(tl.int64)
+    # [BLOCK_M], [BLOCK_N]
+    o_m = tl.arange(0, BLOCK_M)
+    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    m_m, m_n = o_m < group, o_n < count
+    b_lse = tl.load(p_lse + i_row * group + o_m, mask=m_m, other=0.0)
+    b_shift = tl.where(b_lse == float("-inf"), 0.0, b_lse)  # a head without keys has scores of -inf only
+    # [BLOCK_M, BLOCK_N]
+    p_tile = p_scores + (i_row * group + o_m)[:, None] * count + o_n[None, :]
+    m_tile = m_m[:, None] & m_n[None, :]
+    b_weights = tl.exp(tl.load(p_tile, mask=m_tile, other=float("-inf")) - b_shift[:, None])
+    if p_mass is None:
+        tl.store(p_tile, b_weights, mask=m_tile)
+    else:
+        tl.store(p_mass + i_row * count + o_n, tl.sum(b_weights, axis=0), mask=m_n)
+
+
+def decode_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    index: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    with_mass: bool,
+    per_head: bool,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """As `kvpress.kernels.decode_attention.decode_attention`, without `moved`.
+
+    The scores are kept for the weights, 4 bytes per query head and key: reading K again would be 2 * head_dim bytes per
+    kv head and key.
+    """
+    batch, heads, _, head_dim = query.shape
+    kv_heads = key.shape[1]
+    group, rows = heads // kv_heads, batch * kv_heads
+    count = key.shape[2] if index is None else index.shape[2]
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+    valid, index = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (valid, index))
+    chosen = config(group, head_dim, key.element_size())
+    splits = split_count(count, rows, multiprocessors(query.device))
+    per_split = max(1, triton.cdiv(triton.cdiv(count, splits), chosen.block_n)) * chosen.block_n
+    splits = max(1, triton.cdiv(count, per_split))
+
+    output = query.new_empty(batch, heads, 1, head_dim)
+    lse = query.new_empty(batch, heads, dtype=torch.float32)
+    scores = mass = None
+    if with_mass:
+        scores = query.new_empty(batch, heads, count, dtype=torch.float32)
+        mass = None if per_head else query.new_empty(batch, kv_heads, count, dtype=torch.float32)
+    parts, part_lse = output, lse
+    if splits > 1:
+        parts = query.new_empty(batch * heads, splits, head_dim, dtype=torch.float32)
+        part_lse = query.new_empty(batch * heads, splits, dtype=torch.float32)
+    attend_kernel[(rows, splits)](
+        query,
+        key,
+        value,
+        index,
+        valid,
+        sinks,
+        parts,
+        part_lse,
+        scores,
+        scale,
+        softcap,
+        count,
+        per_split,
+        kv_heads,
+        group,
+        *query.stride()[:2],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *((0, 0) if index is None else index.stride()[:2]),
+        *((0, 0) if valid is None else valid.stride()[:2]),
+        PER_HEAD=valid is not None and valid.shape[1] != kv_heads,
+        HEAD_DIM=head_dim,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_D=chosen.block_d,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )
+    if splits > 1:
+        merge_kernel[(batch * heads,)](
+            parts, part_lse, output, lse, splits, HEAD_DIM=head_dim, BLOCK_S=BLOCK_SPLITS, BLOCK_D=chosen.block_d
+        )
+    if scores is not None and count:
+        blocks = weigh_blocks(group)
+        weigh_kernel[(rows, triton.cdiv(count, blocks["BLOCK_N"]))](scores, lse, mass, count, group, **blocks)
+    return output, scores if per_head else mass, lse if with_lse else None
+
+
+def compile_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
+    """(kernel, signature, constexprs, num_warps, num_stages) of the launches in use, plain and with every feature."""
+    strides = {f"stride_{name}": "i32:16" for name in ("qb", "qh", "kb", "kh", "kn", "vb", "vh", "vn")}
+    strides |= {f"stride_{name}": "i32" for name in ("ib", "ih", "mb", "mh")}
+    numbers = {"scale": "fp32", "count": "i32", "per_split": "i32", "kv_heads": "i32", "group": "i32"}
+    options = {
+        "p_index": "*i64:16",
+        "p_valid": "*i1:16",
+        "p_sinks": "*bf16:16",
+        "p_scores": "*fp32:16",
+        "softcap": "fp32",
+    }
+    for head_dim in (64, 80, 96, 128, 256):
+        wide = {64: 71, 128: 48, 256: 17}.get(head_dim)  # a group that needs more than 16 rows
+        cases: list[Any] = [(dtype, 4, full) for dtype in ("fp32", "bf16") for full in (False, True)]
+        cases += [("fp16", 4, True)] * (head_dim == 128) + [("bf16", wide, True)] * (wide is not None)
+        for dtype, group, full in cases:
+            chosen = config(group, head_dim, 4 if dtype == "fp32" else 2)
+            signature = {f"p_{name}": f"*{dtype}:16" for name in ("query", "key", "value")}
+            signature |= {"p_output": "*fp32:16", "p_lse": "*fp32:16", **numbers, **strides}
+            constexprs: dict[str, Any] = {"PER_HEAD": full, "HEAD_DIM": head_dim}
+            constexprs |= {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d}
+            if full:
+                signature |= options
+            else:
+                constexprs |= dict.fromkeys(options)
+            yield attend_kernel, signature, constexprs, chosen.num_warps, chosen.num_stages
+        block_d = config(4, head_dim, 2).block_d
+        merge = {
+            "p_parts": "*fp32:16",
+            "p_part_lse": "*fp32:16",
+            "p_output": "*bf16:16",
+            "p_lse": "*fp32:16",
+            "splits": "i32",
+        }
+        yield merge_kernel, merge, {"HEAD_DIM": head_dim, "BLOCK_S": BLOCK_SPLITS, "BLOCK_D": block_d}, 4, 3
+    weigh = {"p_scores": "*fp32:16", "p_lse": "*fp32:16", "p_mass": "*fp32:16", "count": "i32", "group": "i32"}
+    for group in (1, 2, 4, 8, 16, 48, 71):
+        yield weigh_kernel, weigh, weigh_blocks(group), 4, 3
+    del weigh["p_mass"]
+    yield weigh_kernel, weigh, {"p_mass": None, **weigh_blocks(4)}, 4, 3

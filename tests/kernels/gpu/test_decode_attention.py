@@ -1,0 +1,236 @@
+"""The Triton decode attention against the definition and float64: plain, listed, with every mask and feature."""
+
+import mmap
+
+import pytest
+import torch
+
+from accelerator import DEVICE, DTYPES
+from brute import attend, eager
+from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
+from kvpress.kernels.gpu import decode_attention as gpu
+
+# NumPy, in the interpreter, says so where a logarithm of zero or an overflow to infinity is what is meant.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")
+
+BATCH, KV_HEADS = 2, 2
+LENGTHS = pytest.mark.parametrize("slots", [1, 63, 111], ids="{}-slots".format)
+GROUPS = pytest.mark.parametrize("group", [1, 3, 4, 8], ids="group-{}".format)
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256], ids="d-{}".format)
+ALL = ("valid-per-head", "index", "softcap", "sinks")
+FEATURES = [(), ("valid",), ("valid-per-head",), ("index",), ("softcap",), ("sinks",), ("valid", "index"), ALL]
+ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
+SPLITS = pytest.mark.parametrize("keys_per_split", [128, 16], ids=["one-split", "several-splits"])
+
+
+def inputs(slots, group, head_dim, dtype=torch.float32, seed=0, spare=0):
+    """A query and the first `slots` of a buffer with `spare` more that hold NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    query = torch.randn(BATCH, KV_HEADS * group, 1, head_dim, generator=generator).to(dtype)
+    buffers = torch.randn(2, BATCH, KV_HEADS, slots + spare, head_dim, generator=generator).to(dtype)
+    buffers[..., slots:, :] = float("nan")
+    return query, buffers[0, :, :, :slots], buffers[1, :, :, :slots]
+
+
+def options(features, slots, query, seed=1, index_dtype=torch.int64):
+    """Keyword arguments for the named features; the last sequence's last kv head has no valid entry at all."""
+    generator = torch.Generator().manual_seed(seed)
+    chosen, entries = {}, slots
+    if "index" in features:
+        entries = max(1, slots // 2)
+        chosen["index"] = torch.rand(BATCH, KV_HEADS, slots, generator=generator).argsort(-1)[..., :entries]
+        chosen["index"] = chosen["index"].to(index_dtype)
+    for name, rows in (("valid", KV_HEADS), ("valid-per-head", query.shape[1])):
+        if name in features:
+            chosen["valid"] = torch.rand(BATCH, rows, entries, generator=generator) < 0.6
+            chosen["valid"][-1, -rows // KV_HEADS :] = False
+    if "softcap" in features:
+        chosen["softcap"] = 1.5
+    if "sinks" in features:
+        chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
+    return chosen
+
+
+def on_device(*tensors, **chosen):
+    """The Triton result, of tensors that go to the device and back."""
+    tensors = [tensor.to(DEVICE) for tensor in tensors]
+    chosen = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in chosen.items()}
+    results = decode_attention(*tensors, **chosen, backend="triton")
+    return tuple(x if x is None else x.cpu() for x in results)
+
+
+@LENGTHS
+@GROUPS
+@SPLITS
+@ALL_FEATURES
+def test_equals_the_definition(slots, group, keys_per_split, features, monkeypatch):
+    """Output, weights and LSE, in one piece and merged from splits; what is not written stays NaN."""
+    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", keys_per_split)
+    query, key, value = inputs(slots, group, 32, seed=2, spare=5)
+    chosen = options(features, slots, query)
+    expected = decode_attention_reference(query, key, value, scale=0.3, **chosen)
+    found = on_device(query, key, value, scale=0.3, **chosen, with_mass=True, with_lse=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
+
+
+@HEAD_DIMS
+@DTYPES
+@pytest.mark.parametrize("features", [(), ("valid-per-head", "index")], ids=["plain", "index"])
+def test_is_as_precise_as_torch(head_dim, dtype, features):
+    """The error against float64 is at most twice that of eager attention in the same precision."""
+    query, key, value = inputs(63, 3, head_dim, dtype)
+    chosen, scale = options(features, 63, query), head_dim**-0.5
+    output, mass, _ = on_device(query, key, value, scale=scale, **chosen, with_mass=True)
+    assert output.dtype == dtype and output.shape == query.shape
+
+    visible = torch.ones(BATCH, KV_HEADS * 3, 63, dtype=torch.bool)
+    if features:
+        visible.zero_().scatter_(2, chosen["index"].repeat_interleave(3, dim=1), chosen["valid"])
+    errors, floor = [], 8 * torch.finfo(torch.float32).eps * value.abs().max().double()
+    for head in range(KV_HEADS * 3):
+        if not visible[0, head].any():
+            continue
+        rows, slots = query[:1, head : head + 1], visible[:1, head : head + 1, None]
+        own = slice(head // 3, head // 3 + 1)
+        exact, _ = attend(rows, key[:1, own], value[:1, own], slots, scale=scale)
+        textbook = eager(rows, key[:1, own], value[:1, own], slots, scale=scale)
+        errors.append(
+            ((output[:1, head : head + 1] - exact).abs().max().item(), (textbook.double() - exact).abs().max().item())
+        )
+    ours, theirs = (max(column) for column in zip(*errors, strict=True))
+    assert ours <= 2 * theirs + floor
+    if not features:
+        torch.testing.assert_close(mass.sum(-1), torch.full((BATCH, KV_HEADS), 3.0), atol=1e-5, rtol=0)
+
+
+@SPLITS
+@pytest.mark.parametrize("features", [(), ("index", "valid-per-head")], ids=["plain", "index"])
+def test_weights_per_head(features, keys_per_split, monkeypatch):
+    """Not summed, they are those of the torch path, and sum to those of the group."""
+    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", keys_per_split)
+    query, key, value = inputs(63, 3, 32)
+    chosen = {"scale": 0.2, **options(features, 63, query)}
+    _, weights, _ = on_device(query, key, value, **chosen, with_mass=True, per_head=True)
+    _, expected, _ = decode_attention(query, key, value, **chosen, with_mass=True, per_head=True, backend="torch")
+    torch.testing.assert_close(weights, expected, atol=2e-6, rtol=2e-5)
+    _, mass, lse = on_device(query, key, value, **chosen, with_mass=True)
+    assert lse is None
+    torch.testing.assert_close(weights.unflatten(1, (KV_HEADS, 3)).sum(2), mass)
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["i32", "i64"])
+def test_reads_only_what_is_listed_and_valid(index_dtype):
+    """NaN in every slot that is not listed, or that nobody looks at, changes nothing; nor does an index of it."""
+    query, key, value = inputs(63, 3, 32, seed=4)
+    chosen = options(("index", "valid-per-head"), 63, query, index_dtype=index_dtype)
+    expected = decode_attention_reference(query, key, value, scale=0.3, **chosen)
+    looked = chosen["valid"].unflatten(1, (KV_HEADS, 3)).any(2)
+    read = torch.zeros(BATCH, KV_HEADS, 63, dtype=torch.bool).scatter_(2, chosen["index"].long(), looked)
+    key, value = (x.masked_fill(~read[..., None], float("nan")) for x in (key, value))
+    found = on_device(query, key, value, scale=0.3, **chosen, with_mass=True, with_lse=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
+
+
+def test_results_in_memory_full_of_nan(monkeypatch):
+    """Every number that is returned is written: buffers that start as NaN make no difference."""
+    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", 16)
+    query, key, value = inputs(111, 3, 80)
+    expected = on_device(query, key, value, scale=0.2, with_mass=True, with_lse=True)
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape, **how: x.new_full(shape, float("nan"), **how))
+    found = on_device(query, key, value, scale=0.2, with_mass=True, with_lse=True)
+    for ours, before in zip(found, expected, strict=True):
+        assert ours.equal(before)
+
+
+def test_no_valid_slot_gives_zeros():
+    query, key, value = inputs(63, 3, 32)
+    valid = torch.zeros(BATCH, KV_HEADS, 63, dtype=torch.bool)
+    output, mass, lse = on_device(query, key, value, valid, scale=0.25, with_mass=True, with_lse=True)
+    assert (output == 0).all() and (mass == 0).all() and (lse == float("-inf")).all()
+
+
+def test_large_logits():
+    """Scores in the thousands neither overflow nor become NaN, also capped."""
+    query, key, value = (100 * x for x in inputs(63, 3, 32))
+    for softcap in (None, 30.0):
+        output, _, lse = on_device(query, key, value, scale=0.25, softcap=softcap, with_lse=True)
+        expected, _, expected_lse = decode_attention_reference(query, key, value, scale=0.25, softcap=softcap)
+        torch.testing.assert_close(output, expected, rtol=1e-3, atol=1e-2)
+        torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-3)
+
+
+def test_moved_runs_in_torch():
+    """A second query for some slots: the torch path, with and without a list."""
+    query, key, value = inputs(63, 3, 32)
+    moved = query.roll(1, 0), torch.arange(63).expand(BATCH, KV_HEADS, 63) % 3 == 0
+    chosen = options(("index",), 63, query)
+    for index in (None, chosen["index"]):
+        listed = (moved[0], moved[1] if index is None else moved[1].gather(2, index))
+        devices = tuple(x.to(DEVICE) for x in listed)
+        where = None if index is None else index.to(DEVICE)
+        tensors = (x.to(DEVICE) for x in (query, key, value))
+        output, _, _ = decode_attention(*tensors, scale=0.2, moved=devices, index=where, backend="triton")
+        expected, _, _ = decode_attention_reference(query, key, value, scale=0.2, moved=listed, index=index)
+        torch.testing.assert_close(output.cpu(), expected, atol=1e-5, rtol=1e-4)
+
+
+class Strides:
+    """A kernel that is launched with other strides than its tensors have."""
+
+    def __init__(self, kernel, **strides):
+        self.kernel, self.strides = kernel, strides
+
+    def __getitem__(self, grid):
+        def launch(*args, **options):
+            args = [self.strides.get(name, x) for name, x in zip(self.kernel.arg_names, args, strict=False)]
+            return self.kernel[grid](*args, **options)
+
+        return launch
+
+
+def test_offsets_past_two_to_the_31(monkeypatch):
+    """The ninth slot begins 2^31 numbers behind the first; on a CPU nothing but their two pages is ever allocated."""
+    head_dim, far = 16, 1 << 28
+    if DEVICE.type == "cuda":
+        storage = torch.zeros(8 * far + head_dim, dtype=torch.float16, device=DEVICE)
+        first, ninth = storage[:head_dim], storage[-head_dim:]
+    else:
+        memory = mmap.mmap(-1, 2 * (8 * far + head_dim), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        parts = (torch.frombuffer(memory, dtype=torch.float16, count=head_dim, offset=at) for at in (0, 16 * far))
+        first, ninth = parts
+    first.fill_(1.0)
+    ninth.fill_(2.0)
+    slots = first.view(1, 1, 1, head_dim)
+    index = torch.tensor([[[0, 8]]], device=DEVICE)
+    monkeypatch.setattr(gpu, "attend_kernel", Strides(gpu.attend_kernel, stride_kn=far, stride_vn=far))
+    output, mass, _ = on_device(torch.ones_like(slots), slots, slots, scale=0.1, index=index, with_mass=True)
+    expected = (torch.tensor([1.0, 2.0]) * head_dim * 0.1).softmax(0)
+    torch.testing.assert_close(mass.flatten(), expected)
+    torch.testing.assert_close(output.float().mean(), expected[0] + 2 * expected[1], atol=1e-3, rtol=0)
+
+
+def test_split_count_fills_the_device_once():
+    """About two waves of programs, no split of fewer than 128 keys, and always one."""
+    assert gpu.split_count(131072, 8, 132) == 33
+    assert gpu.split_count(131072, 1024, 132) == 1
+    assert gpu.split_count(300, 8, 132) == 3
+    assert gpu.split_count(1, 1, 132) == gpu.split_count(0, 1, 132) == 1
+
+
+def test_configs_compile_cases_cover():
+    """Every launch configuration that the supported shapes lead to is put through the compiler."""
+    compiled = {
+        (case[2]["BLOCK_M"], case[2]["BLOCK_N"], case[2]["BLOCK_D"], *case[3:])
+        for case in gpu.compile_cases()
+        if "BLOCK_D" in case[2] and "BLOCK_M" in case[2]
+    }
+    in_use = {
+        tuple(gpu.config(group, head_dim, itemsize))
+        for group in range(1, 17)
+        for head_dim in (64, 80, 96, 128, 256)
+        for itemsize in (2, 4)
+    }
+    assert in_use <= compiled
