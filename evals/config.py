@@ -1,0 +1,405 @@
+"""What a run is to do: a YAML file with defaults and a sweep, checked whole before anything loads, and its points."""
+
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from kvpress.errors import PolicyError, nearest
+from kvpress.evals.located import ConfigError, Path_, Places, expand, load, place
+from kvpress.evals.task import Task, TaskError
+from kvpress.evals.tasks import make_task
+from kvpress.policy import Policy, check_budget
+from kvpress.registry import available, make_policies, make_policy
+
+LENGTH_FIELDS = ("length", "lengths", "max_length")
+"""The fields in which tasks take a length; the first that a task has is what `length` sets."""
+
+
+def _budget(value: Any) -> Any:
+    if value is not None:
+        check_budget(value)
+    return value
+
+
+Spec = str | dict[str, Any]
+
+
+class Fields(BaseModel):
+    """One combination, as it is written.
+
+    Attributes:
+        model: hub name or folder of a causal LM, or "smollm2".
+        dtype: "auto" is what `kvpress.models.load_model` takes for best.
+        device: a torch device; "auto" is the GPU if there is one.
+        policy: a name or a mapping with `name` and fields; a list of them acts together.
+        budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none.
+        task: a name or a mapping with `name` and fields.
+        length: sets the task's `length`, `lengths` or `max_length`.
+        seed: sets the task's seed.
+        query_aware: whether the prompt that is compressed holds the question.
+        samples: the first so many of the task's samples; None for all.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    model: str = "smollm2"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|[a-z]+(:\d+)?)$")] = "auto"
+    policy: Spec | list[Spec] = "full"
+    budget: Annotated[Any, BeforeValidator(_budget)] = None
+    task: Spec = "needle"
+    length: Annotated[int, Field(ge=1)] | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    query_aware: bool = True
+    samples: Annotated[int, Field(ge=1)] | None = None
+
+
+class File(BaseModel):
+    """A configuration file.
+
+    Attributes:
+        out: folder for the points' directories.
+        defaults: fields of every point.
+        sweep: field -> values, each combined with each; or a list of such mappings, one grid after the other. A dotted
+            field (policy.window, task.repeats) sets a part.
+        share_prompts: whether policies that leave a prompt's attention exact share one pass over it.
+        allow_extrapolation: whether prompts may be longer than the model was made for.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    out: str
+    defaults: dict[str, Any] = Field(default_factory=dict)
+    sweep: dict[str, list[Any]] | list[dict[str, list[Any]]] = Field(default_factory=dict)
+    share_prompts: bool = True
+    allow_extrapolation: bool = False
+
+
+@dataclass(frozen=True)
+class Point:
+    """One combination, checked and built.
+
+    Attributes:
+        fields: as written.
+        policies: what acts on the model.
+        task: what is asked.
+        definition: everything that decides the answers, defaults included; the directory's name is its hash.
+    """
+
+    fields: Fields
+    policies: tuple[Policy, ...]
+    task: Task
+    definition: dict[str, Any]
+
+    @cached_property
+    def id(self) -> str:
+        return digest(self.definition)
+
+    @property
+    def samples_id(self) -> str:
+        """The same for points that differ in the policy only: they answer the same samples."""
+        return digest({**self.definition, "policy": None})
+
+    @property
+    def model(self) -> tuple[str, str, str]:
+        """What has to be loaded: name, device, dtype."""
+        return expand(self.fields.model), self.fields.device, self.fields.dtype
+
+    @property
+    def policy(self) -> str:
+        """The policies with the fields that differ from their defaults."""
+        return " + ".join(policy.describe() for policy in self.policies)
+
+    @property
+    def where(self) -> str:
+        """Task, length and form of the question."""
+        length = "" if self.fields.length is None else f", length {self.fields.length}"
+        return f"{self.task.label}{length}, {'query-aware' if self.fields.query_aware else 'query-agnostic'}"
+
+    @property
+    def label(self) -> str:
+        return f"{self.policy}, {self.where}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a directory's config.json holds: the definition, and what a table shows of it."""
+        return {
+            "id": self.id,
+            "samples_id": self.samples_id,
+            "policy": self.policy,
+            "policy_names": [policy.name for policy in self.policies],
+            "kind": " + ".join(dict.fromkeys(policy.kind for policy in self.policies)),
+            "budget": self.fields.budget,
+            "task": self.task.label,
+            "metric": self.task.metric,
+            "length": self.fields.length,
+            "seed": self.task.seed,
+            "fields": self.fields.model_dump(),
+            "definition": self.definition,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All points of a run, in order, and how to run them; see `File`."""
+
+    out: Path
+    points: tuple[Point, ...]
+    share_prompts: bool = True
+    allow_extrapolation: bool = False
+
+
+def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
+    """The plan that a YAML file describes.
+
+    Args:
+        path: the file.
+        settings: overrides "a.b=c". A top-level key of the file is set there (sweep.budget=[0.1,0.2], out=x); any other name
+            is a point's field, which then has this one value: a sweep over it goes away.
+
+    Raises:
+        ConfigError: anything that cannot work, with file and line.
+    """
+    tree, places = load(path)
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: no configuration in it; give a mapping with out, defaults and sweep")
+    return make_plan(tree, places, settings)
+
+
+def make_plan(tree: dict[str, Any], places: Places | None = None, settings: Sequence[str] = ()) -> Plan:
+    """The plan of a configuration that is read already; see `read_plan`."""
+    places = {(): "configuration"} if places is None else places
+    for setting in settings:
+        _override(tree, places, setting)
+    file = _validate(File, tree, places, ())
+    grids = [file.sweep] if isinstance(file.sweep, dict) else file.sweep
+    paths: list[Path_] = [("sweep",)] if isinstance(file.sweep, dict) else [("sweep", i) for i in range(len(grids))]
+    points: dict[str, Point] = {}
+    combinations = (c for grid, at in zip(grids, paths, strict=True) for c in _combinations(file, grid, at, places))
+    for tree_of_point, places_of_point in combinations:
+        point = _point(tree_of_point, places_of_point)
+        points.setdefault(point.id, point)  # a policy without a budget comes once for all budgets
+    for point in points.values():
+        if point.fields.budget is not None and not any(p.takes_budget for one in points.values() for p in one.policies):
+            given = [path for path in places if "budget" in path]
+            where = place(places, given[0] if given else ())
+            raise ConfigError(
+                f"{where}: budget={point.fields.budget!r}, but none of the policies takes one; leave it out"
+            )
+    return Plan(
+        Path(_expand(file.out, places, ("out",))), tuple(points.values()), file.share_prompts, file.allow_extrapolation
+    )
+
+
+def digest(content: Any) -> str:
+    """Twelve hexadecimal digits of the content's hash."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _override(tree: dict[str, Any], places: Places, setting: str) -> None:
+    name, equals, text = setting.partition("=")
+    keys = tuple(name.split("."))
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        equals = ""
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {setting!r} does not work; write NAME=VALUE, for instance --set policy.window=16")
+    if keys[0] not in File.model_fields:
+        if keys[0] not in Fields.model_fields:
+            known = [*Fields.model_fields, *File.model_fields]
+            raise ConfigError(f"--set {setting!r}: there is no field {keys[0]!r}{nearest(keys[0], known)}")
+        sweep = tree.get("sweep")
+        for i, grid in enumerate(sweep if isinstance(sweep, list) else [sweep]):
+            if not isinstance(grid, dict):
+                continue  # which is said later
+            for key in [key for key in grid if key == name or key.startswith(f"{name}.")]:
+                del grid[key]
+            if len(keys) > 1 and keys[0] in grid:  # part of what is swept over: set in each of its values
+                grid[name] = [value]
+                places[("sweep", i, name) if isinstance(sweep, list) else ("sweep", name)] = f"--set {setting!r}"
+        keys = ("defaults", *keys)
+    _set(tree, keys, value)
+    for path in [path for path in places if path[: len(keys)] == keys]:
+        del places[path]
+    places[keys] = f"--set {setting!r}"
+
+
+def _set(tree: dict[str, Any], keys: Sequence[Any], value: Any) -> None:
+    """Set a nested key; a name on the way there becomes the mapping that it stands for."""
+    for key in keys[:-1]:
+        inner = tree.get(key)
+        if isinstance(inner, str) and key in ("policy", "task"):
+            inner = {"name": inner}
+        tree[key] = dict(inner) if isinstance(inner, dict) else {}
+        tree = tree[key]
+    tree[keys[-1]] = value
+
+
+def _combinations(
+    file: File, grid: dict[str, list[Any]], at: Path_, places: Places
+) -> Iterator[tuple[dict[str, Any], Places]]:
+    """Each point's fields, and where each of them stands."""
+    for key, values in grid.items():
+        first, _, part = key.partition(".")
+        where = place(places, (*at, key))
+        if first not in Fields.model_fields or (part and first not in ("policy", "task")):
+            raise ConfigError(
+                f"{where}: there is no field {key!r} to sweep over{nearest(first, list(Fields.model_fields))}"
+            )
+        if not values:
+            raise ConfigError(f"{where}: the sweep over {key!r} is empty; give at least one value, or leave it out")
+    order = sorted(grid, key=lambda key: "." in key)  # a whole policy first, then its parts
+    for chosen in itertools.product(*(range(len(grid[key])) for key in grid)):
+        index = dict(zip(grid, chosen, strict=True))
+        tree = dict(file.defaults)
+        found: Places = {path[1:]: where for path, where in places.items() if path[:1] == ("defaults",)}
+        for key in order:
+            keys, source = tuple(key.split(".")), (*at, key, index[key])
+            if len(keys) > 1 and isinstance(tree.get(keys[0]), list):
+                raise ConfigError(
+                    f"{place(places, source)}: {key!r} is unclear, for {keys[0]} is a list; sweep over whole lists"
+                )
+            _set(tree, keys, grid[key][index[key]])
+            found = {path: where for path, where in found.items() if path[: len(keys)] != keys}
+            found[keys] = place(places, source)
+            found |= {(*keys, *p[len(source) :]): where for p, where in places.items() if p[: len(source)] == source}
+        yield tree, found
+
+
+def _validate(model: type[Any], tree: dict[str, Any], places: Places, at: Path_) -> Any:
+    try:
+        return model.model_validate(tree)
+    except ValidationError as errors:
+        # a name that is not known is often the reason of what is missing
+        error = min(errors.errors(), key=lambda error: error["type"] != "extra_forbidden")
+        path, value = _follow(tree, error["loc"])
+        where, name = place(places, (*at, *path)), ".".join(map(str, path))
+        if error["type"] == "extra_forbidden":
+            raise ConfigError(
+                f"{where}: there is no field {name!r}{nearest(name, list(model.model_fields))}"
+            ) from errors
+        if error["type"] == "missing":
+            missing = ".".join(map(str, error["loc"]))
+            raise ConfigError(f"{where}: {missing!r} is missing; add it") from errors
+        said = str(error["msg"]).removeprefix("Value error, ")
+        shown = "" if name in said else f"{name}={repr(value)[:60]}: "
+        raise ConfigError(f"{where}: {shown}{said[0].lower()}{said[1:]}") from errors
+
+
+def _follow(tree: Any, location: Sequence[str | int]) -> tuple[Path_, Any]:
+    """The path that pydantic means, and what stands there: among the keys it names the alternatives that it tried."""
+    path: Path_ = ()
+    key: Any
+    for key in location:
+        if (isinstance(tree, dict) and key in tree) or (isinstance(tree, list) and isinstance(key, int)):
+            path, tree = (*path, key), tree[key]
+    return path, tree
+
+
+def _point(tree: dict[str, Any], places: Places) -> Point:
+    """Check one combination and build what it names."""
+    written: Fields = _validate(Fields, tree, places, ())
+    try:
+        policies = _policies(written)
+    except PolicyError as error:
+        raise ConfigError(f"{_blame(places, 'policy', written.policy, str(error))}: {error}") from error
+    try:
+        raw = _task_spec(written)
+        task = make_task(raw)
+    except TaskError as error:
+        raise ConfigError(f"{_blame(places, 'task', written.task, str(error))}: {error}") from error
+    _expand(written.model, places, ("model",))
+    built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, places, ("task",)))
+    if task.name == "perplexity":
+        if written.query_aware:
+            where = place(places, ("query_aware",) if ("query_aware",) in places else ("task", "name"))
+            raise ConfigError(f"{where}: perplexity has no question to compress with; set query_aware: false")
+        if (mode := getattr(task, "mode", "decode")) != "decode":
+            raise ConfigError(f"{place(places, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}")
+    definition = {
+        "model": written.model,
+        "device": written.device,
+        "dtype": written.dtype,
+        "policy": [{"name": policy.name, **asdict(policy)} for policy in policies],
+        "task": task.to_dict(),  # with ${...} as written: a point is the same on every machine
+        "query_aware": written.query_aware,
+        "samples": written.samples,
+    }
+    return Point(written, policies, built, json.loads(json.dumps(definition)))
+
+
+def _policies(written: Fields) -> tuple[Policy, ...]:
+    specs = written.policy if isinstance(written.policy, list) else [written.policy]
+    mappings = [{"name": spec} if isinstance(spec, str) else dict(spec) for spec in specs]
+    takers = [m for m in mappings if (cls := available().get(str(m.get("name")))) is not None and cls.takes_budget]
+    if written.budget is not None and len(takers) > 1:
+        names = " and ".join(str(m["name"]) for m in takers)
+        raise PolicyError(
+            f"budget={written.budget!r} is unclear, for {names} take one each; set it in the policies' own fields"
+        )
+    return tuple(make_policies([_policy(m, written.budget if m in takers else None) for m in mappings]))
+
+
+def _policy(mapping: dict[str, Any], budget: Any) -> Policy:
+    own = {key: value for key, value in mapping.items() if key != "name"}
+    cls = available().get(str(mapping.get("name")))
+    if budget is None or cls is None or not own.keys() <= {field.name for field in cls.parameters()}:
+        return make_policy(mapping)  # which says what is wrong
+    if "budget" in own:
+        raise PolicyError(f"budget={budget!r} and policy.budget={own['budget']!r}; keep one of them")
+    try:
+        return cls.at_budget(budget, **own)
+    except TypeError as error:  # a field that the budget itself sets
+        raise PolicyError(f"budget={budget!r} does not go with {own} for {cls.name}; keep one of them") from error
+
+
+def _task_spec(written: Fields) -> dict[str, Any]:
+    """The task's mapping, with `length` and `seed` in it."""
+    spec: dict[str, Any] = {"name": written.task} if isinstance(written.task, str) else dict(written.task)
+    task = type(make_task({"name": spec.get("name")} if "name" in spec else spec))
+    known = {field.name for field in fields(task)}
+    if written.length is not None:
+        found = [name for name in LENGTH_FIELDS if name in known]
+        if not found:
+            raise TaskError(f"length={written.length}, but {task.name} has no length to set; leave it out")
+        if found[0] in spec:
+            raise TaskError(f"length={written.length} and task.{found[0]}={spec[found[0]]!r}; keep one of them")
+        spec[found[0]] = (written.length,) if found[0] == "lengths" else written.length
+    if written.seed is not None:
+        if "seed" in spec:
+            raise TaskError(f"seed={written.seed} and task.seed={spec['seed']!r}; keep one of them")
+        spec["seed"] = written.seed
+    return spec
+
+
+def _blame(places: Places, field: str, spec: Any, message: str) -> str:
+    """Where the fault that a message tells of stands: at the part that it names, else at another field, else the whole."""
+    parts = list(spec) if isinstance(spec, dict) else []
+    if "unknown" in message:
+        return place(places, (field, "name"))
+    for key in parts:
+        if key != "name" and re.search(rf"\b{re.escape(key)}\b", message):
+            return place(places, (field, key))
+    for key in ("budget", "length", "seed"):
+        if (key,) in places and message.startswith(f"{key}="):
+            return places[key,]
+    return place(places, (field,))
+
+
+def _expand(value: Any, places: Places, path: Path_) -> Any:
+    try:
+        return expand(value)
+    except KeyError as error:
+        where = place(places, path)
+        raise ConfigError(
+            f"{where}: the environment variable {error.args[0]} is not set; set it, or write the path"
+        ) from error

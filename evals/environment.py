@@ -1,0 +1,77 @@
+"""What the figures of a session depend on."""
+
+import os
+import platform
+import subprocess
+from datetime import datetime, timezone
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import kvpress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "triton", "flash-attn", "datasets", "rouge-score", "jieba")
+
+
+def describe(model: "PreTrainedModel", seed: int) -> dict[str, Any]:
+    """Versions, commit, hardware, the model as it was loaded, the seed, and the time."""
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "kvpress": kvpress.__version__,
+        "commit": commit(),
+        "python": platform.python_version(),
+        "packages": packages(),
+        "model_class": type(model).__name__,
+        "model_revision": getattr(model.config, "_commit_hash", None),
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "hardware": hardware(model.device),
+        "threads": torch.get_num_threads(),
+        "seed": seed,
+    }
+
+
+@cache
+def packages() -> dict[str, str]:
+    """The versions of those packages that are there."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+@cache
+def commit() -> str | None:
+    """The commit of the checkout that kvpress runs from, with -dirty if files differ from it; None for an install."""
+    folder = Path(kvpress.__file__).resolve().parent.parent
+    if not (folder / ".git").exists():
+        return None
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def hardware(device: torch.device) -> str:
+    """The processor's name, of the GPU where the model is on one."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    except OSError:
+        pass  # not Linux
+    return f"{name}, {os.cpu_count()} cores"

@@ -1,0 +1,156 @@
+"""A report of what runs left on disk: report.html, report.md and report.csv."""
+
+import csv
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from kvpress.evals.page import page
+from kvpress.evals.results import Result, Setting, load_results, settings
+from kvpress.evals.store import StoreError, write_whole
+
+
+def write_report(folders: Sequence[Path], out: Path, title: str = "kvpress evaluation") -> list[Path]:
+    """Gather all points in and below the folders, and write the report's three files.
+
+    Raises:
+        StoreError: a folder without results, a broken file, or an `out` that cannot be written.
+    """
+    results = load_results(list(folders))
+    found = settings(results)
+    if not found:
+        raise StoreError(
+            f"no sample has an answer yet in {', '.join(map(str, folders))}; run kvpress ablate or eval first"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"cannot make the folder {out} ({error.strerror}); choose another") from error
+    # Relative paths: a folder of results stays whole when it is moved.
+    links = {r.id: quote(Path(os.path.relpath(r.folder, out)).as_posix()) + "/" for r in results}
+    written = {
+        "report.html": page(title, found, results, notes(results), links),
+        "report.md": markdown(title, found, notes(results)),
+        "report.csv": csv_text(results, links),
+    }
+    for name, text in written.items():
+        write_whole(out / name, text)
+    return [out / name for name in written]
+
+
+def notes(results: Sequence[Result]) -> list[str]:
+    """What a reader should know before the figures."""
+    found = []
+    failed, unfinished = sum(r.failed for r in results), sum(not r.finished for r in results)
+    if failed:
+        found.append(f"{failed} sample(s) failed and are left out; see error in their runs' samples.jsonl.")
+    if unfinished:
+        found.append(f"{unfinished} of {len(results)} runs are not finished.")
+    commits = {session["commit"] or session["kvpress"] for result in results for session in result.sessions}
+    if len(commits) > 1:
+        found.append(f"The runs were made with {len(commits)} versions of kvpress: {', '.join(sorted(commits))}.")
+    return found
+
+
+def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, Any]]:
+    """One flat row per point, with numbers as they were measured."""
+    references = {r.config["samples_id"]: r.figures for r in results if r.config["policy_names"] == ["full"]}
+    rows = []
+    for result in results:
+        config, figures, last = result.config, result.figures, result.sessions[-1]
+        mean = figures.estimate
+        apart = figures.difference(references.get(config["samples_id"]))
+        if config["policy_names"] == ["full"]:
+            apart = None
+        rows.append(
+            {
+                "run": result.id,
+                "policy": config["policy"],
+                "kind": config["kind"],
+                "budget": config["budget"],
+                "model": config["definition"]["model"],
+                "dtype": last["dtype"],
+                "hardware": last["hardware"],
+                "task": config["task"],
+                "metric": config["metric"],
+                "length": config["length"],
+                "seed": config["seed"],
+                "query_aware": result.query_aware,
+                "finished": result.finished,
+                "n": len(figures.samples),
+                "failed": figures.failed,
+                "score": mean and mean.mean,
+                "score_low": mean and mean.low,
+                "score_high": mean and mean.high,
+                "to_full": apart and apart.mean,
+                "to_full_low": apart and apart.low,
+                "to_full_high": apart and apart.high,
+                "to_full_n": apart and apart.n,
+                "to_full_significant": apart and apart.significant,
+                "bytes": figures.mean("bytes"),
+                "bytes_of_full": figures.share("bytes", "full_bytes"),
+                "tokens_seen": figures.mean("seen"),
+                "tokens_kept": figures.mean("kept"),
+                "read_share": figures.mean("read_share"),
+                "prompt_ms": figures.median("prompt_ms"),
+                "prompt_shared": figures.prompts_shared,
+                "token_ms": figures.median("token_ms"),
+                "commit": last["commit"],
+                "kvpress": last["kvpress"],
+                "directory": links[result.id],
+            }
+        )
+    return rows
+
+
+def csv_text(results: Sequence[Result], links: dict[str, str]) -> str:
+    """`rows_of` as comma-separated values."""
+    rows, file = rows_of(results, links), io.StringIO()
+    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return file.getvalue()
+
+
+def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> str:
+    """The policies' table of each setting."""
+    lines = [f"# {title}", ""]
+    for warning in warnings:
+        lines += [f"> {warning}", ""]
+    for setting in found:
+        lines += [f"## {setting.title}", "", f"{setting.machine}; tasks: {', '.join(setting.tasks)}", ""]
+        lines += ["| policy | n | score | 95 % | to full | MiB | of full | read | token ms | runs |", "|---" * 10 + "|"]
+        lines += [_line(setting, i) for i in range(len(setting.arms))]
+        lines.append("")
+    lines.append(
+        "Scores and differences in points of a hundred, with 95 % bootstrap intervals; n.s.: chance alone may have made the "
+        "difference to full attention on the same samples. *: lacks samples that others have. Bytes and times are measured."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _line(setting: Setting, index: int) -> str:
+    arm = setting.arms[index]
+    figures, mean = arm.figures, arm.figures.estimate
+    assert mean is not None
+    scale = 100
+    apart = None if arm.is_reference else figures.difference(setting.reference)
+    to_full = "–" if apart is None else f"{apart.mean * scale:+.1f}{'' if apart.significant else ' n.s.'}"
+    token_ms = figures.median("token_ms")
+    share = figures.share("bytes", "full_bytes")
+    cells = (
+        arm.label + ("" if arm.complete else " *"),
+        len(figures.samples),
+        f"{mean.mean * scale:.1f}",
+        f"{mean.low * scale:.1f} to {mean.high * scale:.1f}",
+        to_full,
+        f"{(figures.mean('bytes') or 0) / 2**20:.2f}",
+        "–" if share is None else f"{share:.1%}",
+        f"{figures.mean('read_share') or 0:.1%}",
+        "–" if token_ms is None else f"{token_ms:.1f}",
+        " ".join(figures.runs),
+    )
+    return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"

@@ -1,0 +1,234 @@
+"""What runs left on disk, gathered for a report: settings, arms, and figures of any part of their samples."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from kvpress.evals.statistics import Difference, Estimate, difference, estimate
+from kvpress.evals.store import CONFIG, FINISHED, find_points, read_json, read_rows, read_sessions
+
+Row = dict[str, Any]
+Key = tuple[str, int]
+"""A sample: `samples_id` and index."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One point's directory."""
+
+    folder: Path
+    config: dict[str, Any]
+    sessions: list[dict[str, Any]]
+    rows: dict[int, Row]
+    finished: bool
+
+    @property
+    def id(self) -> str:
+        return str(self.config["id"])
+
+    @property
+    def query_aware(self) -> bool:
+        return bool(self.config["definition"]["query_aware"])
+
+    @property
+    def machine(self) -> str:
+        """Where the latest session ran."""
+        last = self.sessions[-1]
+        return f"{last['dtype']} on {last['hardware']}"
+
+    @property
+    def answered(self) -> list[Row]:
+        return [row for row in self.rows.values() if row["error"] is None]
+
+    @property
+    def failed(self) -> int:
+        return len(self.rows) - len(self.answered)
+
+    @property
+    def figures(self) -> "Figures":
+        """Of all the point's samples."""
+        return Figures([(self, row) for row in self.answered], self.failed)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Samples of one arm, and what was measured over them.
+
+    Attributes:
+        samples: each with the point that it belongs to.
+        failed: samples that have no answer.
+    """
+
+    samples: list[tuple[Result, Row]]
+    failed: int = 0
+
+    @cached_property
+    def runs(self) -> list[str]:
+        """The points' ids."""
+        return list(dict.fromkeys(result.id for result, _ in self.samples))
+
+    @cached_property
+    def scores(self) -> dict[str, dict[Key, float]]:
+        """Task -> sample -> score."""
+        found: dict[str, dict[Key, float]] = {}
+        for result, row in self.samples:
+            found.setdefault(result.config["task"], {})[result.config["samples_id"], row["index"]] = row["score"]
+        return found
+
+    @cached_property
+    def estimate(self) -> Estimate | None:
+        """The mean score over tasks, with its interval."""
+        return estimate([list(scores.values()) for scores in self.scores.values()]) if self.samples else None
+
+    def difference(self, reference: "Figures | None") -> Difference | None:
+        """How much better than a reference on the same samples."""
+        if reference is None:
+            return None
+        tasks = [task for task in self.scores if task in reference.scores]
+        return difference([self.scores[task] for task in tasks], [reference.scores[task] for task in tasks])
+
+    def part(self, wanted: Callable[[Result, Row], bool]) -> "Figures":
+        """The same for some of the samples."""
+        return Figures([(result, row) for result, row in self.samples if wanted(result, row)])
+
+    def mean(self, name: str) -> float | None:
+        values = self._values(name)
+        return statistics.fmean(values) if values else None
+
+    def median(self, name: str) -> float | None:
+        values = self._values(name)
+        return statistics.median(values) if values else None
+
+    def share(self, name: str, of: str) -> float | None:
+        """The sum of one measure over that of another."""
+        total = sum(self._values(of))
+        return sum(self._values(name)) / total if total else None
+
+    @cached_property
+    def prompts_shared(self) -> bool:
+        return any(row["shared_prompt"] for _, row in self.samples)
+
+    def _values(self, name: str) -> list[float]:
+        return [row[name] for _, row in self.samples if row.get(name) is not None]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One policy with its parameters, over all samples of a setting."""
+
+    policy: str
+    names: list[str]
+    kind: str
+    figures: Figures
+    complete: bool
+
+    @property
+    def label(self) -> str:
+        """As short as it is clear: h2o(0.25)."""
+        return self.policy.replace("budget=", "")
+
+    @property
+    def is_reference(self) -> bool:
+        return self.names == ["full"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Arms that can be compared: one model in one precision on one machine, one form of the question, one family of tasks."""
+
+    model: str
+    machine: str
+    query_aware: bool
+    family: str
+    arms: list[Arm] = field(default_factory=list)
+
+    @property
+    def reference(self) -> Figures | None:
+        """Full attention, if it ran."""
+        return next((arm.figures for arm in self.arms if arm.is_reference), None)
+
+    @property
+    def title(self) -> str:
+        form = (
+            "the compressed prompt holds the question"
+            if self.query_aware
+            else "compressed before the question is known"
+        )
+        return f"{self.family} on {self.model}, {form}"
+
+    @property
+    def percent(self) -> bool:
+        """Whether scores are shown in percent; else they are probabilities of tokens, with three digits."""
+        return self.family != "perplexity"
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({task for arm in self.arms for task in arm.figures.scores})
+
+    @property
+    def lengths(self) -> list[str]:
+        """In order, from the shortest."""
+        found = {length_of(row) for arm in self.arms for _, row in arm.figures.samples}
+        return [name for _, name in sorted(found)]
+
+
+def length_of(row: Row) -> tuple[float, str]:
+    """A sample's length, to sort by and to show: the one it was made for, else tokens up to a power of two."""
+    length = row["meta"].get("length")
+    if isinstance(length, int | float):
+        return length, f"{length:g}"
+    limit = 1024
+    while limit < row["prompt_tokens"]:
+        limit *= 2
+    return limit, f"to {limit // 1024}k"
+
+
+def load_results(folders: list[Path]) -> list[Result]:
+    """All points in and below the folders; of one that lies there twice, the directory with more samples.
+
+    Raises:
+        StoreError: a folder without results, or a broken file.
+    """
+    found: dict[str, Result] = {}
+    for folder in find_points(folders):
+        finished = (folder / FINISHED).is_file()
+        result = Result(folder, read_json(folder / CONFIG), read_sessions(folder), read_rows(folder), finished)
+        if result.sessions and (result.id not in found or len(result.answered) > len(found[result.id].answered)):
+            found[result.id] = result
+    return sorted(found.values(), key=_order)
+
+
+def settings(results: Iterable[Result]) -> list[Setting]:
+    """The results that have answers, by what can be compared and averaged."""
+    by_setting: dict[tuple[str, str, bool, str], list[Result]] = {}
+    for result in results:
+        family = result.config["definition"]["task"]["name"]
+        key = (result.config["definition"]["model"], result.machine, result.query_aware, family)
+        by_setting.setdefault(key, []).append(result)
+    found = []
+    for key, members in by_setting.items():
+        by_policy: dict[str, list[Result]] = {}
+        for result in members:
+            by_policy.setdefault(result.config["policy"], []).append(result)
+        everything = {(r.config["samples_id"], row["index"]) for r in members for row in r.answered}
+        arms = []
+        for policy, own in by_policy.items():
+            samples = [(result, row) for result in own for row in result.answered]
+            if samples:
+                config, failed = own[0].config, sum(result.failed for result in own)
+                figures = Figures(samples, failed)
+                complete = sum(map(len, figures.scores.values())) == len(everything)
+                arms.append(Arm(policy, config["policy_names"], config["kind"], figures, complete))
+        if arms:
+            found.append(Setting(*key, arms))
+    return found
+
+
+def _order(result: Result) -> tuple[Any, ...]:
+    budget = result.config["budget"]
+    names = result.config["policy_names"]
+    return (names != ["full"], names, budget is None, isinstance(budget, int), budget or 0, result.config["policy"],
+            result.config["task"], result.config["length"] or 0, not result.query_aware)  # fmt: skip

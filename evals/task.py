@@ -1,0 +1,179 @@
+"""What a task is: parameters, samples that follow from them, prompts in two parts, and a score for an answer."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from random import Random
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from kvpress.errors import nearest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Marks in a chat message where the question begins. A private-use character: no text of a task has it.
+_QUESTION_MARK = "\ue0ff"
+
+
+class TaskError(ValueError):
+    """A task, a parameter or a data row that cannot work; the message names the value, the limit and the remedy."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question about one context.
+
+    Attributes:
+        index: its place among the task's samples.
+        context: the long text, with the instructions in front of it; what a policy compresses.
+        question: what follows the context. `context + question + answer_prefix` is the whole prompt without a chat template.
+        answers: what is right; see the task's metric.
+        max_new_tokens: how many tokens an answer may have.
+        answer_prefix: the answer's first words, given to the model; in a chat they stand in its turn.
+        meta: what the sample was made from (length, depth, ...), for tables. `meta["stop"]`, if there, is a text at whose
+            first appearance an answer may be ended.
+    """
+
+    index: int
+    context: str
+    question: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    answer_prefix: str = ""
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a sample's prompt: the model reads `context`, then `question`."""
+
+    context: list[int]
+    question: list[int]
+
+    @property
+    def length(self) -> int:
+        return len(self.context) + len(self.question)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Task(ABC):
+    """Samples, prompts and scores. The fields are the parameters; equal ones give equal samples.
+
+    Args:
+        seed: of all that is drawn; only the task's own generators are used.
+        chat: whether prompts go through the tokenizer's chat template; None (the default) where the tokenizer has one and
+            `wants_chat` says so.
+
+    Raises:
+        TaskError: a parameter out of range.
+    """
+
+    name: ClassVar[str]
+
+    seed: int = 0
+    chat: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_count(self.seed, "seed", 0)
+        if self.chat is not None and not isinstance(self.chat, bool):
+            raise TaskError(f"chat={self.chat!r} is not known; give true, false, or nothing for the task's own choice")
+
+    @property
+    @abstractmethod
+    def metric(self) -> str:
+        """The name of the function in `kvpress.evals.metrics` that scores."""
+
+    @property
+    def label(self) -> str:
+        """The task's name in a table, with the data set if it has several."""
+        return self.name
+
+    @property
+    def wants_chat(self) -> bool:
+        """Whether an instruction-tuned model should see the prompts as a user's message."""
+        return True
+
+    @abstractmethod
+    def samples(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
+        """The samples, in a fixed order.
+
+        Raises:
+            TaskError: a length that is too short, or data that is missing or broken.
+        """
+
+    @abstractmethod
+    def score(self, sample: Sample, answer: str) -> float:
+        """How right an answer is, 0 to 1. `answer` is what the model wrote after `sample.answer_prefix`."""
+
+    def prompt(self, sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
+        """The sample's token ids, context and question apart, with special tokens or the chat template around them.
+
+        Raises:
+            TaskError: `chat=True` with a tokenizer that has no chat template.
+        """
+        context, question, special = sample.context, sample.question, True
+        if self._uses_chat(tokenizer):
+            message = [{"role": "user", "content": context + _QUESTION_MARK + question}]
+            # enable_thinking is for models that would reason before they answer; the others' templates ignore it
+            rendered = tokenizer.apply_chat_template(
+                message, add_generation_prompt=True, tokenize=False, enable_thinking=False
+            )
+            context, _, question = rendered.partition(_QUESTION_MARK)
+            special = False
+        return Prompt(
+            encode(tokenizer, context, special=special),
+            encode(tokenizer, question + sample.answer_prefix, special=False),
+        )
+
+    def _uses_chat(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
+        has_template = bool(tokenizer.chat_template)
+        if self.chat and not has_template:
+            raise TaskError(
+                f"chat=True, but the tokenizer of {tokenizer.name_or_path!r} has no chat template; set chat=False"
+            )
+        return has_template and (self.wants_chat if self.chat is None else self.chat)
+
+    def rng(self, *what: object) -> Random:
+        """A generator of its own for `what`, the same in every process."""
+        return Random(" ".join(map(str, (self.label, self.seed, *what))))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `make_task` builds the same task from."""
+        return {"name": self.name, **asdict(self)}
+
+
+def encode(tokenizer: "PreTrainedTokenizerBase", text: str, *, special: bool) -> list[int]:
+    """Token ids, with the special tokens that this tokenizer puts at a text's start if `special`."""
+    ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    if special and ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]  # the text goes on
+    return ids
+
+
+def check_count(value: object, name: str, least: int) -> None:
+    """Raise a TaskError unless `value` is an int of at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise TaskError(f"{name}={value!r} is no count; give an int of at least {least}")
+
+
+def check_counts(values: object, name: str, least: int) -> None:
+    """Raise a TaskError unless `values` are one or more ints of at least `least`."""
+    if not isinstance(values, tuple) or not values:
+        raise TaskError(f"{name}={values!r} is no list; give one or more ints")
+    for value in values:
+        check_count(value, name, least)
+
+
+def check_depths(values: object, name: str = "depths") -> None:
+    """Raise a TaskError unless `values` are one or more numbers in [0, 1]."""
+    if not isinstance(values, tuple) or not values:
+        raise TaskError(f"{name}={values!r} is no list; give one or more numbers from 0 (the start) to 1 (the end)")
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise TaskError(f"{name}={values!r}: {value!r} is outside [0, 1]; 0 is the context's start, 1 its end")
+
+
+def check_choice(value: object, name: str, choices: Sequence[str]) -> None:
+    """Raise a TaskError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise TaskError(f"{name}={value!r} is not known{nearest(str(value), choices)}")

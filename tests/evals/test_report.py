@@ -1,0 +1,363 @@
+"""Reports: figures by hand, every number traceable, and a page that works in a browser."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from kvpress.cli import app
+from kvpress.evals.charts import ticks
+from kvpress.evals.config import make_plan
+from kvpress.evals.report import write_report
+from kvpress.evals.results import load_results, settings
+from kvpress.evals.store import PointStore, StoreError
+from plans import tiny_folder, tree, write
+
+SESSION = {"dtype": "float32", "hardware": "a machine", "commit": "abc", "kvpress": "0.1.0"}
+MIB = 2**20
+
+
+def row(index, score, *, depth=0.5, length=1000, share=1.0, ms=10.0, **fields):
+    values = {
+        "index": index,
+        "prompt_hash": f"{index}",
+        "prompt_tokens": length,
+        "meta": {"length": length, "depth": depth},
+        "score": score,
+        "seen": length,
+        "kept": length * share,
+        "bytes": int(4 * MIB * share),
+        "full_bytes": 4 * MIB,
+        "read_share": share,
+        "prompt_ms": 100.0,
+        "token_ms": ms,
+        "shared_prompt": False,
+        "error": None,
+    }
+    return values | fields
+
+
+def save(out, fields, rows, finished=True, session=SESSION):
+    """A point's directory as a run would leave it."""
+    (point,) = make_plan({"out": str(out), "defaults": fields}).points
+    store = PointStore(out / point.id)
+    with store.locked():
+        store.open(point.to_dict(), session)
+        for one in rows:
+            store.add(one)
+        if finished:
+            store.finish(len(rows))
+    return point.id
+
+
+@pytest.fixture
+def out(tmp_path):
+    """Full attention finds all of 12; h2o loses 8 of them at a quarter of the bytes; snapkv loses 2 at half."""
+    folder = tmp_path / "runs"
+    grid = [(length, depth) for length in (1000, 2000) for depth in (0.1, 0.5, 0.9) for _ in range(2)]
+
+    def rows(scores, **fields):
+        return [row(i, s, length=n, depth=d, **fields) for i, (s, (n, d)) in enumerate(zip(scores, grid, strict=True))]
+
+    task = {"name": "needle", "lengths": [1000, 2000], "depths": [0.1, 0.5, 0.9], "repeats": 2}
+    save(folder, {"task": task}, rows([1.0] * 12))
+    save(folder, {"task": task, "policy": "h2o", "budget": 0.25}, rows([0.0] * 8 + [1.0] * 4, share=0.25, ms=5.0))
+    save(folder, {"task": task, "policy": "snapkv", "budget": 0.5}, rows([0.0] * 2 + [1.0] * 10, share=0.5, ms=6.0))
+    return folder
+
+
+def table_rows(out):
+    with (out / "report.csv").open() as file:
+        return {line["policy"]: line for line in csv.DictReader(file)}
+
+
+class Page(HTMLParser):
+    """The page's links, tables and texts."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.links, self.runs, self.sources, self.open_tags = [], set(), [], []
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        if tag == "a":
+            self.links.append(values["href"])
+        self.runs |= set((values.get("data-runs") or "").split())
+        self.sources += [values[name] for name in ("src", "srcset", "data") if name in values]
+        if tag not in ("meta", "link", "br"):
+            self.open_tags.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open_tags.pop() == tag
+
+
+def test_the_numbers(out):
+    write_report([out], out)
+    found = table_rows(out)
+    h2o, snapkv, full = (found[name] for name in ("h2o(budget=0.25)", "snapkv(budget=0.5)", "full()"))
+    assert float(h2o["score"]) == pytest.approx(4 / 12)
+    assert float(h2o["to_full"]) == pytest.approx(-8 / 12)
+    assert (h2o["to_full_significant"], snapkv["to_full_significant"]) == ("True", "False")
+    assert (full["to_full"], full["score"], full["n"]) == ("", "1.0", "12")
+    assert float(full["score_low"]) < 0.8  # twelve of twelve is no certainty
+    assert float(h2o["bytes"]) == MIB
+    assert float(h2o["bytes_of_full"]) == 0.25
+    assert float(snapkv["tokens_kept"]) == 750  # half of 1000 and 2000, on average
+    assert float(h2o["token_ms"]) == 5.0
+    assert float(h2o["score_low"]) < 4 / 12 < float(h2o["score_high"])
+
+
+def test_markdown(out):
+    write_report([out], out)
+    text = (out / "report.md").read_text()
+    (line,) = [line for line in text.splitlines() if line.startswith("| h2o(0.25)")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[1:3] == ["12", "33.3"]
+    assert (cells[4], cells[5], cells[6], cells[8]) == ("-66.7", "1.00", "25.0%", "5.0")
+    assert "n.s." in next(line for line in text.splitlines() if line.startswith("| snapkv"))
+
+
+def test_every_number_leads_to_its_run(out):
+    write_report([out], out)
+    page = Page(out / "report.html")
+    ids = {path.name for path in out.iterdir() if path.is_dir()}
+    assert page.runs == ids
+    directories = {link for link in page.links if not link.startswith("#")}
+    assert directories == {f"{name}/" for name in ids}
+    assert set(page.links) - directories == {"#runs"}
+    for line in table_rows(out).values():
+        assert (out / line["directory"] / "samples.jsonl").is_file()
+
+
+def test_a_report_elsewhere_still_leads_there(out, tmp_path):
+    write_report([out], tmp_path / "far" / "away")
+    for line in table_rows(tmp_path / "far" / "away").values():
+        assert (tmp_path / "far" / "away" / line["directory"] / "config.json").is_file()
+
+
+def test_the_page_needs_nothing_else(out):
+    write_report([out], out)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    page = Page(out / "report.html")
+    assert page.open_tags == []
+    assert page.sources == []
+    assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"// .*", "", text))
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+
+
+def test_heat_maps(out):
+    write_report([out], out)
+    text = (out / "report.html").read_text()
+    assert "h2o(budget=0.25), depth 50%, length 1000: 0.0% over 2" in text
+    assert "h2o(budget=0.25), depth 90%, length 2000: 100.0% over 2" in text
+    assert len(re.findall('class="cell"', text)) == 3 * 6
+
+
+def test_the_front(out):
+    """h2o is cheapest, snapkv dearer and better, full best; a policy that is dearer and worse is not on it."""
+    task = {"name": "needle", "lengths": [1000, 2000], "depths": [0.1, 0.5, 0.9], "repeats": 2}
+    rows = [row(i, 0.0, share=0.6, ms=20.0) for i in range(12)]
+    save(out, {"task": task, "policy": "tova", "budget": 0.6}, rows)
+    write_report([out], out)
+    text = (out / "report.html").read_text()
+    charts = re.findall(r"<svg viewBox=\"0 0 460.*?</svg>", text, flags=re.DOTALL)
+    assert len(charts) == 2
+    for chart in charts:
+        front = re.findall(r'class="mark [^"]*on-front[^"]*"[^>]*data-policy="(\w+)"', chart)
+        assert sorted(front) == ["full", "h2o", "snapkv"]
+
+
+def test_what_lacks_samples_is_marked(out):
+    task = {"name": "needle", "lengths": [1000, 2000], "depths": [0.1, 0.5, 0.9], "repeats": 2}
+    rows = [row(i, 1.0, share=0.1) for i in range(3)] + [row(3, None, error="OutOfMemoryError: no", shared_prompt=None)]
+    save(out, {"task": task, "policy": "tova", "budget": 0.1}, rows, finished=False)
+    write_report([out], out)
+    text = (out / "report.html").read_text()
+    assert "tova(0.1) *" in text
+    assert "1 sample(s) failed" in text and "1 of 4 runs are not finished" in text
+    assert (
+        len(re.findall(r'class="mark k\d hollow"', text)) == 2
+    )  # in neither chart on the front, though it is cheapest
+    line = table_rows(out)["tova(budget=0.1)"]
+    assert (line["n"], line["failed"], line["to_full_n"], line["to_full"]) == ("3", "1", "3", "0.0")
+
+
+def test_settings_are_kept_apart(tmp_path):
+    task = {"name": "needle", "lengths": [1000]}
+    for query_aware in (True, False):
+        for model in ("one", "two"):
+            save(tmp_path, {"task": task, "model": model, "query_aware": query_aware}, [row(0, 1.0)])
+    save(tmp_path, {"task": "passkey", "model": "one"}, [row(0, 1.0)])
+    found = settings(load_results([tmp_path]))
+    assert len(found) == 5
+    assert all(len(setting.arms) == 1 for setting in found)
+    write_report([tmp_path], tmp_path)
+    assert "compressed before the question is known" in (tmp_path / "report.html").read_text()
+
+
+def test_differences_pair_the_same_samples_only(tmp_path):
+    """Another seed makes other samples, which are not compared."""
+    task = {"name": "needle", "lengths": [1000]}
+    save(tmp_path, {"task": task, "seed": 0}, [row(0, 1.0)])
+    save(tmp_path, {"task": task, "seed": 1, "policy": "h2o", "budget": 0.5}, [row(0, 0.0)])
+    write_report([tmp_path], tmp_path)
+    assert table_rows(tmp_path)["h2o(budget=0.5)"]["to_full"] == ""
+
+
+def test_strange_names_do_no_harm(tmp_path):
+    save(
+        tmp_path, {"task": {"name": "needle", "lengths": [1000]}, "model": "<script>alert(1)</script>|x"}, [row(0, 1.0)]
+    )
+    write_report([tmp_path], tmp_path, title="a <b> & c")
+    text = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in text
+    assert "a &lt;b&gt; &amp; c" in text
+
+
+def test_several_versions_are_said(tmp_path):
+    task = {"name": "needle", "lengths": [1000]}
+    for commit, policy in (("abc", "full"), ("def", "h2o")):
+        save(tmp_path, {"task": task, "policy": policy}, [row(0, 1.0)], session={**SESSION, "commit": commit})
+    write_report([tmp_path], tmp_path)
+    assert "2 versions of kvpress: abc, def" in (tmp_path / "report.html").read_text()
+
+
+def test_a_copied_directory_counts_once(out, tmp_path):
+    shutil.copytree(out, tmp_path / "again")
+    assert len(load_results([out, tmp_path / "again"])) == 3
+
+
+def test_nothing_to_report(tmp_path):
+    save(tmp_path, {"task": {"name": "needle", "lengths": [1000]}}, [])
+    with pytest.raises(StoreError, match="no sample has an answer yet"):
+        write_report([tmp_path], tmp_path)
+
+
+def test_ticks():
+    assert ticks(1.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert ticks(55) == [0, 10, 20, 30, 40, 50]
+    for top in (0.003, 0.9, 7, 99, 100, 1234):
+        found = ticks(top)
+        assert 4 <= len(found) <= 9 and found[-1] <= top < found[-1] * 1.5
+
+
+PROBE = """<script>
+window.addEventListener("load", () => {
+  const found = {};
+  const table = document.querySelector("section table");
+  const scores = () => [...table.tBodies[0].rows].map((row) => row.cells[4].dataset.v);
+  const names = () => [...table.tBodies[0].rows].map((row) => row.cells[0].textContent);
+  const buttons = table.querySelectorAll("thead button");
+  buttons[4].click(); found.down = scores();
+  buttons[4].click(); found.up = scores();
+  found.sorted = buttons[4].closest("th").getAttribute("aria-sort");
+  buttons[0].click(); found.names = names();
+  buttons[5].click(); buttons[5].click(); found.missing_last = names().at(-1);
+  const shown = () => [...document.querySelectorAll("#runs tbody tr")].filter((row) => !row.hidden).length;
+  found.before = shown();
+  document.querySelector("td [data-runs]").dispatchEvent(new MouseEvent("click", {bubbles: true}));
+  found.filtered = shown();
+  document.querySelector("#filter button").click(); found.after = shown();
+  document.querySelector('.chips button[data-policy="h2o"]').click();
+  found.lit = document.querySelectorAll(".lit").length; found.dim = document.querySelectorAll(".dim").length;
+  found.wide = document.documentElement.scrollWidth > window.innerWidth;
+  found.errors = window.failures;
+  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+});
+</script>"""
+
+
+@pytest.mark.parametrize("width", [390, 1300])
+def test_in_a_browser(out, tmp_path, width):
+    """It sorts, filters and lights up, with no script error and nothing wider than the window."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("there is no Chromium; install it to look at the report")
+    write_report([out], out)
+    text = (out / "report.html").read_text(encoding="utf-8")
+    watch = "<script>window.failures = []; window.onerror = (message) => { window.failures.push(message); };</script>"
+    probe = tmp_path / "probe.html"
+    probe.write_text(text.replace("<head>", f"<head>{watch}").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    command += [f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = json.loads(re.search(r'<pre id="found">(.*)</pre>', done.stdout)[1])
+    assert found["errors"] == []
+    assert [float(score) for score in found["down"]] == pytest.approx([1, 10 / 12, 4 / 12])
+    assert found["up"] == found["down"][::-1]
+    assert found["sorted"] == "ascending"
+    assert found["names"] == sorted(found["names"])
+    assert found["missing_last"] == "full()"
+    assert (found["before"], found["filtered"], found["after"]) == (3, 1, 3)
+    assert found["lit"] >= 2 and found["dim"] >= 4
+    assert not found["wide"]
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "150", "TERM": "dumb"})
+
+
+def test_the_commands(tmp_path):
+    folder = tiny_folder(tmp_path / "model")
+    out = tmp_path / "out"
+    config = write(tmp_path / "a.yaml", tree(folder, out, sweep={"policy": ["full", "h2o", "snapkv"], "budget": [0.5]}))
+    shown = invoke("ablate", config, "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    # 3 points x 2 samples of 400 tokens, 15 steps after an answer's first token
+    assert (
+        "3 runs, 6 answers: 2 prompt passes of 800 tokens (without sharing: 6 of 2,400), at most 90 decode steps"
+        in shown.output
+    )
+    assert not out.exists()
+    done = invoke("ablate", config)
+    assert (done.exit_code, "3 runs finished with 6 new answers" in done.output) == (0, True)
+    assert "nothing to do" in invoke("ablate", config, "--dry-run").output
+    listed = invoke("ls", out).output
+    assert listed.count("finished") == 3 and "h2o(budget=0.5)" in listed
+    made = invoke("report", out, "--title", "A title")
+    assert made.exit_code == 0
+    assert [Path(line).name for line in made.output.split()] == ["report.html", "report.md", "report.csv"]
+    assert "<h1>A title</h1>" in (out / "report.html").read_text()
+    # the same point, whether it is named in a file or by options
+    options = [
+        "--model",
+        folder,
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--policy",
+        "h2o",
+        "--budget",
+        "0.5",
+        "--out",
+        out,
+    ]
+    again = invoke("eval", *options, "--set", "task.lengths=[400]", "--set", "task.depths=[0.2, 0.8]")
+    assert "1 finished before" in again.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["eval", "--policy", "h20"], "did you mean 'h2o'"),
+        (["eval", "--task", "needel"], "did you mean 'needle'"),
+        (["eval", "--budget", "x"], "--budget 'x'"),
+        (["eval", "--set", "lenght=3"], "did you mean 'length'"),
+        (["eval", "--model", "/none/such", "--out", "{tmp}/out"], "no folder /none/such"),
+        (["report", "{tmp}/none"], "there is no folder"),
+        (["ls", "{tmp}"], "no results"),
+    ],
+)
+def test_a_user_error_is_one_line(tmp_path, arguments, said):
+    result = invoke(*(argument.format(tmp=tmp_path) for argument in arguments))
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert said in result.stderr
+    assert not (tmp_path / "out").exists()
