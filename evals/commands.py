@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvpress.evals.config import Plan, Point
-from kvpress.evals.results import load_results
+from kvpress.evals.results import label, load_results
 from kvpress.evals.runner import Outcome, make_questions, run
 from kvpress.evals.store import PointStore, is_locked, read_rows
 from kvpress.models import ModelLoadError, load_tokenizer
@@ -51,11 +51,11 @@ def grid(plan: Plan) -> Table:
         length = "" if point.fields.length is None else str(point.fields.length)
         table.add_row(
             point.id,
-            escape(point.policy),
+            escape(label(point.policy)),
             escape(point.fields.model),
             point.task.label,
             length,
-            _question(point),
+            _question(point.fields.query_aware),
             state,
         )
     return table
@@ -112,31 +112,31 @@ def _speed(plan: Plan) -> tuple[float, float] | None:
 
 def ls(folders: Sequence[Path], console: Console) -> None:
     """List the runs in and below folders."""
-    table = _table("run", "policy", "task", "length", "question", "n", "failed", "score", "state")
+    table = _table("run", "policy", "task", "length", "question", "n", "score", "state")
     for result in load_results(list(folders)):
         figures, config = result.figures, result.config
         state = "finished" if result.finished else "running" if is_locked(result.folder) else "unfinished"
+        failed = f", {figures.failed} failed" if figures.failed else ""
         table.add_row(
             result.id,
-            escape(config["policy"]),
+            escape(label(config["policy"])),
             config["task"],
             "" if config["length"] is None else str(config["length"]),
-            "in the prompt" if result.query_aware else "after it",
+            _question(result.query_aware),
             str(len(figures.samples)),
-            str(figures.failed),
             "–" if figures.estimate is None else f"{figures.estimate.mean:.3f}",
-            state,
+            state + failed,
         )
     console.print(table)
 
 
-def _question(point: Point) -> str:
-    return "in the prompt" if point.fields.query_aware else "after it"
+def _question(query_aware: bool) -> str:
+    return "seen" if query_aware else "unseen"
 
 
 def _table(*columns: str) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for name in columns:
-        right = name in ("length", "n", "failed", "score")
-        table.add_column(name, justify="right" if right else "left", overflow="fold")
+        right = name in ("length", "n", "score")
+        table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name == "run")
     return table

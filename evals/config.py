@@ -41,7 +41,7 @@ class Fields(BaseModel):
         dtype: "auto" is what `kvpress.models.load_model` takes for best.
         device: a torch device; "auto" is the GPU if there is one.
         policy: a name or a mapping with `name` and fields; a list of them acts together.
-        budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none.
+        budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none, or no share.
         task: a name or a mapping with `name` and fields.
         length: sets the task's `length`, `lengths` or `max_length`.
         seed: sets the task's seed.
@@ -340,13 +340,18 @@ def _point(tree: dict[str, Any], places: Places) -> Point:
 def _policies(written: Fields) -> tuple[Policy, ...]:
     specs = written.policy if isinstance(written.policy, list) else [written.policy]
     mappings = [{"name": spec} if isinstance(spec, str) else dict(spec) for spec in specs]
-    takers = [m for m in mappings if (cls := available().get(str(m.get("name")))) is not None and cls.takes_budget]
+    takers = [m for m in mappings if _takes(available().get(str(m.get("name"))), written.budget)]
     if written.budget is not None and len(takers) > 1:
         names = " and ".join(str(m["name"]) for m in takers)
         raise PolicyError(
             f"budget={written.budget!r} is unclear, for {names} take one each; set it in the policies' own fields"
         )
     return tuple(make_policies([_policy(m, written.budget if m in takers else None) for m in mappings]))
+
+
+def _takes(cls: type[Policy] | None, budget: Any) -> bool:
+    """Whether a policy takes this budget: some take entries alone, and have fields of their own."""
+    return cls is not None and cls.takes_budget and (cls.takes_share or not isinstance(budget, float))
 
 
 def _policy(mapping: dict[str, Any], budget: Any) -> Policy:

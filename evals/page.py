@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 
 from kvpress.evals.charts import SHAPES, Mark, heat_map, scatter, shape
-from kvpress.evals.results import Arm, Figures, Result, Row, Setting, length_of
+from kvpress.evals.results import Arm, Figures, Result, Row, Setting, label, length_of
 from kvpress.evals.statistics import Difference, Estimate, pareto
 
 NONE = "–"
@@ -256,11 +256,11 @@ def runs_table(found: Sequence[Setting], results: Sequence[Result], links: dict[
         state = "" if result.finished else " (unfinished)"
         rows.append(
             [
-                Cell(escape(config["policy"].replace("budget=", "")), config["policy"], text=True),
+                Cell(escape(label(config["policy"])), config["policy"], text=True),
                 Cell(f'<a href="{escape(links[result.id])}">{result.id}</a>{state}', result.id, text=True),
                 text(config["task"]),
                 number(config["length"], "{:.0f}", ()),
-                text("in the prompt" if result.query_aware else "after it"),
+                text("seen" if result.query_aware else "unseen"),
                 number(config["seed"], "{:.0f}", ()),
                 number(len(figures.samples), "{:.0f}", ()),
                 number(figures.failed, "{:.0f}", ()),

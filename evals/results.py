@@ -127,8 +127,7 @@ class Arm:
 
     @property
     def label(self) -> str:
-        """As short as it is clear: h2o(0.25)."""
-        return self.policy.replace("budget=", "")
+        return label(self.policy)
 
     @property
     def is_reference(self) -> bool:
@@ -173,6 +172,11 @@ class Setting:
         """In order, from the shortest."""
         found = {length_of(row) for arm in self.arms for _, row in arm.figures.samples}
         return [name for _, name in sorted(found)]
+
+
+def label(policy: str) -> str:
+    """A described policy as short as it is clear: h2o(0.25)."""
+    return policy.replace("budget=", "")
 
 
 def length_of(row: Row) -> tuple[float, str]:

@@ -143,7 +143,8 @@ def lse_kernel(
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     if p_sinks is not None:  # a sink belongs to the first split
-        b_max = tl.load(p_sinks + o_h, mask=m_m & (i_split == 0), other=float("-inf")).to(tl.float32)
+        b_sink = tl.load(p_sinks + o_h, mask=m_m, other=float("-inf")).to(tl.float32)
+        b_max = tl.where(i_split == 0, b_sink, float("-inf"))
         b_sum = tl.where(b_max > float("-inf"), 1.0, 0.0)
 
     for start in range(first, last, BLOCK_N):

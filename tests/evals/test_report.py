@@ -320,7 +320,7 @@ def test_the_commands(tmp_path):
     assert (done.exit_code, "3 runs finished with 6 new answers" in done.output) == (0, True)
     assert "nothing to do" in invoke("ablate", config, "--dry-run").output
     listed = invoke("ls", out).output
-    assert listed.count("finished") == 3 and "h2o(budget=0.5)" in listed
+    assert listed.count("finished") == 3 and "h2o(0.5)" in listed
     made = invoke("report", out, "--title", "A title")
     assert made.exit_code == 0
     assert [Path(line).name for line in made.output.split()] == ["report.html", "report.md", "report.csv"]
