@@ -145,17 +145,17 @@ def policy_of(arm: Arm) -> str:
 
 def arms_table(setting: Setting) -> str:
     """One row per policy and parameters."""
-    columns = ("policy", "kind", "n", "failed", score_title(setting.percent), "to full", *MEASURES)
+    columns = ("policy", "kind", "n", score_title(setting.percent), "to full", *MEASURES)
     rows = []
     for arm in setting.arms:
         figures = arm.figures
         star = "" if arm.complete else " *"
+        failed = f" +{figures.failed} failed" if figures.failed else ""
         rows.append(
             [
                 Cell(escape(arm.label) + star, arm.label, text=True),
                 Cell(escape(arm.kind), arm.kind, text=True),
-                number(len(figures.samples), "{:.0f}", figures.runs),
-                number(figures.failed, "{:.0f}", figures.runs),
+                number(len(figures.samples), f"{{:.0f}}{failed}", figures.runs),
                 estimate_cell(figures.estimate, figures.runs, setting.percent),
                 difference_cell(None if arm.is_reference else figures.difference(setting.reference), figures.runs),
                 *measure_cells(figures),

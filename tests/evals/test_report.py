@@ -180,7 +180,7 @@ def test_what_lacks_samples_is_marked(out):
     save(out, {"task": task, "policy": "tova", "budget": 0.1}, rows, finished=False)
     write_report([out], out)
     text = (out / "report.html").read_text()
-    assert "tova(0.1) *" in text
+    assert "tova(0.1) *" in text and "3 +1 failed" in text
     assert "1 sample(s) failed" in text and "1 of 4 runs are not finished" in text
     assert (
         len(re.findall(r'class="mark k\d hollow"', text)) == 2
@@ -252,14 +252,14 @@ PROBE = """<script>
 window.addEventListener("load", () => {
   const found = {};
   const table = document.querySelector("section table");
-  const scores = () => [...table.tBodies[0].rows].map((row) => row.cells[4].dataset.v);
+  const scores = () => [...table.tBodies[0].rows].map((row) => row.cells[3].dataset.v);
   const names = () => [...table.tBodies[0].rows].map((row) => row.cells[0].textContent);
   const buttons = table.querySelectorAll("thead button");
-  buttons[4].click(); found.down = scores();
-  buttons[4].click(); found.up = scores();
-  found.sorted = buttons[4].closest("th").getAttribute("aria-sort");
+  buttons[3].click(); found.down = scores();
+  buttons[3].click(); found.up = scores();
+  found.sorted = buttons[3].closest("th").getAttribute("aria-sort");
   buttons[0].click(); found.names = names();
-  buttons[5].click(); buttons[5].click(); found.missing_last = names().at(-1);
+  buttons[4].click(); buttons[4].click(); found.missing_last = names().at(-1);
   const shown = () => [...document.querySelectorAll("#runs tbody tr")].filter((row) => !row.hidden).length;
   found.before = shown();
   document.querySelector("td [data-runs]").dispatchEvent(new MouseEvent("click", {bubbles: true}));

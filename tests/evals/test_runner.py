@@ -51,7 +51,7 @@ ANSWERS = ("index", "prompt_hash", "answer", "score", "new_tokens", "seen", "kep
 
 @pytest.mark.parametrize("query_aware", [True, False])
 def test_sharing_gives_the_answers_of_separate_runs(folder, quick, tmp_path, query_aware):
-    sweep = {"policy": ["full", "h2o", "snapkv", "quest", CHUNKED], "budget": [0.25, 40]}
+    sweep = [{"policy": ["full", "h2o", "snapkv", "quest"], "budget": [0.25, 40]}, {"policy": [CHUNKED]}]
     task = {"name": "needle", "lengths": [360], "depths": [0.2, 0.8], "haystack": "noise"}
     defaults = {"task": task, "query_aware": query_aware}
     found = {}
