@@ -1,11 +1,12 @@
-"""One sample under one policy: greedy decoding, what the cache held, and the time it took."""
+"""Samples under one policy: greedy decoding, what the cache held, and the time it took."""
 
+import gc
 import hashlib
 import json
 import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,11 @@ class Question:
         return len(self.prompt) + len(self.steps)
 
     @property
+    def shape(self) -> tuple[int, int, int, bool]:
+        """Questions of one shape can be answered as one batch, without padding."""
+        return len(self.prompt), len(self.steps), self.sample.max_new_tokens, self.scored
+
+    @property
     def hash(self) -> str:
         """Of the ids, and of how they are fed."""
         return hashlib.sha256(json.dumps([self.prompt, self.steps]).encode()).hexdigest()[:16]
@@ -72,7 +78,8 @@ class Answer:
         prompt_ms: the prompt pass; with a shared one, that pass and making the policy's cache from it.
         token_ms: median decode step of the answer; None where there was none.
         shared: whether the prompt pass was shared.
-        held: `kvpress.Handle.report()`'s totals after the answer.
+        batch: how many questions were answered together; times are of the whole batch.
+        held: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
     """
 
     text: str = ""
@@ -81,18 +88,18 @@ class Answer:
     prompt_ms: float = math.nan
     token_ms: float | None = None
     shared: bool = False
+    batch: int = 1
     held: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.inference_mode()
-def record(model: "PreTrainedModel", question: Question) -> SharedPass:
-    """Run a question's prompt once for several policies."""
+def record(model: "PreTrainedModel", *questions: Question) -> SharedPass:
+    """Run the prompt of one or more questions of the same shape once for several policies."""
     started = now(model)
-    prompt = kvpress.record_prompt(model, torch.tensor([question.prompt], device=model.device))
+    prompt = kvpress.record_prompt(model, _ids(model, questions))
     return SharedPass(prompt, (now(model) - started) * 1e3)
 
 
-@torch.inference_mode()
 def answer(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
@@ -100,55 +107,104 @@ def answer(
     question: Question,
     shared: SharedPass | None = None,
 ) -> Answer:
-    """Answer one question under policies, on a model that is not patched.
+    """Answer one question; see `answer_batch`."""
+    return answer_batch(model, tokenizer, policies, [question], shared)[0]
+
+
+@torch.inference_mode()
+def answer_batch(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    policies: Sequence[kvpress.Policy],
+    questions: Sequence[Question],
+    shared: SharedPass | None = None,
+) -> list[Answer]:
+    """Answer questions of the same shape together under policies, on a model that is not patched.
+
+    Without padding each sequence of a batch is treated as it is alone. One whose answer has ended is fed on until all
+    have, and what it held is noted when it ended.
 
     Args:
-        shared: the question's recorded prompt pass, for policies that can share one; None runs it.
+        shared: the questions' recorded prompt pass, for policies that can share one; None runs it.
     """
-    found = Answer(shared=shared is not None)
+    found = [Answer(shared=shared is not None, batch=len(questions)) for _ in questions]
     with kvpress.patch(model, list(policies)) as handle:
         started = now(model)
         if shared is not None:
             cache, logits = handle.adopt_prompt(shared.prompt), shared.prompt.logits
         else:
-            ids = torch.tensor([question.prompt], device=model.device)
-            output = model(ids, use_cache=True, logits_to_keep=1)
+            output = model(_ids(model, questions), use_cache=True, logits_to_keep=1)
             cache, logits = output.past_key_values, output.logits[:, -1]
-        found.prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
+        prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
+        times: list[float] = []
 
-        def step(token: int) -> torch.Tensor:
-            ids = torch.tensor([[token]], device=model.device)
+        def step(tokens: list[int]) -> torch.Tensor:
+            started = now(model)
+            ids = torch.tensor(tokens, device=model.device)[:, None]
             logits: torch.Tensor = model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            times.append((now(model) - started) * 1e3)
             return logits
 
-        times: list[float] = []
-        for at, token in enumerate(question.steps):
-            if question.scored:
-                found.log_probs.append(float(logits.float().log_softmax(-1)[0, token]))
-                if at + 1 == len(question.steps):
+        def held() -> dict[str, Any]:
+            totals = handle.report().to_dict()
+            if len(questions) > 1:  # the report sums over a batch's sequences
+                totals |= {name: totals[name] // len(questions) for name in ("seen", "bytes", "full_bytes")}
+                totals["kept"] /= len(questions)
+            return {name: value for name, value in totals.items() if name not in ("policy", "layers")}
+
+        for at, tokens in enumerate(zip(*(question.steps for question in questions), strict=True)):
+            if questions[0].scored:
+                log_probs = logits.float().log_softmax(-1)
+                for row, token in enumerate(tokens):
+                    found[row].log_probs.append(float(log_probs[row, token]))
+                if at + 1 == len(questions[0].steps):
                     break  # nothing comes after it
-            started = now(model)
-            logits = step(token)
-            times.append((now(model) - started) * 1e3)
-        if not question.scored:
+            logits = step(list(tokens))
+        if not questions[0].scored:
             times.clear()
-            tokens: list[int] = []
-            stop = question.sample.meta.get("stop")
-            ends = end_tokens(model, tokenizer)
-            while (token := int(logits.argmax(-1))) not in ends:
-                tokens.append(token)
-                if len(tokens) == question.sample.max_new_tokens:
-                    break
-                if stop and stop in tokenizer.decode(tokens, skip_special_tokens=True):
-                    break
-                started = now(model)
-                logits = step(token)
-                times.append((now(model) - started) * 1e3)
-            found.new_tokens = len(tokens)
-            found.text = str(tokenizer.decode(tokens, skip_special_tokens=True))
-        found.token_ms = statistics.median(times) if times else None
-        found.held = {key: value for key, value in handle.report().to_dict().items() if key not in ("policy", "layers")}
+            _write(model, tokenizer, questions, found, logits, step, held)
+        for one in found:
+            one.prompt_ms, one.token_ms = prompt_ms, statistics.median(times) if times else None
+            one.held = one.held or held()
     return found
+
+
+def _write(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    questions: Sequence[Question],
+    found: list[Answer],
+    logits: torch.Tensor,
+    step: Callable[[list[int]], torch.Tensor],
+    held: Callable[[], dict[str, Any]],
+) -> None:
+    """Greedy answers, each until it ends; `step` feeds a token per sequence, `held` says what the cache holds now."""
+    ends = end_tokens(model, tokenizer)
+    written: list[list[int]] = [[] for _ in questions]
+    writing = set(range(len(questions)))
+    while True:
+        chosen = logits.argmax(-1).tolist()
+        for row in sorted(writing):
+            sample, tokens = questions[row].sample, written[row]
+            stop = sample.meta.get("stop")
+            if chosen[row] not in ends:
+                tokens.append(chosen[row])
+                if len(tokens) < sample.max_new_tokens and not (
+                    stop and stop in tokenizer.decode(tokens, skip_special_tokens=True)
+                ):
+                    continue
+            writing.remove(row)
+            found[row].new_tokens = len(tokens)
+            found[row].text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            if writing:  # the cache goes on growing
+                found[row].held = held()
+        if not writing:
+            return
+        logits = step(chosen)
+
+
+def _ids(model: "PreTrainedModel", questions: Sequence[Question]) -> torch.Tensor:
+    return torch.tensor([question.prompt for question in questions], device=model.device)
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:
@@ -163,3 +219,21 @@ def now(model: "PreTrainedModel") -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)
     return time.perf_counter()
+
+
+def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
+    """What the work gives, or None and the reason why it failed, in one line."""
+    try:
+        return work(), None
+    except Exception as error:  # one sample must not end the run, whatever goes wrong in it
+        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
+        reason = f"{type(error).__name__}: {first}"
+    free_memory()  # outside the block: the error no longer holds the tensors
+    return None, reason
+
+
+def free_memory() -> None:
+    """Give back what nothing holds any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

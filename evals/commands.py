@@ -9,21 +9,34 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kvpress.evals.config import Plan, Point
+from kvpress.evals.cluster import run_on_ray
+from kvpress.evals.config import ModelSpec, Plan, Point
+from kvpress.evals.leaderboard import write_leaderboard
 from kvpress.evals.results import label, load_results
 from kvpress.evals.runner import Outcome, make_questions, run
 from kvpress.evals.store import PointStore, is_locked, read_rows
+from kvpress.evals.team import leads
 from kvpress.models import ModelLoadError, load_tokenizer
 
 
-def ablate(plan: Plan, console: Console, *, dry_run: bool = False, retry: bool = False) -> int:
-    """Run a plan, or show what it would do; the exit code."""
+def ablate(
+    plan: Plan, console: Console, *, dry_run: bool = False, retry: bool = False, export: Path | None = None
+) -> int:
+    """Run a plan, or show what it would do; the exit code.
+
+    Args:
+        export: also write the runs' results there, as `kvpress.evals.leaderboard.write_leaderboard` does.
+    """
     if dry_run:
         console.print(grid(plan))
         for line in cost(plan):
             console.print(line, highlight=False, soft_wrap=True)
         return 0
-    outcome = run(plan, console, retry=retry)
+    outcome = (run_on_ray if plan.launcher == "ray" else run)(plan, console, retry=retry)
+    if not leads():
+        return 0  # another process says it
+    if export is not None:
+        write_leaderboard([plan.out / point.id for point in plan.points], export)
     console.print(said(outcome, plan.out), highlight=False, soft_wrap=True)
     return outcome.exit_code
 
@@ -35,6 +48,8 @@ def said(outcome: Outcome, out: Path) -> str:
         parts.append(f"{outcome.finished_before} finished before")
     if outcome.failed:
         parts.append(f"{outcome.failed} samples failed (kvpress ls {out}; --retry runs them again)")
+    if outcome.lost:
+        parts.append(f"{outcome.lost} runs given up, for their workers were lost each time (ray.attempts)")
     if outcome.left_to_others:
         parts.append(f"{outcome.left_to_others} left to a process that is writing them now")
     return f"{'; '.join(parts)}; results in {out}, kvpress report {out} shows them"
@@ -63,16 +78,16 @@ def grid(plan: Plan) -> Table:
 
 def cost(plan: Plan) -> Iterable[str]:
     """What the points that are not finished will compute, in lines."""
-    by_model: dict[tuple[str, str, str], list[Point]] = {}
+    by_model: dict[ModelSpec, list[Point]] = {}
     for point in plan.points:
         if PointStore(plan.out / point.id).finished is None:
             by_model.setdefault(point.model, []).append(point)
     if not by_model:
         yield f"{len(plan.points)} runs, all finished; nothing to do"
-    for (name, device, dtype), points in by_model.items():
-        what = f"{name} (device {device}, dtype {dtype}): {len(points)} runs"
+    for spec, points in by_model.items():
+        what = f"{spec}: {len(points)} runs"
         try:
-            tokenizer = load_tokenizer(name)
+            tokenizer = load_tokenizer(spec.name)
         except ModelLoadError as error:
             yield f"{what}; how many tokens they read is not known: {error}"
             continue

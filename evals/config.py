@@ -4,8 +4,8 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -40,6 +40,8 @@ class Fields(BaseModel):
         model: hub name or folder of a causal LM, or "smollm2".
         dtype: "auto" is what `kvpress.models.load_model` takes for best.
         device: a torch device; "auto" is the GPU if there is one.
+        device_map: spreads the layers over devices ("auto", "balanced", ..., or module -> device), as transformers takes it.
+        tp_plan: "auto" splits every layer over the processes that torchrun started.
         policy: a name or a mapping with `name` and fields; a list of them acts together.
         budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none, or no share.
         task: a name or a mapping with `name` and fields.
@@ -54,6 +56,8 @@ class Fields(BaseModel):
     model: str = "smollm2"
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|[a-z]+(:\d+)?)$")] = "auto"
+    device_map: str | dict[str, int | str] | None = None
+    tp_plan: Literal["auto"] | None = None
     policy: Spec | list[Spec] = "full"
     budget: Annotated[Any, BeforeValidator(_budget)] = None
     task: Spec = "needle"
@@ -61,6 +65,27 @@ class Fields(BaseModel):
     seed: Annotated[int, Field(ge=0)] | None = None
     query_aware: bool = True
     samples: Annotated[int, Field(ge=1)] | None = None
+
+
+class RayOptions(BaseModel):
+    """How `launcher: ray` runs points.
+
+    Attributes:
+        address: of a running cluster ("auto", "host:6379"), or "local" to start one for the run; None for $RAY_ADDRESS, else a
+            cluster that runs on this machine, else one started for the run.
+        num_gpus: GPUs per worker; None for one if the cluster has any and a point may use it.
+        num_cpus: cores per worker.
+        workers: how many at once at most; None for as many as the cluster has room for.
+        attempts: how often a point is begun, when workers are lost with it.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    address: str | None = None
+    num_gpus: Annotated[float, Field(ge=0)] | None = None
+    num_cpus: Annotated[float, Field(gt=0)] = 1
+    workers: Annotated[int, Field(ge=1)] | None = None
+    attempts: Annotated[int, Field(ge=1)] = 3
 
 
 class File(BaseModel):
@@ -73,6 +98,9 @@ class File(BaseModel):
             field (policy.window, task.repeats) sets a part.
         share_prompts: whether policies that leave a prompt's attention exact share one pass over it.
         allow_extrapolation: whether prompts may be longer than the model was made for.
+        batch_size: how many samples of the same prompt length and the same number of new tokens are answered together.
+        launcher: "local" runs point after point in this process; "ray" gives each to a worker of a cluster.
+        ray: how; see `RayOptions`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -82,6 +110,31 @@ class File(BaseModel):
     sweep: dict[str, list[Any]] | list[dict[str, list[Any]]] = Field(default_factory=dict)
     share_prompts: bool = True
     allow_extrapolation: bool = False
+    batch_size: Annotated[int, Field(ge=1)] = 1
+    launcher: Literal["local", "ray"] = "local"
+    ray: RayOptions = RayOptions()
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What has to be loaded: the arguments of `kvpress.models.load_model`.
+
+    Attributes:
+        placement: its keyword arguments (device_map, tp_plan), as JSON.
+    """
+
+    name: str
+    device: str
+    dtype: str
+    placement: str = "{}"
+
+    def load(self, loader: Callable[..., Any]) -> Any:
+        """What `loader` makes of it."""
+        return loader(self.name, self.device, self.dtype, **json.loads(self.placement))
+
+    def __str__(self) -> str:
+        placed = [f"{name} {value}" for name, value in json.loads(self.placement).items()]
+        return f"{self.name} ({', '.join(placed or [f'device {self.device}'])}, dtype {self.dtype})"
 
 
 @dataclass(frozen=True)
@@ -110,9 +163,12 @@ class Point:
         return digest({**self.definition, "policy": None})
 
     @property
-    def model(self) -> tuple[str, str, str]:
-        """What has to be loaded: name, device, dtype."""
-        return expand(self.fields.model), self.fields.device, self.fields.dtype
+    def model(self) -> ModelSpec:
+        """What has to be loaded."""
+        written = self.fields
+        return ModelSpec(
+            expand(written.model), written.device, written.dtype, json.dumps(_placement(written), sort_keys=True)
+        )
 
     @property
     def policy(self) -> str:
@@ -155,6 +211,9 @@ class Plan:
     points: tuple[Point, ...]
     share_prompts: bool = True
     allow_extrapolation: bool = False
+    batch_size: int = 1
+    launcher: str = "local"
+    ray: RayOptions = field(default_factory=RayOptions)
 
 
 def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
@@ -194,8 +253,19 @@ def make_plan(tree: dict[str, Any], places: Places | None = None, settings: Sequ
             raise ConfigError(
                 f"{where}: budget={point.fields.budget!r}, but none of the policies takes one; leave it out"
             )
+    if file.launcher == "ray" and any(point.fields.tp_plan for point in points.values()):
+        raise ConfigError(
+            f"{place(places, ('launcher',))}: launcher='ray' with tp_plan; a split model runs under torchrun, on Ray use "
+            "device_map and ray.num_gpus"
+        )
     return Plan(
-        Path(_expand(file.out, places, ("out",))), tuple(points.values()), file.share_prompts, file.allow_extrapolation
+        Path(_expand(file.out, places, ("out",))),
+        tuple(points.values()),
+        file.share_prompts,
+        file.allow_extrapolation,
+        file.batch_size,
+        file.launcher,
+        file.ray,
     )
 
 
@@ -284,9 +354,8 @@ def _validate(model: type[Any], tree: dict[str, Any], places: Places, at: Path_)
         path, value = _follow(tree, error["loc"])
         where, name = place(places, (*at, *path)), ".".join(map(str, path))
         if error["type"] == "extra_forbidden":
-            raise ConfigError(
-                f"{where}: there is no field {name!r}{nearest(name, list(model.model_fields))}"
-            ) from errors
+            known = list((RayOptions if path[0] == "ray" else model).model_fields)
+            raise ConfigError(f"{where}: there is no field {name!r}{nearest(str(path[-1]), known)}") from errors
         if error["type"] == "missing":
             missing = ".".join(map(str, error["loc"]))
             raise ConfigError(f"{where}: {missing!r} is missing; add it") from errors
@@ -317,6 +386,11 @@ def _point(tree: dict[str, Any], places: Places) -> Point:
         task = make_task(raw)
     except TaskError as error:
         raise ConfigError(f"{_blame(places, 'task', written.task, str(error))}: {error}") from error
+    if len(_placement(written)) > (written.device == "auto"):
+        both = ", ".join(f"{name}={value!r}" for name, value in _placement(written).items())
+        where = place(places, ("tp_plan",) if written.tp_plan else ("device_map",))
+        also = "" if written.device == "auto" else f", device={written.device!r}"
+        raise ConfigError(f"{where}: {both}{also}: each of them places the model; keep one")
     _expand(written.model, places, ("model",))
     built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, places, ("task",)))
     if task.name == "perplexity":
@@ -333,8 +407,15 @@ def _point(tree: dict[str, Any], places: Places) -> Point:
         "task": task.to_dict(),  # with ${...} as written: a point is the same on every machine
         "query_aware": written.query_aware,
         "samples": written.samples,
+        **_placement(written),
     }
     return Point(written, policies, built, json.loads(json.dumps(definition)))
+
+
+def _placement(written: Fields) -> dict[str, Any]:
+    """Those of device_map and tp_plan that are given."""
+    placed = {"device_map": written.device_map, "tp_plan": written.tp_plan}
+    return {name: value for name, value in placed.items() if value is not None}
 
 
 def _policies(written: Fields) -> tuple[Policy, ...]:

@@ -32,7 +32,7 @@ def describe(model: "PreTrainedModel", seed: int) -> dict[str, Any]:
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
-        "hardware": hardware(model.device),
+        "hardware": hardware(model.device, devices(model)),
         "threads": torch.get_num_threads(),
         "seed": seed,
     }
@@ -64,14 +64,22 @@ def commit() -> str | None:
     return done.stdout.strip() or None
 
 
-def hardware(device: torch.device) -> str:
-    """The processor's name, of the GPU where the model is on one."""
+def devices(model: "PreTrainedModel") -> int:
+    """How many GPUs hold the model, or processes that it is split over."""
+    split = getattr(model, "tp_size", None) or 1
+    held = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    return max(split, len(held))
+
+
+def hardware(device: torch.device, count: int = 1) -> str:
+    """The processor's name, of the GPU where the model is on one; with how many, if it is on several."""
+    several = f"{count} x " if count > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return several + torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
     except OSError:
         pass  # not Linux
-    return f"{name}, {os.cpu_count()} cores"
+    return f"{several}{name}, {os.cpu_count()} cores"

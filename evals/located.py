@@ -71,6 +71,11 @@ def place(places: Mapping[Path_, str], path: Path_) -> str:
     return places.get(path, "")
 
 
+def variables(text: str) -> set[str]:
+    """The names of the environment variables that a text refers to as `${NAME}`."""
+    return set(re.findall(r"\$\{(\w+)\}", text))
+
+
 def expand(value: Any) -> Any:
     """The value with each `${NAME}` in its texts replaced by that environment variable.
 

@@ -19,6 +19,12 @@ CHINESE_PUNCTUATION = (
     "！？｡。＂＃＄％＆＇（）＊＋，－／：；＜＝＞＠［＼］＾＿｀｛｜｝～｟｠｢｣､、"
     "〃》「」『』【】〔〕〖〗〘〙〚〛〜〝〞〟〰〾〿–—‘’‛“”„‟…‧﹏"
 )
+LIBRARIES = {
+    "rouge": [("rouge_score.rouge_scorer", "rouge-score")],
+    "rouge_zh": [("rouge_score.rouge_scorer", "rouge-score"), ("jieba", "jieba")],
+    "qa_f1_zh": [("jieba", "jieba")],
+}
+"""Metric -> the modules that it imports, and their distributions."""
 _NO_ENGLISH_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
 
@@ -110,6 +116,16 @@ def code_sim(answer: str, truth: str) -> float:
     return round(100 * SequenceMatcher(None, next(lines, ""), truth).ratio()) / 100
 
 
+def check_library(metric: str) -> None:
+    """Refuse a metric whose library is not installed, before anything is answered.
+
+    Raises:
+        TaskError: it is missing; the message names it and the extra.
+    """
+    for module, distribution in LIBRARIES.get(metric, ()):
+        _library(module, distribution)
+
+
 def _f1(answer: list[str], truth: list[str]) -> float:
     same = (Counter(answer) & Counter(truth)).total()
     return 2 * same / (len(answer) + len(truth)) if same else 0.0
@@ -136,7 +152,7 @@ def _library(module: str, distribution: str = "") -> Any:
         library = importlib.import_module(module)
     except ImportError as error:
         wanted = distribution or module
-        raise TaskError(f"this metric needs {wanted}; run: pip install 'kvpress-toolkit[eval]'") from error
+        raise TaskError(f"the metric needs {wanted}; run: pip install 'kvpress-toolkit[eval]'") from error
     if module == "jieba":
         library.setLogLevel(logging.WARNING)  # it reports loading its dictionary
     return library

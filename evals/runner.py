@@ -1,23 +1,33 @@
 """Run a plan's points: models outside, samples inside, policies innermost, so that one prompt pass serves them all."""
 
-import gc
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 import kvpress
 from kvpress.errors import PolicyError, UnsupportedModelError
-from kvpress.evals.answer import Answer, Question, SharedPass, answer, make_question, record
-from kvpress.evals.config import Plan, Point
+from kvpress.evals.answer import (
+    Answer,
+    Question,
+    SharedPass,
+    answer,
+    answer_batch,
+    attempt,
+    free_memory,
+    make_question,
+    record,
+)
+from kvpress.evals.config import ModelSpec, Plan, Point
 from kvpress.evals.environment import describe
+from kvpress.evals.metrics import check_library
 from kvpress.evals.store import PointStore, StoreError
+from kvpress.evals.team import Team, leads, started_together
 from kvpress.models import load_model
 
 if TYPE_CHECKING:
@@ -32,18 +42,26 @@ class RunError(ValueError):
 
 @dataclass
 class Outcome:
-    """What a run did: counts of samples answered and failed now, and of points done, done before, and left to others."""
+    """What a run did.
+
+    Attributes:
+        answered, failed: samples, now.
+        finished, finished_before: points that are complete.
+        left_to_others: points that another process is writing.
+        lost: points that were begun as often as allowed, and each time their worker was lost.
+    """
 
     answered: int = 0
     failed: int = 0
     finished: int = 0
     finished_before: int = 0
     left_to_others: int = 0
+    lost: int = 0
 
     @property
     def exit_code(self) -> int:
         """1 if something is missing that should be there."""
-        return 1 if self.failed or self.left_to_others else 0
+        return 1 if self.failed or self.left_to_others or self.lost else 0
 
 
 @dataclass(frozen=True)
@@ -54,6 +72,15 @@ class Arm:
     shares: bool
     store: PointStore
 
+    @property
+    def batches(self) -> bool:
+        """Whether samples can be answered together.
+
+        A policy that chooses within a prompt meets ties there, as between two keys of the same token, and how they are
+        rounded depends on the batch. It would answer otherwise than alone.
+        """
+        return all(policy.leaves_prompts_exact for policy in self.point.policies)
+
 
 @dataclass(frozen=True)
 class Group:
@@ -63,30 +90,85 @@ class Group:
     questions: list[Question]
 
 
+class Crew:
+    """What computes: this process alone, or at the head of a team."""
+
+    def __init__(self, team: "Team | None" = None) -> None:
+        self.team = team
+
+    def load(self, spec: ModelSpec, loader: Loader) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
+        """A model and its tokenizer."""
+        if self.team is not None:
+            self.team.tell("load", spec)
+        loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] = spec.load(loader)
+        return loaded
+
+    def record(self, model: "PreTrainedModel", questions: Sequence[Question]) -> SharedPass:
+        """See `kvpress.evals.answer.record`."""
+        if self.team is not None:
+            self.team.tell("record", *questions)
+        return record(model, *questions)
+
+    def answer(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        policies: Sequence[kvpress.Policy],
+        questions: Sequence[Question],
+        shared: SharedPass | None,
+    ) -> list[Answer]:
+        """See `kvpress.evals.answer.answer_batch`."""
+        if len(questions) > 1 or self.team is not None:
+            work = partial(answer_batch, model, tokenizer, policies, questions, shared)
+        else:
+            return [answer(model, tokenizer, policies, questions[0], shared)]
+        if self.team is None:
+            return work()
+        self.team.tell("answer", policies, questions, shared is not None)
+        found, reason = attempt(work)
+        if not self.team.join(found):
+            raise RuntimeError(reason or "another process of the split model failed; its output says why")
+        return list(found)
+
+
 def run(plan: Plan, console: Console | None = None, *, retry: bool = False, loader: Loader = load_model) -> Outcome:
-    """Answer every sample of every point that has no row yet.
+    """Answer every sample of every point that has no row yet, in this process.
+
+    Under torchrun, with a `tp_plan`, every process calls this: the first one runs the plan, the others compute along and
+    return an empty outcome.
 
     Args:
         retry: answer those again that failed.
-        loader: makes a model and its tokenizer from name, device and dtype.
+        loader: makes a model and its tokenizer from name, device and dtype; device_map or tp_plan as keywords where given.
 
     Raises:
         ConfigError, TaskError, PolicyError, UnsupportedModelError, ModelLoadError, RunError: a point cannot run; before the
             first sample of its model.
         StoreError: a directory cannot be read or written.
     """
-    console = console or Console()
+    split = [point for point in plan.points if point.fields.tp_plan]
+    if not (split and started_together()):
+        return _run(plan, Crew(), console or Console(), retry, loader)
+    if len(split) < len(plan.points):
+        raise RunError("some runs have a tp_plan and some have none; give them configurations of their own")
+    team = Team()
+    try:
+        if not leads():
+            team.follow(loader)
+            return Outcome()
+        try:
+            return _run(plan, Crew(team), console or Console(), retry, loader)
+        finally:
+            team.tell()
+    finally:
+        team.close()
+
+
+def _run(plan: Plan, crew: Crew, console: Console, retry: bool, loader: Loader) -> Outcome:
     outcome = Outcome()
-    pending = []
-    for point in plan.points:
-        mark = PointStore(plan.out / point.id).finished
-        if mark is None or (retry and mark["failed"]):
-            pending.append(point)
-        else:
-            outcome.finished_before += 1
-            outcome.failed += mark["failed"]
-    by_model: dict[tuple[str, str, str], list[Point]] = {}
-    for point in pending:
+    by_model: dict[ModelSpec, list[Point]] = {}
+    for point in pending(plan, outcome, retry):
+        check_library(point.task.metric)
         by_model.setdefault(point.model, []).append(point)
     columns = (
         TextColumn("{task.description}"),
@@ -96,18 +178,31 @@ def run(plan: Plan, console: Console | None = None, *, retry: bool = False, load
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        for (name, device, dtype), points in by_model.items():
-            bar = progress.add_task(f"loading {name}", total=None)
-            model, tokenizer = loader(name, device, dtype)
+        for spec, points in by_model.items():
+            bar = progress.add_task(f"loading {spec.name}", total=None)
+            model, tokenizer = crew.load(spec, loader)
             groups = prepare(plan, points, model, tokenizer)
             progress.update(bar, total=sum(len(group.arms) * len(group.questions) for group in groups))
             for group in groups:
                 tell = partial(_show, progress, bar)
-                run_group(plan, group, model, tokenizer, outcome, tell, retry=retry)
+                run_group(plan, group, crew, model, tokenizer, outcome, tell, retry=retry)
             progress.remove_task(bar)
             del model, tokenizer
-            _free_memory()
+            free_memory()
     return outcome
+
+
+def pending(plan: Plan, outcome: Outcome, retry: bool) -> list[Point]:
+    """The points that something is missing of; the others are counted as finished before."""
+    missing = []
+    for point in plan.points:
+        mark = PointStore(plan.out / point.id).finished
+        if mark is None or (retry and mark["failed"]):
+            missing.append(point)
+        else:
+            outcome.finished_before += 1
+            outcome.failed += mark["failed"]
+    return missing
 
 
 def prepare(
@@ -168,6 +263,7 @@ def check_lengths(questions: list[Question], point: Point, model: "PreTrainedMod
 def run_group(
     plan: Plan,
     group: Group,
+    crew: Crew,
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     outcome: Outcome,
@@ -175,7 +271,7 @@ def run_group(
     *,
     retry: bool = False,
 ) -> None:
-    """Answer what is missing of a group's points, sample by sample.
+    """Answer what is missing of a group's points, sample by sample, or batch by batch of like samples.
 
     Args:
         outcome: counts on.
@@ -191,14 +287,11 @@ def run_group(
             arm.store.open(arm.point.to_dict(), describe(model, arm.point.task.seed))
             check_rows(arm, group.questions)
             mine.append(arm)
-        for question in group.questions:
-            index = question.sample.index
-            rows = [(arm, arm.store.rows.get(index)) for arm in mine]
-            missing = [arm for arm, row in rows if row is None or (retry and row["error"] is not None)]
+        for missing, questions in batches(mine, group.questions, plan.batch_size, retry):
             for arm in mine:
                 if arm not in missing:
-                    tell(arm, 1, False)
-            for arm, row in answer_all(missing, question, model, tokenizer):
+                    tell(arm, len(questions), False)
+            for arm, row in answer_all(crew, missing, questions, model, tokenizer):
                 arm.store.add(row)
                 outcome.answered += row["error"] is None
                 tell(arm, 1, True)
@@ -206,6 +299,23 @@ def run_group(
             arm.store.finish(len(group.questions))
             outcome.finished += 1
             outcome.failed += sum(row["error"] is not None for row in arm.store.rows.values())
+
+
+def batches(
+    arms: list[Arm], questions: Iterable[Question], size: int, retry: bool
+) -> Iterator[tuple[list[Arm], list[Question]]]:
+    """The questions, up to `size` of one shape together, with the arms that each of them is missing in."""
+    waiting: dict[tuple[Any, ...], list[Question]] = {}
+    for question in questions:
+        rows = [arm.store.rows.get(question.sample.index) for arm in arms]
+        missing = tuple(i for i, row in enumerate(rows) if row is None or (retry and row["error"] is not None))
+        alike = waiting.setdefault((missing, question.shape), [])
+        alike.append(question)
+        if len(alike) == size:
+            yield [arms[i] for i in missing], alike
+            del waiting[missing, question.shape]
+    for (missing, _), alike in waiting.items():
+        yield [arms[i] for i in missing], alike
 
 
 def check_rows(arm: Arm, questions: list[Question]) -> None:
@@ -224,27 +334,39 @@ def check_rows(arm: Arm, questions: list[Question]) -> None:
 
 
 def answer_all(
-    arms: list[Arm], question: Question, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+    crew: Crew,
+    arms: list[Arm],
+    questions: list[Question],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> Iterator[tuple[Arm, dict[str, Any]]]:
-    """One question's row for each arm, as each is made. An error in one is its row, and the others go on."""
+    """The rows of questions of one shape for each arm, as they are made. An error in one is its row, and the others go on."""
     shared: SharedPass | None = None
-    if sum(arm.shares for arm in arms) > 1 and len(question.prompt) > 1:
-        shared, _ = attempt(partial(record, model, question))  # where it fails, each runs the prompt itself
+    if sum(arm.shares for arm in arms) > 1 and len(questions[0].prompt) > 1:
+        shared, _ = attempt(partial(crew.record, model, questions))  # where it fails, each runs the prompt itself
     for arm in sorted(arms, key=lambda arm: not arm.shares):
         given = shared if arm.shares else None
         if given is None:
             shared = None  # no other arm needs it: its memory is free for those that run the prompt themselves
-        row: dict[str, Any] = {
-            "index": question.sample.index,
-            "prompt_hash": question.hash,
-            "prompt_tokens": question.length,
-            "meta": {key: value for key, value in question.sample.meta.items() if key != "classes"},
-        }
-        found, reason = attempt(partial(answer, model, tokenizer, arm.point.policies, question, given))
-        if found is not None:
-            measured, reason = attempt(partial(measures, arm.point, question, found))
-            row |= measured or {}
-        yield arm, row | {"error": reason} | ({} if reason is None else {"score": None})
+        answers, reason = None, None
+        if arm.batches or len(questions) == 1:
+            answers, reason = attempt(partial(crew.answer, model, tokenizer, arm.point.policies, questions, given))
+        if answers is None and len(questions) > 1:  # or it was too much at once, perhaps
+            for question in questions:
+                yield from answer_all(crew, [arm], [question], model, tokenizer)
+            continue
+        for question, found in zip(questions, answers or [None] * len(questions), strict=True):
+            row: dict[str, Any] = {
+                "index": question.sample.index,
+                "prompt_hash": question.hash,
+                "prompt_tokens": question.length,
+                "meta": {key: value for key, value in question.sample.meta.items() if key != "classes"},
+            }
+            failure = reason
+            if found is not None:
+                measured, failure = attempt(partial(measures, arm.point, question, found))
+                row |= measured or {}
+            yield arm, row | {"error": failure} | ({} if failure is None else {"score": None})
 
 
 def measures(point: Point, question: Question, found: Answer) -> dict[str, Any]:
@@ -265,24 +387,8 @@ def measures(point: Point, question: Question, found: Answer) -> dict[str, Any]:
         "prompt_ms": found.prompt_ms,
         "token_ms": found.token_ms,
         "shared_prompt": found.shared,
+        "batch": found.batch,
     }
-
-
-def attempt(work: Callable[[], Any]) -> tuple[Any, str | None]:
-    """What the work gives, or None and the reason why it failed, in one line."""
-    try:
-        return work(), None
-    except Exception as error:  # one sample must not end the run, whatever goes wrong in it
-        first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no message")
-        reason = f"{type(error).__name__}: {first}"
-    _free_memory()  # outside the block: the error no longer holds the tensors
-    return None, reason
-
-
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def _show(progress: Progress, bar: Any, arm: Arm, steps: int, now: bool) -> None:

@@ -29,6 +29,9 @@ Model = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="A torch device; 'auto' is the GPU if there is one, else the CPU.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32; 'auto' is the fastest that the CPU has.")]
+Export = Annotated[
+    Path | None, typer.Option(help="Also write a leaderboard as CSV: a line per policy, task family and length.")
+]
 
 Item = TypeVar("Item")
 
@@ -166,13 +169,15 @@ def ablate(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the grid and its cost, and stop.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Answer samples again that failed.")] = False,
+    export: Export = None,
 ) -> None:
     """Run every combination of a configuration; started again, it goes on where it was."""
     with user_errors(), eval_errors():
         from kvpress.evals import commands
         from kvpress.evals.config import read_plan
 
-        code = commands.ablate(read_plan(config, set_ or []), Console(), dry_run=dry_run, retry=retry)
+        plan = read_plan(config, set_ or [])
+        code = commands.ablate(plan, Console(), dry_run=dry_run, retry=retry, export=export)
     raise typer.Exit(code)
 
 
@@ -192,7 +197,15 @@ def evaluate(
     model: Model = SMOLLM2,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the layers over devices: auto, balanced, sequential (needs accelerate).")
+    ] = None,
+    tp_plan: Annotated[
+        str | None, typer.Option(help="Split every layer over the processes that torchrun started: auto.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples of the same length answered together.")] = 1,
     out: Annotated[Path, typer.Option(help="Folder for the run's directory.")] = Path("results"),
+    export: Export = None,
 ) -> None:
     """Run one policy on one task."""
     with user_errors(), eval_errors():
@@ -204,16 +217,21 @@ def evaluate(
             "task": task,
             "query_aware": query_aware,
         }
-        options = {"length": length, "samples": samples, "seed": seed}
+        options = {
+            "length": length,
+            "samples": samples,
+            "seed": seed,
+            "device_map": device_map,
+            "tp_plan": tp_plan,
+        }
         fields |= {name: value for name, value in options.items() if value is not None}
         if budget:
             fields["budget"] = parse(budget, number, "--budget")
         from kvpress.evals import commands
         from kvpress.evals.config import make_plan
 
-        code = commands.ablate(
-            make_plan({"out": str(out), "defaults": fields}, {(): "kvpress eval"}, set_ or []), Console()
-        )
+        tree = {"out": str(out), "defaults": fields, "batch_size": batch_size}
+        code = commands.ablate(make_plan(tree, {(): "kvpress eval"}, set_ or []), Console(), export=export)
     raise typer.Exit(code)
 
 
@@ -222,12 +240,18 @@ def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that ablate or eval wrote.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the report; the first DIR by default.")] = None,
     title: Annotated[str, typer.Option(help="Its heading.")] = "kvpress evaluation",
+    export: Export = None,
 ) -> None:
     """Write report.html, report.md and report.csv of runs."""
     with user_errors(), eval_errors():
+        from kvpress.evals.leaderboard import write_leaderboard
         from kvpress.evals.report import write_report
 
-        for path in write_report(folders, out or folders[0], title):
+        written = write_report(folders, out or folders[0], title)
+        if export is not None:
+            write_leaderboard(folders, export)
+            written.append(export)
+        for path in written:
             Console().print(str(path), highlight=False, soft_wrap=True)
 
 

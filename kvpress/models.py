@@ -47,11 +47,15 @@ def load_model(
         name_or_path: a hub name, a folder, or "smollm2" (see `load_smollm2`).
         device: a torch device; "auto" is the GPU if there is one, else the CPU.
         dtype: a torch dtype's name; "auto" is `best_cpu_dtype()` on a CPU, else the checkpoint's own.
-        kwargs: passed on to `from_pretrained`, for instance `device_map="auto"`, which then places the model.
+        kwargs: passed on to `from_pretrained`. `device_map="auto"` (or a mapping of modules to devices) spreads the layers over
+            the devices of this process; it needs accelerate. `tp_plan="auto"` splits each layer over processes, one per device,
+            that `torchrun` started: each gets an equal share of the heads. Both place the model, so `device` stays "auto".
 
     Raises:
-        ModelLoadError: nothing loadable under that name, or a device or dtype that torch does not have.
+        ModelLoadError: nothing loadable under that name, a device or dtype that torch does not have, or a `device_map` or
+            `tp_plan` that cannot work here.
     """
+    _check_placement(device, kwargs)
     if name_or_path == SMOLLM2:
         return load_smollm2(device, dtype, **kwargs)
     folder = Path(name_or_path).expanduser()
@@ -113,20 +117,74 @@ def _load(
         place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     except RuntimeError as error:
         raise ModelLoadError(f"device {device!r} is not one that torch knows: {_first_line(error)}") from error
+    placed = "device_map" in kwargs or "tp_plan" in kwargs
     kind = getattr(torch, dtype, None)
     if dtype == "auto":
-        kind = best_cpu_dtype() if place.type == "cpu" and "device_map" not in kwargs else "auto"
+        kind = best_cpu_dtype() if place.type == "cpu" else "auto"
     elif not isinstance(kind, torch.dtype):
         raise ModelLoadError(f"dtype {dtype!r} is not one that torch knows; try bfloat16, float16 or float32")
     try:
         with _quiet(progress=not kwargs.get("local_files_only")):
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **kwargs)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **_with_tensor_parallel(source, kwargs))
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=kwargs.get("local_files_only", False))
-            if "device_map" not in kwargs:
+            if not placed:
                 model.to(place)
+    except ModelLoadError:
+        raise
     except Exception as error:  # what a hub, a folder or a device can go wrong with has no common class
         raise ModelLoadError(f"cannot load a causal LM; tried {tried}: {_first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def _check_placement(device: str, kwargs: dict[str, Any]) -> None:
+    """Refuse, before anything is read, what cannot place a model.
+
+    Raises:
+        ModelLoadError: two ways to place it, accelerate missing, or a plan for several processes in a single one.
+    """
+    given = [name for name in ("device_map", "tp_plan") if name in kwargs]
+    if not given:
+        return
+    if len(given) > 1 or device != "auto":
+        named = " and ".join(
+            [f"{name}={kwargs[name]!r}" for name in given] + [f"device={device!r}"] * (device != "auto")
+        )
+        raise ModelLoadError(f"{named}: each of them places the model; keep one")
+    if given == ["device_map"] and importlib.util.find_spec("accelerate") is None:
+        raise ModelLoadError(f"device_map={kwargs['device_map']!r} needs accelerate; run: pip install accelerate")
+    if given == ["tp_plan"] and int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        raise ModelLoadError(
+            f"tp_plan={kwargs['tp_plan']!r} splits a model over processes, and this is a single one; start one per device: "
+            "torchrun --nproc-per-node N -m kvpress.cli ..., or use device_map='auto'"
+        )
+
+
+def _with_tensor_parallel(source: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments as this version of transformers takes them: from 5.18 on a plan is part of `distributed_config`.
+
+    Raises:
+        ModelLoadError: the model's heads cannot be shared out evenly.
+    """
+    if "tp_plan" not in kwargs:
+        return kwargs
+    from transformers import AutoConfig
+
+    rest = {name: value for name, value in kwargs.items() if name != "tp_plan"}
+    config = AutoConfig.from_pretrained(source, local_files_only=kwargs.get("local_files_only", False))
+    config = config.get_text_config(decoder=True)
+    heads, processes = config.num_attention_heads, int(os.environ["WORLD_SIZE"])
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    if heads % processes or kv_heads % processes:
+        raise ModelLoadError(
+            f"tp_plan={kwargs['tp_plan']!r}: {source} has {heads} heads and {kv_heads} kv heads, which {processes} processes "
+            "cannot share evenly; start as many as divide both"
+        )
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return {**rest, "distributed_config": DistributedConfig(tp_plan=kwargs["tp_plan"])}
+    except (ImportError, TypeError):  # older: an argument of its own
+        return kwargs
 
 
 def _converted_smollm2() -> Path:

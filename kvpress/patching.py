@@ -69,7 +69,13 @@ def patch(model: Any, policy: PolicySpec) -> "Handle":
     policies = make_policies(policy)
     decoder = find_decoder(model)
     attention = find_attention(decoder)
+    split = getattr(model, "tp_size", None) or 1
     for one in policies:
+        if one.joins_heads and split > 1:
+            raise UnsupportedModelError(
+                f"{one.describe()} decides over all heads of a layer together, and this model's are split over {split} processes "
+                "(tp_plan); load it with device_map, or use a policy that decides head by head"
+            )
         if isinstance(one, SelectionPolicy):
             one.check_layers(len(attention))
             if one.correct_every and len(DynamicCache(config=decoder.config).layers) > len(attention):
@@ -270,8 +276,18 @@ class Handle:
         layers = self._layers(decoder, cache, None, len(prompt.tokens.seen_tensor), prompt.tokens.count)
         for ordinal, index in enumerate(self._indices):
             query, key, value, scores = prompt.layers[ordinal]
-            layers[index].append(key, value, prompt.tokens)
-            layers[index].finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=False)
+            layer = layers[index]
+            layer.append(key, value, prompt.tokens)
+            if layer.fused_mass:
+                # The same for every policy that asks. Keys that are rotated anew may differ in the last bit.
+                asked = ordinal, layer.rotary is not None
+                if asked in prompt.masses:
+                    layer.observe(prompt.masses[asked])
+                else:
+                    layer.observe_rows(query, prompt.tokens, scores, None, 0)
+                    assert layer.mass is not None
+                    prompt.masses[asked] = layer.mass[:, :, : layer.length].clone()
+            layer.finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=layer.fused_mass)
         cache.layers[:] = layers
         cache.layer_class_to_replicate = None
         self._watch(cache, layers)

@@ -261,6 +261,11 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
         """Whether a prompt's own attention is that of the dense model, so that one pass can serve several policies."""
         return True
 
+    @property
+    def joins_heads(self) -> bool:
+        """Whether a layer's heads decide together, so that no process can decide alone that holds only some of them."""
+        return False
+
     def check_company(self, others: "Sequence[Policy]") -> None:  # noqa: B027 (most policies have nothing against company)
         """Raise `PolicyError` if the policy cannot act on one model together with the others, which play other roles."""
 

@@ -91,6 +91,10 @@ class RecycledAttention(SelectionPolicy):
                 "query_stride=5, similarity=0.8; the fixed one neither"
             )
 
+    @property
+    def joins_heads(self) -> bool:
+        return self.similarity is not None  # the queries of all heads are compared at once
+
     def check_company(self, others: Sequence[Policy]) -> None:
         super().check_company(others)
         for other in others:

@@ -106,6 +106,10 @@ class TokenSelect(SelectionPolicy):
     def prompt_chunk(self) -> int | None:
         return self.chunk
 
+    @property
+    def joins_heads(self) -> bool:
+        return True
+
     def check_company(self, others: Sequence[Policy]) -> None:
         for other in others:
             if other.role == "eviction":

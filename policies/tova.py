@@ -47,6 +47,10 @@ class TOVA(EvictionPolicy):
     def forgetting(self) -> float:
         return 0.0
 
+    @property
+    def joins_heads(self) -> bool:
+        return True
+
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         total = max(1, entries_for(self.budget, tokens))
         return Quota(total, min(self.recent, total))

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 import kvpress
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.layer import KVLayer
-from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
+from kvpress.policies import H2O, TOVA, Full, RecycledAttention, SnapKV, StreamingLLM, TokenSelect
 from models import (
     tiny_bloom,
     tiny_deepseek_v3,
@@ -1007,3 +1007,13 @@ def test_cache_of_a_smaller_model(model):
     cache = plain_cache(small, token_ids(1, 9))
     with patched(model, "full"), refused("cache has 1 layers", "model needs 2", "DynamicCache(config", model=model):
         model(token_ids(1, 4), past_key_values=cache)
+
+
+@pytest.mark.parametrize("policy", [TOVA(budget=8), TokenSelect(), RecycledAttention(query_stride=5, similarity=0.8)])
+def test_heads_that_decide_together_on_a_split_model(model, policy):
+    """No process of a tensor-parallel model holds all heads; what decides head by head works."""
+    model._tp_size = 2
+    with refused("over all heads of a layer together", "2 processes", error=UnsupportedModelError, model=model):
+        kvpress.patch(model, policy)
+    with kvpress.patch(model, RecycledAttention()):
+        pass

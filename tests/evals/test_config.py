@@ -9,6 +9,7 @@ import kvpress
 from kvpress.cli import app
 from kvpress.evals.config import make_plan, read_plan
 from kvpress.evals.located import ConfigError
+from kvpress.models import ModelLoadError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -142,6 +143,12 @@ def test_variables_are_read_when_it_runs_and_do_not_change_the_id(tmp_path, monk
         ("name: needle\n    depths: [0.1, 0.9]", "name: perplexity", 6, "query_aware: false"),
         ("[0.25, 64]", "[0.25, 1.5]", 9, "budget=1.5"),
         ("[0.25, 64]", "[0.25, lots]", 9, "budget='lots'"),
+        ("model: smollm2", "device_map: auto\n  tp_plan: auto", 4, "each of them places the model"),
+        ("model: smollm2", "device_map: auto\n  device: cuda", 3, "device='cuda': each of them places the model"),
+        ("model: smollm2", "tp_plan: ring", 3, "tp_plan='ring'"),
+        ("out: results", "out: results\nlauncher: slurm", 2, "'local' or 'ray'"),
+        ("out: results", "out: results\nray: {num_gpu: 1}", 2, "did you mean 'num_gpus'"),
+        ("out: results", "out: results\nbatch_size: 0", 2, "batch_size=0"),
         ("[0.25, 64]", "0.25", 9, "valid list"),
         ("[0.25, 64]", "[]", 9, "empty"),
         ("length: [400, 500]", "lenght: [400]", 10, "did you mean 'length'"),
@@ -206,6 +213,37 @@ def test_the_shipped_configurations(name, monkeypatch):
         members = [point.policy for point in plan.points if point.samples_id == samples]
         assert members[0] == "full()"  # what the others are compared with
         assert len(members) > 1
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (CONFIGS / "paper").glob("*.yaml")))
+def test_the_papers_configurations(name, monkeypatch):
+    """Each is checked whole by a dry run, has full attention to compare with, and says whose numbers it repeats."""
+    monkeypatch.setattr("kvpress.evals.commands.load_tokenizer", no_tokenizer)  # nothing is asked of the hub
+    path = CONFIGS / "paper" / name
+    result = CliRunner().invoke(app, ["ablate", str(path), "--dry-run"], env={"COLUMNS": "300"})
+    assert result.exit_code == 0, result.output
+    plan = read_plan(path)
+    assert plan.out == Path("results/paper", name.removesuffix(".yaml"))
+    assert f"{len(plan.points)} runs" in result.output or len({point.model for point in plan.points}) > 1
+    for samples in {point.samples_id for point in plan.points}:
+        members = [point.policy for point in plan.points if point.samples_id == samples]
+        assert members[0] == "full()" and len(members) > 1
+    text = path.read_text(encoding="utf-8")
+    assert "# The paper's numbers" in text
+    own = {policy.paper.removeprefix("arXiv ") for point in plan.points for policy in point.policies}
+    assert any(f"(arXiv {paper})" in text.splitlines()[0] for paper in own)
+
+
+def test_every_paper_has_a_configuration():
+    papers = {
+        policy.paper for policy in kvpress.available().values() if policy.__module__.startswith("kvpress.policies.")
+    }
+    heads = [path.read_text(encoding="utf-8").splitlines()[0] for path in (CONFIGS / "paper").glob("*.yaml")]
+    assert {paper for paper in papers if paper and not any(f"({paper})" in head for head in heads)} == set()
+
+
+def no_tokenizer(name):
+    raise ModelLoadError(f"no tokenizer of {name}")
 
 
 def test_the_needle_configuration_has_every_policy():

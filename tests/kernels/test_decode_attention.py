@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from brute import attend, eager
+from kvpress.kernels import decode_attention as module
 from kvpress.kernels import decode_scores as scores_module
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
 
@@ -244,3 +245,24 @@ def test_a_backend_that_cannot_run(monkeypatch):
         decode_attention(query, key, value, scale=0.25, backend="triton")
     with pytest.raises(ValueError, match="does not exist"):
         decode_attention(query, key, value, scale=0.25, backend="cuda")
+
+
+@pytest.mark.parametrize(("tasks", "slots", "threads", "parts"), [
+    (3, 8192, 2, 2), (4, 8192, 2, 1), (1, 8192, 2, 2), (3, 4095, 2, 1), (8, 65536, 16, 2), (3, 65536, 16, 16), (24, 65536, 5, 1)
+])  # fmt: skip
+def test_no_thread_waits_for_another(tasks, slots, threads, parts, monkeypatch):
+    """As many parts as make the tasks a multiple of the threads; none of few slots, and none where tasks are many."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    assert module._parts(tasks, slots) == parts
+    assert parts == 1 or tasks * parts % threads == 0
+
+
+@pytest.mark.parametrize("slots", [1, 7, 8, 63, 111])
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_parts_merge_to_the_whole(slots, parts, monkeypatch):
+    """Parts of equal length and what is left behind them, in a buffer with more slots than are in use."""
+    monkeypatch.setattr(module, "_parts", lambda tasks, number: min(parts, number))
+    query, key, value = inputs(slots, 3, 16, seed=7, spare=5)
+    expected, _ = brute(query, key, value, scale=0.4)
+    output, _, _ = decode_attention(query, key, value, scale=0.4)
+    torch.testing.assert_close(output, expected.float())

@@ -7,6 +7,7 @@ import torch
 
 from kvpress.kernels import attention_mass as module
 from kvpress.kernels.attention_mass import Perturbation, attention_mass, attention_mass_reference
+from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
 from kvpress.kernels.gumbel_noise import gumbel_noise
 
 BATCH, KV_HEADS, GROUP, DIM = 2, 2, 3, 16
@@ -155,3 +156,34 @@ def test_fresh_and_per_token_noise_differ():
         ratios[fresh] = [mass[0, 0, 0].item() for mass in per_row]
     assert ratios[False][0] == ratios[False][1]
     assert ratios[True][0] != ratios[True][1]
+
+
+@ALL_NOISES
+@pytest.mark.parametrize(
+    "features", [(), ("softcap",), ("sinks",), ("softcap", "sinks")], ids=lambda n: "+".join(n) or "plain"
+)
+def test_decode_attention_hands_out_the_perturbed_mass(perturbation, features):
+    """The mass is that of one row of `attention_mass`, the output and the LSE those of the plain softmax."""
+    query, _, key, positions = inputs(rows=1)
+    at = torch.tensor([[70], [80]], dtype=torch.int32)  # after every entry
+    value, valid = torch.randn(key.shape, generator=torch.Generator().manual_seed(3)), positions >= 0
+    options = {"scale": 0.3}
+    if "softcap" in features:
+        options["softcap"] = 1.5
+    if "sinks" in features:
+        options["sinks"] = torch.linspace(-1, 1, query.shape[1])
+    plain = decode_attention(query, key, value, valid, **options, with_mass=True, with_lse=True)
+    output, mass, lse = decode_attention(
+        query, key, value, valid, **options, perturbed=(perturbation, at, positions), with_mass=True, with_lse=True
+    )
+    assert torch.equal(output, plain[0]) and torch.equal(lse, plain[2])
+    assert (mass - plain[1]).abs().max() > 0.01
+    expected = brute(query, at, key, positions, perturbation=perturbation, **options)
+    torch.testing.assert_close(mass, expected.float(), rtol=1e-4, atol=1e-6)
+    reference = decode_attention_reference(query, key, value, valid, **options, perturbed=(perturbation, at, positions))
+    torch.testing.assert_close(reference[1], expected.float(), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(reference[0], plain[0])
+    by_head = decode_attention(
+        query, key, value, valid, **options, perturbed=(perturbation, at, positions), with_mass=True, per_head=True
+    )[1]
+    torch.testing.assert_close(by_head.unflatten(1, (KV_HEADS, GROUP)).sum(2), mass)

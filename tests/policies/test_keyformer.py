@@ -41,19 +41,26 @@ def conversation(steps=6):
 
 @pytest.fixture
 def temperatures(monkeypatch):
-    """The temperature of each pass, as the statistics of the first layer were made with."""
-    from kvpress import layer as module
+    """The temperature of each pass, as the statistics of the first layer were made with, in prompts and decode steps."""
+    from kvpress import attention, layer
 
     seen: list[float] = []
-    original = module.attention_mass
+    of_prompts, of_steps = layer.attention_mass, attention.decode_attention
 
-    def spy(*args: Any, **options: Any) -> Any:
-        perturbation = options["perturbation"]
+    def note(perturbation: Perturbation) -> None:
         if perturbation.layer == 0:
             seen.append(perturbation.temperature)
-        return original(*args, **options)
 
-    monkeypatch.setattr(module, "attention_mass", spy)
+    def prompt_spy(*args: Any, **options: Any) -> Any:
+        note(options["perturbation"])
+        return of_prompts(*args, **options)
+
+    def step_spy(*args: Any, **options: Any) -> Any:
+        note(options["perturbed"][0])
+        return of_steps(*args, **options)
+
+    monkeypatch.setattr(layer, "attention_mass", prompt_spy)
+    monkeypatch.setattr(attention, "decode_attention", step_spy)
     return seen
 
 

@@ -1,0 +1,169 @@
+"""Samples of one shape answered together: the same answers as one by one, under every policy."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+
+import kvpress
+from kvpress.evals import answer as answering
+from kvpress.evals import runner
+from kvpress.evals.runner import run
+from kvpress.evals.store import read_rows
+from kvpress.models import load_model
+from plans import plan, tiny_folder
+
+POLICIES = [
+    "full",
+    "h2o",
+    "h2o_prefill",
+    "observed_attention",
+    "a2sf",
+    {"name": "a2sf", "prefill": "sequential"},
+    "a2sf_prefill",
+    "keyformer",
+    {"name": "ems", "window": 8, "evict_every": 4},
+    "snapkv",
+    "pyramid_kv",
+    {"name": "streaming_llm", "recent": 60},
+    "tova",
+    "quest",
+    "tidal_decode",
+    {"name": "tidal_decode", "correct_every": 3},
+    {"name": "recycled", "stride": 4},
+    {"name": "recycled", "query_stride": 2, "similarity": 0.8},
+]
+CHUNKED = {"name": "token_select", "n_init": 4, "n_local": 32, "chunk": 32, "k": 16}
+SAME = (
+    "index",
+    "prompt_hash",
+    "prompt_tokens",
+    "meta",
+    "answer",
+    "score",
+    "new_tokens",
+    "seen",
+    "kept",
+    "full_bytes",
+    "error",
+)
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    """A model whose attention is far from uniform, so that each sample has an answer of its own."""
+    model, tokenizer = load_model(tiny_folder(tmp_path_factory.mktemp("tiny")), "cpu", "float32")
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.25 * noise)
+    return model, tokenizer
+
+
+@pytest.fixture
+def rows(loaded):
+    """Runs a plan with that model, and gives policy -> its rows by index."""
+
+    def go(wanted):
+        outcome = run(wanted, Console(quiet=True), loader=lambda *_: loaded)
+        assert outcome.exit_code == 0
+        return {point.policy: read_rows(wanted.out / point.id) for point in wanted.points}
+
+    return go
+
+
+def sweep():
+    listed = [one if isinstance(one, str) else one["name"] for one in POLICIES] + ["token_select"]
+    shipped = {n for n, policy in kvpress.available().items() if policy.__module__.startswith("kvpress.policies.")}
+    fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
+    return shipped - set(listed), [
+        {"policy": [one for one in POLICIES if one not in fixed], "budget": [0.3]},
+        {"policy": [*fixed, CHUNKED]},
+    ]
+
+
+FED = [{"policy": ["full", "h2o", "snapkv", "quest", "ems"], "budget": [0.3]}, {"policy": [CHUNKED]}]
+
+
+@pytest.mark.parametrize("query_aware", [True, False])
+def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch, query_aware):
+    """Answers of different lengths, too: what a sample held when its answer ended is its own."""
+    ends = set(torch.randperm(258, generator=torch.Generator().manual_seed(0))[:25].tolist())
+    monkeypatch.setattr(answering, "end_tokens", lambda *_: ends)
+    forgotten, grids = sweep()
+    assert not forgotten, f"list {forgotten} here"
+    depths = {"lengths": [360], "depths": [0.1, 0.4, 0.6, 0.8, 1.0]}
+    task = {"name": "needle", "haystack": "noise"} if query_aware else {"name": "passkey"}  # whose questions are alike
+    grids = grids if query_aware else FED
+    parts = {"defaults": {"task": task | depths, "query_aware": query_aware}, "sweep": grids}
+    single = rows(plan("tiny", tmp_path / "1", **parts))
+    batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
+    assert len(single) == (len(POLICIES) + 1 if query_aware else 6)
+    for policy, own in single.items():
+        for index, row in own.items():
+            other = batched[policy][index]
+            assert [other[name] for name in SAME] == [row[name] for name in SAME], (policy, index)
+            if "prefill='sequential'" in policy or "chunk" in policy:  # these choose within a prompt
+                assert other["batch"] == 1 and other["read_share"] == row["read_share"]
+                continue
+            # a batch's few numbers per sequence, and slots as wide as its widest, are shared out
+            assert other["bytes"] == pytest.approx(row["bytes"], rel=0.02)
+            # what is read is as wide as the widest of the batch
+            assert other["read_share"] == pytest.approx(row["read_share"], rel=0.1)
+            assert row["batch"] == 1 and other["batch"] == (3 if index < 3 else 2)
+    assert len({row["new_tokens"] for own in single.values() for row in own.values()}) > 2
+    assert len({row["answer"] for row in single["full()"].values()}) > 1
+
+
+def test_perplexity_in_batches(rows, tmp_path):
+    task = {"name": "perplexity", "length": 200, "scored": 30, "stretches": 3}
+    parts = {"defaults": {"task": task, "query_aware": False}, "sweep": {"policy": ["full", "h2o"], "budget": [20]}}
+    single = rows(plan("tiny", tmp_path / "1", **parts))
+    batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
+    for policy, own in single.items():
+        for index, row in own.items():
+            assert batched[policy][index]["score"] == pytest.approx(row["score"], rel=1e-4)
+            assert batched[policy][index]["batch"] == 3
+
+
+def test_only_samples_of_one_shape_are_together(rows, tmp_path, monkeypatch):
+    """Of equal length, and missing in the same policies."""
+    batches = []
+    real = runner.answer_batch
+
+    def noted(model, tokenizer, policies, questions, shared):
+        batches.append((policies[0].name, [question.sample.index for question in questions]))
+        return real(model, tokenizer, policies, questions, shared)
+
+    monkeypatch.setattr(runner, "answer_batch", noted)
+    task = {"name": "needle", "lengths": [360, 380], "depths": [0.1, 0.9]}
+    wanted = plan(
+        "tiny", tmp_path, defaults={"task": task}, sweep={"policy": ["full", "h2o"], "budget": [0.5]}, batch_size=3
+    )
+    rows(wanted)
+    assert sorted(batches) == [(name, [first, first + 1]) for name in ("full", "h2o") for first in (0, 2)]
+    full = wanted.out / wanted.points[0].id
+    (full / "finished.json").unlink()
+    kept = [line for line in (full / "samples.jsonl").read_text().splitlines() if json.loads(line)["index"] == 2]
+    (full / "samples.jsonl").write_text("\n".join(kept) + "\n")
+    batches.clear()
+    again = rows(wanted)
+    assert batches == [("full", [0, 1])]  # and 3 by itself
+    assert sorted(again["full()"]) == list(range(4))
+
+
+def test_what_is_too_much_at_once_is_answered_one_by_one(rows, tmp_path, monkeypatch):
+    task = {"name": "needle", "lengths": [360], "depths": [0.1, 0.5, 0.9]}
+    wanted = plan("tiny", tmp_path / "a", defaults={"task": task}, batch_size=3)
+    expected = rows(replace(wanted, out=tmp_path / "b", batch_size=1))
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(runner, "answer_batch", full)
+    found = rows(wanted)
+    assert [row["answer"] for row in found["full()"].values()] == [row["answer"] for row in expected["full()"].values()]
+    assert [row["batch"] for row in found["full()"].values()] == [1, 1, 1]
