@@ -4,9 +4,9 @@
     python benchmarks/decode.py --contexts 8192 --dtypes float32 --batches 1 --policies full h2o
 
 All policies of one setting run interleaved with transformers' DynamicCache (sdpa) in one process: a round gives every one
-of them the same number of decode steps, and the ratio is the median over rounds of (policy / transformers in that round).
-The caches are filled with random keys and values, because the time of a decode step depends on their sizes only. `floor` is
-the model with an empty cache: no policy can be faster than that.
+of them the same decode steps, and the ratio is the median over rounds of (policy / transformers in that round). The prompt
+is text of novels, run once and given to all, because what a selecting policy reads depends on how far its query heads agree.
+`floor` is the model with an empty cache: no policy can be faster than that.
 """
 
 import time
@@ -14,55 +14,44 @@ from typing import Any
 
 import torch
 from common import Rows, arguments, chosen_policies, ratios
+from torch import Tensor
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.haystack import book_text
 from kvpress.layer import KVLayer
 from kvpress.models import load_model
-from kvpress.passes import Scores, plain_tokens
 from kvpress.policy import Policy
+from kvpress.sharing import SharedPrompt
 
 PLAIN = "transformers"
 
 
-def random_entries(model: Any, batch: int, context: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Random K and V per layer, [batch, kv_heads, context, head_dim]."""
-    config = model.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = (batch, config.num_key_value_heads, context, head_dim)
-    generator = torch.Generator().manual_seed(seed)
-    made = []
-    for _ in range(config.num_hidden_layers):
-        key, value = (torch.randn(shape, generator=generator).to(model.dtype) for _ in range(2))
-        made.append((key, value))
-    return made
+def text(tokenizer: Any, batch: int, length: int) -> Tensor:
+    """Token ids of running text, [batch, length], each sequence from another place."""
+    ids = torch.tensor(tokenizer(book_text())["input_ids"])
+    starts = [row * (len(ids) - length) // max(1, batch - 1) for row in range(batch)]
+    return torch.stack([ids[start : start + length] for start in starts])
 
 
-def plain_cache(model: Any, entries: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
+def plain_cache(model: Any, prompt: SharedPrompt) -> DynamicCache:
     """transformers' cache, filled."""
     cache = DynamicCache(config=model.config)
-    for layer, (key, value) in zip(cache.layers, entries, strict=True):
+    for layer, (_, key, value, _) in zip(cache.layers, prompt.layers, strict=True):
         layer.update(key.clone(), value.clone())
     return cache
 
 
-def policy_cache(model: Any, policy: Policy, entries: list[tuple[torch.Tensor, torch.Tensor]]) -> DynamicCache:
-    """Our cache as a prompt of random tokens leaves it."""
-    cache = DynamicCache(config=model.config)
+def policy_cache(model: Any, policy: Policy, prompt: SharedPrompt) -> DynamicCache:
+    """Our cache as the prompt leaves it."""
     with kvpress.patch(model, policy) as handle:
+        if policy.leaves_prompts_exact:
+            return handle.adopt_prompt(prompt)
+        # What such a prompt computes is other keys and values of the same size.
+        cache = DynamicCache(config=model.config)
         cache.layers[:] = handle.new_layers(cache)
-    for layer, (key, value) in zip(cache.layers, entries, strict=True):
-        batch, kv_heads, context, head_dim = key.shape
-        tokens = plain_tokens(batch, context, None, None, key.device)
-        layer.append(key, value, tokens)
-        if layer.policy is not None:
-            if layer.mass is not None:
-                layer.observe(torch.rand(batch, kv_heads, context))
-            if layer.policy.observes == "window":
-                heads = model.config.num_attention_heads
-                rows = torch.randn(batch, heads, context, head_dim, dtype=key.dtype)
-                layer.remember(rows, tokens, Scores(head_dim**-0.5))
-            layer.close_prompt(tokens)
+    for layer, (_, key, value, _) in zip(cache.layers, prompt.layers, strict=True):
+        layer.append(key, value, prompt.tokens)
     return cache
 
 
@@ -77,31 +66,32 @@ def cache_bytes(cache: DynamicCache) -> int:
 
 @torch.inference_mode()
 def compare(
-    model: Any, policies: list[Policy], context: int, batch: int, rounds: int, steps: int
+    model: Any, tokenizer: Any, policies: list[Policy], context: int, batch: int, rounds: int, steps: int
 ) -> list[dict[str, Any]]:
     """Time every policy against transformers in one setting."""
-    entries = random_entries(model, batch, context, seed=0)
-    inputs = torch.full((batch, 1), 5)
-    caches = {PLAIN: plain_cache(model, entries), "floor": DynamicCache(config=model.config)}
+    ids = text(tokenizer, batch, context + (rounds + 1) * steps)
+    prompt = kvpress.record_prompt(model, ids[:, :context])
+    caches = {PLAIN: plain_cache(model, prompt), "floor": DynamicCache(config=model.config)}
     by_name = {policy.describe(): policy for policy in policies}
     for name, policy in by_name.items():
-        caches[name] = policy_cache(model, policy, entries)
-    del entries
+        caches[name] = policy_cache(model, policy, prompt)
+    del prompt
 
-    def step_ms(name: str) -> float:
+    def step_ms(name: str, at: int) -> float:
         start = time.perf_counter()
-        for _ in range(steps):
-            model(input_ids=inputs, past_key_values=caches[name], use_cache=True)
+        for step in range(at, at + steps):
+            model(input_ids=ids[:, step : step + 1], past_key_values=caches[name], use_cache=True)
         return (time.perf_counter() - start) / steps * 1e3
 
     times: dict[str, list[float]] = {name: [] for name in caches}
     for round_ in range(rounds + 1):
+        at = context + round_ * steps
         for name in caches:
             if name in by_name:
                 with kvpress.patch(model, by_name[name]):
-                    value = step_ms(name)
+                    value = step_ms(name, at)
             else:
-                value = step_ms(name)
+                value = step_ms(name, at)
             if round_:  # the first round warms up
                 times[name].append(value)
     rows = []
@@ -118,10 +108,10 @@ def main() -> None:
     options = parser.parse_args()
     policies, rows = chosen_policies(options), Rows(options.out)
     for dtype in options.dtypes:
-        model, _ = load_model(options.model, device="cpu", dtype=dtype)
+        model, tokenizer = load_model(options.model, device="cpu", dtype=dtype)
         for context in options.contexts:
             for batch in options.batches:
-                for row in compare(model, policies, context, batch, options.rounds, options.steps):
+                for row in compare(model, tokenizer, policies, context, batch, options.rounds, options.steps):
                     rows.add({"model": options.model, "dtype": dtype, **row})
 
 

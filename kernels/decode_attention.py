@@ -1,12 +1,19 @@
 """Attention of one new token per sequence over a slot cache, grouped so that K and V are read once per kv head."""
 
+import math
+
 import torch
 from einops import reduce, repeat
 from torch import Tensor
 
+from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.backend import Backend, use_triton
 from kvpress.kernels.decode_scores import decode_scores
-from kvpress.kernels.gather_slots import gather_slots
+from kvpress.kernels.gather_slots import gather_both
+from kvpress.kernels.gumbel_noise import gumbel_noise
+
+# Fewer slots than this are not worth a second task for an idle thread.
+LEAST_PART = 2048
 
 
 def decode_attention_reference(
@@ -18,29 +25,47 @@ def decode_attention_reference(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    moved: tuple[Tensor, Tensor] | None = None,
+    moved: tuple[Tensor, Tensor | int] | None = None,
     index: Tensor | None = None,
+    page_size: int = 1,
+    perturbed: tuple[Perturbation, Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The definition of `decode_attention`, in plain float32 with K and V repeated to the query heads."""
     group = query.shape[1] // key.shape[1]
+    if index is not None and page_size > 1:
+        index, valid = _entries(index, valid, page_size, key.shape[2])
     if index is not None:
         key, value = (x.gather(2, index.long()[..., None].expand(-1, -1, -1, x.shape[3])) for x in (key, value))
     keys, values = (repeat(x.float(), "b h n d -> b (h g) n d", g=group) for x in (key, value))
     scores = query.float() @ keys.transpose(-1, -2) * scale
     if moved is not None:
         other = moved[0].float() @ keys.transpose(-1, -2) * scale
-        scores = torch.where(moved[1].repeat_interleave(group, dim=1)[:, :, None], other, scores)
+        slots = moved[1]
+        if isinstance(slots, int):
+            slots = (torch.arange(key.shape[2], device=key.device) < slots).expand(key.shape[:3])
+        scores = torch.where(slots.repeat_interleave(group, dim=1)[:, :, None], other, scores)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if valid is not None:
-        wide = valid.repeat_interleave(query.shape[1] // valid.shape[1], dim=1)
-        scores = scores.masked_fill(~wide[:, :, None], float("-inf"))
-    if sinks is not None:
-        column = sinks.float().view(1, -1, 1, 1).expand(query.shape[0], -1, 1, 1)
-        scores = torch.cat((scores, column), dim=-1)
-    weights = scores.softmax(dim=-1).nan_to_num()[..., : key.shape[2]]
-    mass = reduce(weights, "b (h g) 1 n -> b h n", "sum", g=group)
-    return (weights @ values).to(query.dtype), mass, scores.logsumexp(dim=-1)[..., 0]
+
+    def softmax(scores: Tensor) -> tuple[Tensor, Tensor]:
+        if valid is not None:
+            wide = valid.repeat_interleave(query.shape[1] // valid.shape[1], dim=1)
+            scores = scores.masked_fill(~wide[:, :, None], float("-inf"))
+        if sinks is not None:
+            column = sinks.float().view(1, -1, 1, 1).expand(query.shape[0], -1, 1, 1)
+            scores = torch.cat((scores, column), dim=-1)
+        return scores.softmax(dim=-1).nan_to_num()[..., : key.shape[2]], scores.logsumexp(dim=-1)[..., 0]
+
+    weights, lse = softmax(scores)
+    observed = weights
+    if perturbed is not None:
+        perturbation, row, positions = perturbed
+        if perturbation.seed is not None:
+            at = row if perturbation.fresh else torch.zeros_like(row)
+            scores = scores + gumbel_noise(perturbation.seed, perturbation.layer, at, positions, query.shape[1])
+        observed, _ = softmax(scores / perturbation.temperature)
+    mass = reduce(observed, "b (h g) 1 n -> b h n", "sum", g=group)
+    return (weights @ values).to(query.dtype), mass, lse
 
 
 def decode_attention(
@@ -52,8 +77,10 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    moved: tuple[Tensor, Tensor] | None = None,
+    moved: tuple[Tensor, Tensor | int] | None = None,
     index: Tensor | None = None,
+    page_size: int = 1,
+    perturbed: tuple[Perturbation, Tensor, Tensor] | None = None,
     with_mass: bool = False,
     per_head: bool = False,
     with_lse: bool = False,
@@ -70,8 +97,14 @@ def decode_attention(
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores, for models that have it.
         sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
         moved: (query, slots): a second query [batch, heads, 1, head_dim] that is used instead on the slots where the
-            bool [batch, kv_heads, n] is True (re-indexed positions). This runs in torch, whatever the backend.
+            bool [batch, kv_heads, n] is True, or on the first so many (re-indexed positions). This runs in torch, whatever
+            the backend.
         index: int [batch, kv_heads, n], the slots to attend, each in [0, slots) and valid once at most; None for all.
+        page_size: with more than 1, `index` lists pages of that many slots: int [batch, kv_heads, pages], page j being the
+            slots from j * page_size on, as far as there are any; `valid` is of pages too. n is pages * page_size then.
+        perturbed: (perturbation, row, positions): the mass is that of softmax((score + noise) / temperature), the output
+            that of the plain softmax. Int [batch, 1] and [batch, kv_heads, n] are the positions of the query and of the
+            entries, which determine the noise. The sinks are left as they are.
         with_mass: also return the attention weights, summed over the group.
         per_head: the weights are not summed, float32 [batch, heads, n].
         with_lse: also return the logarithm of the softmax's denominator.
@@ -84,8 +117,12 @@ def decode_attention(
             there are none.
 
     Raises:
-        ValueError: the backend does not exist, or cannot run here.
+        ValueError: the backend does not exist, or cannot run here; pages, and no list of them.
     """
+    if page_size < 1 or (page_size > 1 and index is None):
+        raise ValueError(
+            f"page_size={page_size} is the size of listed pages; give 1 or more, and `index` with more than 1"
+        )
     if use_triton(backend, query) and moved is None and query.dtype != torch.float64:
         from kvpress.kernels.gpu import decode_attention as gpu
 
@@ -98,47 +135,109 @@ def decode_attention(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            perturbed=perturbed,
+            page_size=page_size,
             with_mass=with_mass,
             per_head=per_head,
             with_lse=with_lse,
         )
+    if index is not None and page_size > 1:
+        index, valid = _entries(index, valid, page_size, key.shape[2])
     if index is not None:
-        key, value = gather_slots(key, index), gather_slots(value, index)
+        key, value = gather_both(key, value, index)
+    if not with_mass and not with_lse and softcap is None and sinks is None and moved is None:
+        return _plain(query, key, value, valid, scale), None, None
+
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]
     group = heads // kv_heads
-    rows = query.reshape(batch * kv_heads, group, head_dim)
-    keys, values = key.flatten(0, 1), value.flatten(0, 1)
-    plain = not with_mass and not with_lse and softcap is None and sinks is None and moved is None
-    if plain and (query.is_cuda or query.dtype == torch.float32):  # torch's CPU kernel is slow on half-precision rows
-        mask = None
-        if valid is not None:
-            mask = torch.zeros(valid.shape, dtype=query.dtype, device=query.device)
-            mask = mask.masked_fill_(~valid, float("-inf")).view(batch * kv_heads, 1, -1, slots)
-        output = torch.nn.functional.scaled_dot_product_attention(
-            rows[:, None], keys[:, None], values[:, None], attn_mask=mask, scale=scale
-        )
-        return output.reshape(batch, heads, 1, head_dim), None, None
-
-    scores = decode_scores(query, key, scale=scale, moved=moved).view(batch, kv_heads, group, slots)
+    scores = decode_scores(query, key, scale=scale, moved=moved, backend="torch").view(batch, kv_heads, group, slots)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    lowest = torch.finfo(torch.float32).min
-    if valid is not None:
-        valid = valid.view(batch, kv_heads, -1, slots)
-        # The lowest finite number instead of -inf: a sequence with no entry at all gives zeros, not NaN.
-        scores = scores.masked_fill(~valid, lowest)
-    if sinks is not None:
-        column = sinks.float().view(1, kv_heads, group, 1).expand(batch, -1, -1, -1)
-        scores = torch.cat((scores, column), dim=-1)
-    weights = scores.softmax(dim=-1)[..., :slots]
-    if valid is not None:
-        weights = weights.masked_fill(~valid, 0.0)
-    output = torch.bmm(weights.view(batch * kv_heads, group, slots).to(values.dtype), values)
+    hidden = None if valid is None else ~valid.view(batch, kv_heads, -1, slots)
+    column = None if sinks is None else sinks.float().view(1, kv_heads, group, 1).expand(batch, -1, -1, -1)
+    observed = None
+    if with_mass and perturbed is not None:
+        observed = _softmax(_with_noise(scores, *perturbed), hidden, column)[0]
+    weights, scores = _softmax(scores, hidden, column)
+    output = torch.bmm(weights.view(batch * kv_heads, group, slots).to(value.dtype), value.flatten(0, 1))
     mass = lse = None
     if with_mass:
-        mass = weights.reshape(batch, heads, slots) if per_head else weights.sum(2)
+        observed = weights if observed is None else observed
+        mass = observed.reshape(batch, heads, slots) if per_head else observed.sum(2)
     if with_lse:
         lse = scores.logsumexp(dim=-1).view(batch, heads)
-        lse = lse.masked_fill(lse <= lowest, float("-inf"))
+        lse = lse.masked_fill(lse <= torch.finfo(torch.float32).min, float("-inf"))
     return output.view(batch, heads, 1, head_dim), mass, lse
+
+
+def _entries(pages: Tensor, valid: Tensor | None, page_size: int, slots: int) -> tuple[Tensor, Tensor]:
+    """The slots of pages [batch, kv_heads, m] and which are read, [batch, heads or kv_heads, m * page_size]."""
+    within = torch.arange(page_size, device=pages.device)
+    index = (pages[..., None] * page_size + within).flatten(2)
+    there = index < slots
+    if valid is not None:
+        heads = valid.shape[1] // there.shape[1]
+        there = there.repeat_interleave(heads, dim=1) & valid.repeat_interleave(page_size, dim=2)
+    return index.clamp(max=slots - 1), there
+
+
+def _plain(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    """Attention by torch's own kernel, the group's heads as its rows."""
+    batch, heads, _, head_dim = query.shape
+    kv_heads, slots = key.shape[1], key.shape[2]
+    rows = query.reshape(batch * kv_heads, 1, heads // kv_heads, head_dim)
+    keys, values = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
+    parts = 1 if valid is not None or query.is_cuda else _parts(batch * kv_heads, slots)
+    if parts > 1:
+        return _in_parts(rows, keys, values, scale, parts).reshape(batch, heads, 1, head_dim)
+    mask = None
+    if valid is not None:
+        mask = torch.zeros(valid.shape, dtype=query.dtype, device=query.device)
+        mask = mask.masked_fill_(~valid, float("-inf")).view(batch * kv_heads, 1, -1, slots)
+    output = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+    return output.reshape(batch, heads, 1, head_dim)
+
+
+def _parts(tasks: int, slots: int) -> int:
+    """Into how many parts to split the slots: torch's kernel gives each kv head to one thread, and some would idle."""
+    threads = torch.get_num_threads()
+    parts = threads // math.gcd(tasks, threads)  # the fewest with which all threads have the same to do
+    return parts if tasks < 4 * threads and slots >= parts * LEAST_PART else 1
+
+
+def _in_parts(rows: Tensor, keys: Tensor, values: Tensor, scale: float, parts: int) -> Tensor:
+    """Attention over equal parts of the slots and over the rest, merged by their LSE: [tasks, group, head_dim]."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    each = keys.shape[2] // parts
+    split = parts * each
+    keys_in_parts, values_in_parts = (x[:, 0, :split].unflatten(1, (parts, each)) for x in (keys, values))
+    output, lse = flash(rows.expand(-1, parts, -1, -1), keys_in_parts, values_in_parts, scale=scale)
+    if split < keys.shape[2]:
+        rest, rest_lse = flash(rows, keys[:, :, split:], values[:, :, split:], scale=scale)
+        output, lse = torch.cat((output, rest), dim=1), torch.cat((lse, rest_lse), dim=1)
+    return (output * lse.softmax(dim=1)[..., None]).sum(1)
+
+
+def _with_noise(scores: Tensor, perturbation: Perturbation, row: Tensor, positions: Tensor) -> Tensor:
+    """(scores + noise) / temperature, a new tensor [batch, kv_heads, group, n]."""
+    if perturbation.seed is None:
+        return scores / perturbation.temperature
+    at = row if perturbation.fresh else torch.zeros_like(row)
+    heads = scores.shape[1] * scores.shape[2]
+    noise = gumbel_noise(perturbation.seed, perturbation.layer, at, positions, heads)
+    return noise.view_as(scores).add_(scores).div_(perturbation.temperature)
+
+
+def _softmax(scores: Tensor, hidden: Tensor | None, column: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Softmax over what is not hidden and the sinks' column: weights without that column, and the masked scores with it.
+
+    The lowest finite number stands for -inf: a sequence with no entry at all gives zeros, not NaN.
+    """
+    slots = scores.shape[-1]
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, torch.finfo(torch.float32).min)
+    if column is not None:
+        scores = torch.cat((scores, column), dim=-1)
+    weights = scores.softmax(dim=-1)[..., :slots]
+    return weights if hidden is None else weights.masked_fill(hidden, 0.0), scores

@@ -39,12 +39,16 @@ def rope_shift(
         return gpu.rope_shift(x, shift.expand(x.shape[:3]), inv_freq, interleaved)
     angle = shift[..., None] * inv_freq
     cos, sin = angle.cos(), angle.sin()
-    rotary_dim = 2 * inv_freq.shape[0]
-    rotary, rest = x[..., :rotary_dim].float(), x[..., rotary_dim:]
+    half = inv_freq.shape[0]
+    moved = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     if interleaved:
-        first, second = rotary[..., 0::2], rotary[..., 1::2]
-        moved = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+        first, second = x[..., 0 : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        new_first, new_second = moved[..., 0 : 2 * half : 2], moved[..., 1 : 2 * half : 2]
     else:
-        first, second = rotary.chunk(2, dim=-1)
-        moved = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-    return torch.cat((moved.to(x.dtype), rest), dim=-1)
+        first, second = x[..., :half], x[..., half : 2 * half]
+        new_first, new_second = moved[..., :half], moved[..., half : 2 * half]
+    torch.mul(first, cos, out=new_first).sub_(second * sin)
+    torch.mul(second, cos, out=new_second).add_(first * sin)
+    if 2 * half < x.shape[-1]:
+        moved[..., 2 * half :] = x[..., 2 * half :]
+    return moved.to(x.dtype)

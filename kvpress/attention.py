@@ -262,18 +262,27 @@ def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current
     else:
         keys, values = layer.used()
         moved = _moved(layer, query, layer.length, current)
-        turned = query
+        turned, perturbed = query, None
         if layer.rotary is not None:
             raw = _unrotated(layer, query, tokens.seen_tensor)
             turned, keys = _turned(layer, raw, keys, layer.positions[:, :, : layer.length])
+        elif moved is None and layer.policy is not None and layer.policy.observes == "every row":
+            observed, perturbed = True, layer.perturbed(tokens, current.new_tokens)
         output, mass, _ = decode_attention(
-            turned, keys, values, layer.valid(layer.length), **vars(scores), moved=moved, with_mass=observed
+            turned,
+            keys,
+            values,
+            layer.valid(layer.length),
+            **vars(scores),
+            moved=_first_slots(layer, moved),
+            perturbed=perturbed,
+            with_mass=observed,
         )
     if decode:
         layer.facts.read += read
     if layer.policy is not None:
         if mass is not None and observed:
-            layer.observe(mass)
+            layer.observe_row(mass, tokens)
         elif layer.policy.observes == "every row":
             layer.observe_rows(query, tokens, scores, current.new_tokens, layer.length)
             if layer.selection is not None and decode:
@@ -426,6 +435,13 @@ def _moved(
         shift = (held - layer.facts.tokens.to(held.device)[only]).float()
     positions = layer.positions[only, :, :past]
     return rope_shift(query, shift, rotary.inv_freq, rotary.interleaved), (positions >= 0) & (positions < sinks)
+
+
+def _first_slots(layer: KVLayer, moved: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | int] | None:
+    """The same with the number of moved slots where they are the first: in an unpadded batch, as sinks are never dropped."""
+    if moved is None or not layer.uniform or layer.policy is None:
+        return moved
+    return moved[0], min(layer.policy.reindexed_sinks, layer.length)
 
 
 class _NoBackward(torch.autograd.Function):

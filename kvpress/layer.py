@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import PolicyError
-from kvpress.kernels.attention_mass import attention_mass
+from kvpress.kernels.attention_mass import Perturbation, attention_mass
 from kvpress.kernels.merge_slots import merge_slots
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.kernels.topk_select import topk_select
@@ -121,6 +121,34 @@ class KVLayer(Slots):
         assert self.mass is not None
         self.mass[rows, :, : mass.shape[2]] += mass
 
+    def observe_row(self, mass: Tensor, tokens: Tokens) -> None:
+        """Add what one row saw, float32 [batch, kv_heads, n], to the first n slots, as the policy weighs rows.
+
+        A sequence that has nothing in this pass is left as it is.
+        """
+        assert self.policy is not None and self.mass is not None
+        held, decay = self.mass[..., : mass.shape[2]], self.policy.forgetting
+        if tokens.padded:
+            real = (tokens.positions >= 0).to(mass.device)[:, None]
+            mass = mass.masked_fill(~real, 0.0)
+            if decay != 1:
+                held.mul_(torch.where(real, decay, 1.0))
+        elif decay != 1:
+            held.mul_(decay)
+        held.add_(mass)
+        if self.policy.observed_window:
+            at = tokens.positions.expand(mass.shape[0], -1).to(mass.device)
+            self._push_rows(mass[:, :, None], at)
+
+    def perturbed(self, tokens: Tokens, new_tokens: int | None) -> tuple[Perturbation, Tensor, Tensor] | None:
+        """Noise and temperature of what the policy observes in a row, for `decode_attention`; None for none."""
+        assert self.policy is not None
+        perturbation = self.policy.perturbation(self.steps, new_tokens, self.index)
+        if perturbation is None:
+            return None
+        at = tokens.positions.expand(self.positions.shape[0], -1).to(self.positions.device)
+        return perturbation, at, self.positions[:, :, : self.length]
+
     def observe_rows(self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int) -> None:
         """Add what a pass's rows saw, for a policy that weighs rows, perturbs scores or also looks at the last rows.
 
@@ -177,9 +205,26 @@ class KVLayer(Slots):
             ],
             dim=2,
         )
-        held = self.stats["rows"]
+        self._push_rows(seen, at)
+
+    def _push_rows(self, seen: Tensor, at: Tensor) -> None:
+        """Put rows that were just seen, [batch, kv_heads, rows, n] at positions [batch, rows], among the last ones kept.
+
+        Their order means nothing.
+        """
+        assert self.policy is not None
+        held, size = self.stats["rows"], self.policy.observed_window
         if self.row_positions is None:
             self.row_positions = at.new_full((at.shape[0], size), -1)
+        if at.shape[1] == 1:  # it takes the place of the oldest
+            oldest = self.row_positions.argmin(dim=1, keepdim=True)
+            real = at >= 0
+            place = oldest[:, None, :, None].expand(-1, held.shape[1], -1, seen.shape[3])
+            there = held[..., : self.length]
+            there.scatter_(2, place, torch.where(real[:, None, :, None], seen, there.gather(2, place)))
+            newest = torch.where(real, at.to(self.row_positions.dtype), self.row_positions.gather(1, oldest))
+            self.row_positions.scatter_(1, oldest, newest)
+            return
         places = torch.cat((self.row_positions, at.to(self.row_positions.dtype)), dim=1)
         newest = places.topk(size, dim=1).indices.sort(dim=1).values
         both = torch.cat((held[..., : self.length], seen), dim=2)

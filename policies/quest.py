@@ -107,19 +107,23 @@ class Quest(SelectionPolicy):
             return Selected()
         least, greatest = self._bounds(view, held, order, pages)
         scores = page_scores(view.query, least, greatest)[..., :pages]
-        held_pages = (held + self.page_size - 1) // self.page_size
-        page = torch.arange(pages, device=scores.device)
-        last, past = page == held_pages[..., None] - 1, page >= held_pages[..., None]
-        scores = scores.unflatten(1, (kv_heads, group))
-        scores = scores.masked_fill(last[:, :, None], float("inf")).masked_fill(past[:, :, None], float("-inf"))
         allowed = entries_of(self.budget, held)
+        held_pages = (held + self.page_size - 1) // self.page_size
         counts = torch.where(allowed >= held, held_pages, (allowed // self.page_size).clamp(min=1))
+        if view.valid is None:
+            scores[..., -1] = float("inf")
+        else:
+            page = torch.arange(pages, device=scores.device)
+            last, past = page == held_pages[..., None] - 1, page >= held_pages[..., None]
+            scores = scores.unflatten(1, (kv_heads, group))
+            scores = scores.masked_fill(last[:, :, None], float("inf")).masked_fill(past[:, :, None], float("-inf"))
+            scores = scores.flatten(1, 2)
         width = min(pages, -(-entries // self.page_size))
-        index, chosen = topk_select(scores.flatten(1, 2), counts.repeat_interleave(group, dim=1), width)
+        index, chosen = topk_select(scores, counts.repeat_interleave(group, dim=1), width)
         # What was not chosen goes to a place of its own behind the pages, which is cut off.
         reads = torch.zeros(*index.shape[:2], pages + 1, dtype=torch.bool, device=index.device)
         reads = reads.scatter_(2, index.masked_fill(~chosen, pages), True)[..., :pages]
-        slots, member = self._entries(*union_select(reads, kv_heads), held, group)
+        slots, member = self._entries(*union_select(reads, kv_heads), held)
         return Selected(slots if order is None else order.gather(2, slots), member, scanned=pages)
 
     def _bounds(self, view: View, held: Tensor, order: Tensor | None, pages: int) -> tuple[Tensor, Tensor]:
@@ -144,10 +148,11 @@ class Quest(SelectionPolicy):
         spare = max(1, least.shape[2] // 32)
         return functional.pad(least, (0, 0, 0, spare)), functional.pad(greatest, (0, 0, 0, spare))
 
-    def _entries(self, pages: Tensor, member: Tensor, held: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    def _entries(self, pages: Tensor, member: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:
         """The entries of pages [batch, kv_heads, u] and who reads them; a last page has entries that are not there."""
         within = torch.arange(self.page_size, device=pages.device)
         entries = (pages[..., None] * self.page_size + within).flatten(2)
-        there = (entries < held[..., None]).repeat_interleave(group, dim=1)
-        entries = torch.minimum(entries, (held[..., None] - 1).clamp(min=0))
-        return entries, member.repeat_interleave(self.page_size, dim=-1) & there
+        last = held[..., None] - 1
+        member = member[..., None].expand(-1, -1, -1, self.page_size).unflatten(1, (pages.shape[1], -1))
+        member = member & (entries <= last).view(*pages.shape[:2], 1, -1, self.page_size)
+        return torch.minimum(entries, last.clamp(min=0)), member.flatten(3).flatten(1, 2)

@@ -1,13 +1,18 @@
 """Triton kernels of `kvpress.kernels.decode_attention`: splits of the keys, their merge, and the weights from the LSE."""
 
-from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kvpress.kernels.gumbel_noise import TABLE, gumbel_offsets, gumbel_table_on
+from kvpress.kernels.launch_shapes import launch_shape
+
+if TYPE_CHECKING:
+    from kvpress.kernels.attention_mass import Perturbation
 
 BLOCK_SPLITS = 16  # partial results merged at a time
 KEYS_PER_SPLIT = 128  # fewer are not worth a program of their own
@@ -32,15 +37,24 @@ class Config(NamedTuple):
 def config(group: int, head_dim: int, itemsize: int) -> Config:
     """Launch settings from shapes: a tile of K is 16 KiB where registers allow, less in float32 and for large groups."""
     block_m, block_d = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(head_dim))
-    tile = 16384 if itemsize == 2 and block_m == 16 else 8192
-    block_n = max(16, min(64, tile // (block_d * itemsize)))
-    return Config(block_m, block_n, block_d, num_warps=4 if block_m <= 32 else 8, num_stages=3)
+    tile = 4096 if block_m >= 64 else 16384 if itemsize == 2 and block_m == 16 else 8192
+    chosen = launch_shape(
+        "decode_attention",
+        block_m,
+        block_d,
+        itemsize,
+        block_n=max(16, min(64, tile // (block_d * itemsize))),
+        num_warps=4 if block_m <= 32 else 8,
+        num_stages=3,
+    )
+    return Config(block_m, block_d=block_d, **chosen)
 
 
 def split_count(count: int, rows: int, multiprocessors: int) -> int:
     """Into how many splits `count` keys go, so that with `rows` kv heads there are about two waves of programs."""
-    wanted = triton.cdiv(2 * multiprocessors, rows)
-    return max(1, min(wanted, triton.cdiv(count, KEYS_PER_SPLIT)))
+    chosen = launch_shape("decode_attention.split", waves=2, keys=KEYS_PER_SPLIT)
+    wanted = triton.cdiv(chosen["waves"] * multiprocessors, rows)
+    return max(1, min(wanted, triton.cdiv(count, chosen["keys"])))
 
 
 def weigh_blocks(group: int) -> dict[str, int]:
@@ -55,10 +69,12 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
-# Lengths grow in decode and are never compiled in, nor are strides that grow with them.
+# Lengths grow in decode and are never compiled in, nor are strides that grow with them; those of K and V are multiples of the
+# head dimension, which has to be known for wide loads.
 @triton.jit(
-    do_not_specialize=["count", "per_split", "kv_heads", "group", "stride_ib", "stride_ih", "stride_mb", "stride_mh"]
-)
+    do_not_specialize=["count", "per_split", "slots", "kv_heads", "group", "stride_ib", "stride_ih", "stride_mb",
+                       "stride_mh", "stride_pb", "stride_ph"]
+)  # fmt: skip
 def attend_kernel(
     p_query,
     p_key,
@@ -66,13 +82,19 @@ def attend_kernel(
     p_index,
     p_valid,
     p_sinks,
+    p_positions,
+    p_offsets,
+    p_noise,
     p_output,
     p_lse,
     p_scores,
+    p_perturbed_lse,
     scale,
     softcap,
+    temperature,
     count,
     per_split,
+    slots,
     kv_heads,
     group,
     stride_qb,
@@ -87,16 +109,21 @@ def attend_kernel(
     stride_ih,
     stride_mb,
     stride_mh,
+    stride_pb,
+    stride_ph,
+    TABLE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
     PER_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """One split of one kv head: online softmax of its query heads over a range of keys, or of listed keys.
+    """One split of one kv head: online softmax of its query heads over a range of keys, of listed keys or listed pages.
 
     Writes p_output [batch * heads, splits, head_dim] and p_lse [batch * heads, splits], and the scores, -inf where a
-    head does not look, to p_scores [batch * heads, count] unless it is None.
+    head does not look, to p_scores [batch * heads, count] unless it is None. With p_perturbed_lse, which is as p_lse, these
+    scores and that LSE are of (score + noise) / temperature; the noise of an entry is read from the table p_noise.
     """
     i_row, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_batch, i_head = (i_row // kv_heads).to(tl.int64), (i_row % kv_heads).to(tl.int64)
@@ -117,30 +144,40 @@ def attend_kernel(
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
     b_acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if p_offsets is not None:
+        b_offsets = tl.load(p_offsets + o_out, mask=m_m, other=0)
+        p_positions += i_batch * stride_pb + i_head * stride_ph
     if p_sinks is not None:  # a sink is a key without a value; it belongs to the first split
         b_sinks = tl.load(p_sinks + o_heads, mask=m_m, other=float("-inf")).to(tl.float32)
         b_max = tl.where(i_split == 0, b_sinks, b_max)
         b_sum = tl.where(b_max > float("-inf"), 1.0, 0.0)
+    b_perturbed_max, b_perturbed_sum = b_max, b_sum
 
     for start in range(first, last, BLOCK_N):
-        # [BLOCK_N]
+        # [BLOCK_N]; o_i counts what is listed, entries or pages
         o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < last
+        o_i = o_n
+        if PAGE_SIZE > 1:
+            o_i = o_n // PAGE_SIZE
+        m_last = o_n < last
+        m_n = m_last
+        b_slot = o_n.to(tl.int64)
         if p_index is not None:
-            b_slot = tl.load(p_index + i_batch * stride_ib + i_head * stride_ih + o_n, mask=m_n, other=0).to(tl.int64)
-        else:
-            b_slot = o_n.to(tl.int64)
+            b_slot = tl.load(p_index + i_batch * stride_ib + i_head * stride_ih + o_i, mask=m_n, other=0).to(tl.int64)
+        if PAGE_SIZE > 1:
+            b_slot = b_slot * PAGE_SIZE + o_n % PAGE_SIZE
+            m_n = m_n & (b_slot < slots)  # the last page may be short
         # [BLOCK_M, BLOCK_N], and whether any head looks: the rest is not read
         m_seen = m_m[:, None] & m_n[None, :]
         m_read = m_n
         if p_valid is not None:
             p_mask = p_valid + i_batch * stride_mb
             if PER_HEAD:
-                p_see = p_mask + o_heads[:, None] * stride_mh + o_n[None, :]
+                p_see = p_mask + o_heads[:, None] * stride_mh + o_i[None, :]
                 m_seen = tl.load(p_see, mask=m_seen, other=0) != 0
                 m_read = tl.max(m_seen.to(tl.int32), axis=0) != 0
             else:
-                m_read = tl.load(p_mask + i_head * stride_mh + o_n, mask=m_n, other=0) != 0
+                m_read = tl.load(p_mask + i_head * stride_mh + o_i, mask=m_n, other=0) != 0
                 m_seen = m_m[:, None] & m_read[None, :]
         # [BLOCK_D, BLOCK_N]
         p_tile = p_key + b_slot[None, :] * stride_kn + o_d[:, None]
@@ -152,8 +189,19 @@ def attend_kernel(
             b_scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * b_scores / softcap) + 1.0))
         b_scores = tl.where(m_seen, b_scores, float("-inf"))
         if p_scores is not None:
+            b_kept = b_scores
+            if p_perturbed_lse is not None:
+                if p_noise is not None:
+                    b_positions = tl.load(p_positions + o_n, mask=m_n, other=0)
+                    b_kept += tl.load(p_noise + ((b_offsets[:, None] + b_positions[None, :]) & (TABLE - 1)))
+                b_kept = b_kept / temperature
+                b_new = tl.maximum(b_perturbed_max, tl.max(b_kept, axis=1))
+                b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+                b_perturbed_sum = b_perturbed_sum * tl.exp(b_perturbed_max - b_shift)
+                b_perturbed_sum += tl.sum(tl.exp(b_kept - b_shift[:, None]), axis=1)
+                b_perturbed_max = b_new
             p_kept = p_scores + o_out[:, None] * count + o_n[None, :]
-            tl.store(p_kept, b_scores, mask=m_m[:, None] & m_n[None, :])
+            tl.store(p_kept, b_kept, mask=m_m[:, None] & m_last[None, :])
 
         b_new = tl.maximum(b_max, tl.max(b_scores, axis=1))
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: no NaN from -inf - -inf
@@ -172,6 +220,8 @@ def attend_kernel(
     p_out = p_output + o_part[:, None] * HEAD_DIM + o_d[None, :]
     tl.store(p_out, b_out.to(p_output.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
     tl.store(p_lse + o_part, b_max + tl.log(b_sum), mask=m_m)
+    if p_perturbed_lse is not None:
+        tl.store(p_perturbed_lse + o_part, b_perturbed_max + tl.log(b_perturbed_sum), mask=m_m)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -238,6 +288,8 @@ def decode_attention(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    perturbed: "tuple[Perturbation, Tensor, Tensor] | None",
+    page_size: int,
     with_mass: bool,
     per_head: bool,
     with_lse: bool,
@@ -250,13 +302,25 @@ def decode_attention(
     batch, heads, _, head_dim = query.shape
     kv_heads = key.shape[1]
     group, rows = heads // kv_heads, batch * kv_heads
-    count = key.shape[2] if index is None else index.shape[2]
+    count = key.shape[2] if index is None else index.shape[2] * page_size
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     valid, index = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (valid, index))
     chosen = config(group, head_dim, key.element_size())
     splits = split_count(count, rows, multiprocessors(query.device))
     per_split = max(1, triton.cdiv(triton.cdiv(count, splits), chosen.block_n)) * chosen.block_n
     splits = max(1, triton.cdiv(count, per_split))
+
+    positions = offsets = noise = temperature = perturbed_lse = None
+    if perturbed is not None and with_mass:
+        perturbation, row, positions = perturbed
+        positions = positions.to(torch.int32)
+        positions = positions if positions.stride(-1) == 1 else positions.contiguous()
+        temperature = float(perturbation.temperature)
+        perturbed_lse = query.new_empty(batch, heads, splits, dtype=torch.float32)
+        if perturbation.seed is not None:
+            at = row if perturbation.fresh else torch.zeros_like(row)
+            offsets = gumbel_offsets(perturbation.layer, at, heads).to(torch.int32)
+            noise = gumbel_table_on(perturbation.seed, query.device)
 
     output = query.new_empty(batch, heads, 1, head_dim)
     lse = query.new_empty(batch, heads, dtype=torch.float32)
@@ -275,13 +339,19 @@ def decode_attention(
         index,
         valid,
         sinks,
+        positions,
+        offsets,
+        noise,
         parts,
         part_lse,
         scores,
+        perturbed_lse,
         scale,
         softcap,
+        temperature,
         count,
         per_split,
+        key.shape[2],
         kv_heads,
         group,
         *query.stride()[:2],
@@ -289,6 +359,9 @@ def decode_attention(
         *value.stride()[:3],
         *((0, 0) if index is None else index.stride()[:2]),
         *((0, 0) if valid is None else valid.stride()[:2]),
+        *((0, 0) if positions is None else positions.stride()[:2]),
+        TABLE=TABLE,
+        PAGE_SIZE=page_size,
         PER_HEAD=valid is not None and valid.shape[1] != kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_M=chosen.block_m,
@@ -303,48 +376,6 @@ def decode_attention(
         )
     if scores is not None and count:
         blocks = weigh_blocks(group)
-        weigh_kernel[(rows, triton.cdiv(count, blocks["BLOCK_N"]))](scores, lse, mass, count, group, **blocks)
+        own_lse = lse if perturbed_lse is None else perturbed_lse.logsumexp(dim=-1)
+        weigh_kernel[(rows, triton.cdiv(count, blocks["BLOCK_N"]))](scores, own_lse, mass, count, group, **blocks)
     return output, scores if per_head else mass, lse if with_lse else None
-
-
-def compile_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
-    """(kernel, signature, constexprs, num_warps, num_stages) of the launches in use, plain and with every feature."""
-    strides = {f"stride_{name}": "i32:16" for name in ("qb", "qh", "kb", "kh", "kn", "vb", "vh", "vn")}
-    strides |= {f"stride_{name}": "i32" for name in ("ib", "ih", "mb", "mh")}
-    numbers = {"scale": "fp32", "count": "i32", "per_split": "i32", "kv_heads": "i32", "group": "i32"}
-    options = {
-        "p_index": "*i64:16",
-        "p_valid": "*i1:16",
-        "p_sinks": "*bf16:16",
-        "p_scores": "*fp32:16",
-        "softcap": "fp32",
-    }
-    for head_dim in (64, 80, 96, 128, 256):
-        wide = {64: 71, 128: 48, 256: 17}.get(head_dim)  # a group that needs more than 16 rows
-        cases: list[Any] = [(dtype, 4, full) for dtype in ("fp32", "bf16") for full in (False, True)]
-        cases += [("fp16", 4, True)] * (head_dim == 128) + [("bf16", wide, True)] * (wide is not None)
-        for dtype, group, full in cases:
-            chosen = config(group, head_dim, 4 if dtype == "fp32" else 2)
-            signature = {f"p_{name}": f"*{dtype}:16" for name in ("query", "key", "value")}
-            signature |= {"p_output": "*fp32:16", "p_lse": "*fp32:16", **numbers, **strides}
-            constexprs: dict[str, Any] = {"PER_HEAD": full, "HEAD_DIM": head_dim}
-            constexprs |= {"BLOCK_M": chosen.block_m, "BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d}
-            if full:
-                signature |= options
-            else:
-                constexprs |= dict.fromkeys(options)
-            yield attend_kernel, signature, constexprs, chosen.num_warps, chosen.num_stages
-        block_d = config(4, head_dim, 2).block_d
-        merge = {
-            "p_parts": "*fp32:16",
-            "p_part_lse": "*fp32:16",
-            "p_output": "*bf16:16",
-            "p_lse": "*fp32:16",
-            "splits": "i32",
-        }
-        yield merge_kernel, merge, {"HEAD_DIM": head_dim, "BLOCK_S": BLOCK_SPLITS, "BLOCK_D": block_d}, 4, 3
-    weigh = {"p_scores": "*fp32:16", "p_lse": "*fp32:16", "p_mass": "*fp32:16", "count": "i32", "group": "i32"}
-    for group in (1, 2, 4, 8, 16, 48, 71):
-        yield weigh_kernel, weigh, weigh_blocks(group), 4, 3
-    del weigh["p_mass"]
-    yield weigh_kernel, weigh, {"p_mass": None, **weigh_blocks(4)}, 4, 3
