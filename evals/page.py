@@ -284,6 +284,11 @@ def _plain(html: str) -> str:
     return html.partition(">")[2].removesuffix("</a>") if html.startswith("<a") else html
 
 
+def _breakable(name: str) -> str:
+    """A policy's name that may go on in the next line where its words end."""
+    return name.replace("_", "_<wbr>")
+
+
 def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], ids: Sequence[str] = ()) -> str:
     """A table that sorts by each column; the first cell of a row names it."""
     texts = [all(row[i].text for row in rows) for i in range(len(columns))]
@@ -295,8 +300,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[Cell]], ids: Sequence[
     for i, row in enumerate(rows):
         run = f' data-run="{ids[i]}"' if ids else ""
         cells = "".join(
-            f"<{tag}{' class=text' if cell.text else ''}{scope}{_value(cell)}>{cell.html}</{tag.split()[0]}>"
-            for cell, tag, scope in ((c, "td" if j else "th", "" if j else ' scope="row"') for j, c in enumerate(row))
+            f"<{tag}{' class=text' if cell.text else ''}{scope}{_value(cell)}>{html}</{tag}>"
+            for cell, html, tag, scope in (
+                (c, c.html, "td", "") if j else (c, _breakable(c.html), "th", ' scope="row"') for j, c in enumerate(row)
+            )
         )
         body.append(f"<tr{run}>{cells}</tr>")
     return f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>\n{chr(10).join(body)}\n</tbody></table></div>'

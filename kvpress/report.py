@@ -1,10 +1,10 @@
 """What a policy did: tokens seen and kept, bytes, share of entries read."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, ConsoleOptions, RenderResult
-from rich.table import Table
+if TYPE_CHECKING:  # only a printed report needs rich
+    from rich.console import Console, ConsoleOptions, RenderResult
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,9 @@ class Report:
         layers = [{"layer": index, **asdict(layer)} for index, layer in self.layers.items()]
         return {"policy": self.policy, **asdict(self.total), "layers": layers}
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: "Console", options: "ConsoleOptions") -> "RenderResult":
+        from rich.table import Table
+
         table = Table(title=self.policy)
         for heading in ("layer", "seen", "kept", "bytes", "full bytes", "of full", "read share"):
             table.add_column(heading, justify="right")
@@ -51,6 +53,8 @@ class Report:
         yield table
 
     def __str__(self) -> str:
+        from rich.console import Console
+
         console = Console(width=100, color_system=None)
         with console.capture() as capture:
             console.print(self)

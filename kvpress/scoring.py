@@ -23,9 +23,11 @@ class Score:
 
     Attributes:
         log_probs: natural log-probability of each of its tokens after all before it.
+        is_greedy: whether each of its tokens is the most likely one (of equal ones the first), so that greedy decoding gives it.
     """
 
     log_probs: tuple[float, ...]
+    is_greedy: bool
 
     @property
     def sum(self) -> float:
@@ -89,13 +91,14 @@ def score(
     # What follows a text that has ended is not looked at, and no other sequence sees it.
     width = max(map(len, texts))
     ids = torch.tensor([text + text[-1:] * (width - len(text)) for text in texts], device=logits.device)
-    log_probs = []
+    log_probs, greedy = [], []
     for at in range(width):
         log_probs.append(logits.float().log_softmax(-1).gather(1, ids[:, at : at + 1]))
+        greedy.append(logits.argmax(-1, keepdim=True) == ids[:, at : at + 1])
         if at + 1 < width:
             logits = reader.feed(ids[:, at : at + 1])
-    rows = torch.cat(log_probs, dim=1).tolist()
-    scores = iter(Score(tuple(row[: len(text)])) for row, text in zip(rows, texts, strict=True))
+    rows = zip(torch.cat(log_probs, dim=1).tolist(), torch.cat(greedy, dim=1).tolist(), texts, strict=True)
+    scores = iter(Score(tuple(row[: len(text)]), all(best[: len(text)])) for row, best, text in rows)
     return _like(continuation_ids, scores)
 
 
@@ -204,7 +207,7 @@ def _check_sequential(model: Any) -> None:
         if not policy.drops_in_decode:
             raise PolicyError(
                 f"mode='sequential' feeds a prompt of one token, and {policy.describe()} evicts after prompts only, so that it "
-                "would never act; use mode='decode'"
+                "would never act; use mode='decode', or a policy that evicts at every step"
             )
         if policy.quota(1, 0, 1) != policy.quota(1 << 30, 0, 1):
             raise PolicyError(

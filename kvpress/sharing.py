@@ -5,7 +5,7 @@ once, and each policy's cache is made from its queries, keys and values.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,12 +28,15 @@ class SharedPrompt:
         layers: query [batch, heads, n, head_dim], key and value [batch, kv_heads, n, head_dim], and how the model scores, for
             each layer that policies act on.
         others: a cache without those layers' entries: what the layers that policies leave alone hold.
+        masses: attention mass of each entry, float32 [batch, kv_heads, n], by place in `layers` and whether it was computed
+            from keys that are rotated anew; counted when the first policy asks for it, and kept for the next.
     """
 
     logits: Tensor
     tokens: Tokens
     layers: list[tuple[Tensor, Tensor, Tensor, Any]]
     others: DynamicCache
+    masses: dict[tuple[int, bool], Tensor] = field(default_factory=dict)
 
     @property
     def nbytes(self) -> int:

@@ -51,6 +51,14 @@ def test_full_attention_is_the_models_own(model: Any, patched: bool, mode: Any) 
     assert score.perplexity == pytest.approx(math.exp(-expected.mean().item()), rel=1e-4)
 
 
+def test_greedy_texts_are_seen_as_such(model: Any) -> None:
+    """What `generate` gives, whole and in part; with one token changed anywhere it is not; beside others in a batch."""
+    text = model.generate(torch.tensor([CONTEXT]), max_new_tokens=4, do_sample=False)[0, len(CONTEXT) :].tolist()
+    changed = [[*text[:at], (text[at] + 1) % VOCAB, *text[at + 1 :]] for at in range(4)]
+    scores = kvpress.score(model, CONTEXT, [text, text[:2], *changed])
+    assert [score.is_greedy for score in scores] == [True, True, False, False, False, False]
+
+
 @pytest.mark.parametrize("case", [c for c in CASES if c.policy.role], ids=lambda case: case.id)
 def test_a_policy_shows(model: Any, case: Case) -> None:
     """The oracle's log-probabilities, which are not those of full attention."""

@@ -58,6 +58,28 @@ def test_padded_batch(model, case):
 
 
 @torch.no_grad()
+def test_the_order_of_policies_does_not_matter(model):
+    """What one counted of a prompt and left to the others is what each would count itself, bit by bit."""
+    policies = [case.policy for case in CASES if case.policy.leaves_prompts_exact and case.policy.role == "eviction"]
+    policies.append(kvpress.make_policy("h2o", budget=100))  # evicts nothing: its statistics go on in place
+    ids = torch.tensor([prompt(23)])
+
+    def adopted(policy, shared):
+        with kvpress.patch(model, policy) as handle:
+            cache = handle.adopt_prompt(shared)
+            model(torch.tensor([[7]]), past_key_values=cache)
+        return [tensor.clone() for layer in cache.layers for tensor in (layer.positions, *layer.stats.values())]
+
+    alone = [adopted(policy, kvpress.record_prompt(model, ids)) for policy in policies]
+    for order in (1, -1):
+        shared = kvpress.record_prompt(model, ids)
+        for policy, expected in list(zip(policies, alone, strict=True))[::order]:
+            found = adopted(policy, shared)
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True)), policy
+    assert {rotated for _, rotated in shared.masses} == {False, True}
+
+
+@torch.no_grad()
 def test_forks_are_their_own(model):
     """Two caches of one prompt, and the prompt itself, do not meet."""
     shared = kvpress.record_prompt(model, torch.tensor([prompt(20)]))
