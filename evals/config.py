@@ -443,7 +443,7 @@ def _policy(mapping: dict[str, Any], budget: Any) -> Policy:
     if "budget" in own:
         raise PolicyError(f"budget={budget!r} and policy.budget={own['budget']!r}; keep one of them")
     try:
-        return cls.at_budget(budget, **own)
+        return make_policy({**mapping, "budget": budget})
     except TypeError as error:  # a field that the budget itself sets
         raise PolicyError(f"budget={budget!r} does not go with {own} for {cls.name}; keep one of them") from error
 

@@ -16,6 +16,7 @@ from kvpress.kernels.gather_slots import gather_slots
 from kvpress.kernels.prompt_attention import prompt_attention
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.layer import KVLayer
+from kvpress.paged import PagedLayer
 from kvpress.passes import Pass, Scores, Tokens, active_pass, one_row
 from kvpress.policy import Selected, View
 
@@ -259,6 +260,10 @@ def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current
     if layer.selection is not None and decode:
         view = _view(layer, query, scores, current, slice(None), layer.length, tokens.seen_tensor.to(query.device))
         output, mass, read = _read_selected(layer, view, scores, observed)
+    elif isinstance(layer, PagedLayer) and layer.pages is not None:
+        observed = layer.policy is not None and layer.policy.observes == "every row"
+        output, mass = layer.attend(query, scores, with_mass=observed)
+        read = layer.facts.length
     else:
         keys, values = layer.used()
         moved = _moved(layer, query, layer.length, current)

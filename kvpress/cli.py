@@ -275,12 +275,13 @@ def policies() -> None:
     from rich.table import Table
 
     import kvpress
+    from kvpress.policy import shown_value
 
     table = Table("name", "kind", "idea", "paper", "fields", box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False)
     for name, policy in kvpress.available().items():
         idea = (inspect.getdoc(policy) or "").splitlines()[0]
         defaults = [
-            field.name if field.default is dataclasses.MISSING else f"{field.name}={field.default!r}"
+            field.name if field.default is dataclasses.MISSING else f"{field.name}={shown_value(field.default)}"
             for field in policy.parameters()
         ]
         table.add_row(name, policy.kind, escape(idea), policy.paper, escape("\n".join(defaults)))

@@ -313,15 +313,24 @@ class KVLayer(Slots):
                 order = newest_last.argsort(dim=-1, stable=True)
                 positions = positions.gather(2, order)
                 mass, last = (x if x is None else x.gather(2, order) for x in (mass, last))
-            width = min(self.largest, self.length)
             priority = self._priority(positions, mass, last)
-            index, chosen = topk_select(priority, self.totals[:, None], width)
+            totals, width = self.quotas(priority)
+            index, chosen = topk_select(priority, totals, width)
             index = index if order is None else order.gather(2, index)
             if self.policy.merges:
                 self._merge_rest(index, chosen)
             period = self.policy.evict_every if self.policy.drops_in_decode else spare_slots(width)
             self.compact(index, chosen, width + period)
         self.window = self.window_positions = None
+
+    def quotas(self, priority: Tensor) -> tuple[Tensor, int]:
+        """How many entries stay, int [batch, kv_heads] or [batch, 1], and at least the largest of these numbers.
+
+        Args:
+            priority: float32 [batch, kv_heads, n], the scores, as `EvictionPolicy.head_totals` gets them.
+        """
+        assert self.largest is not None and self.totals is not None
+        return self.totals[:, None], min(self.largest, self.length)
 
     def evict_step(self) -> None:
         """End a decode step: where a quota is exceeded drop the entries of lowest priority; of equals, the newest."""

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from kvpress.attention import NAME, originals, register
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.layer import Facts, KVLayer
+from kvpress.paged import PagedLayer
 from kvpress.passes import (
     Pass,
     Tokens,
@@ -515,7 +516,8 @@ class Handle:
                     "DynamicCache(config=model.config), or none"
                 )
             rotary = self._rotary[ordinal] if self._raw_keys else None
-            layers[index] = KVLayer(self._eviction, ordinal, len(self._indices), self._selection, rotary)
+            kind = PagedLayer if self._eviction is not None and self._eviction.shares_heads else KVLayer
+            layers[index] = kind(self._eviction, ordinal, len(self._indices), self._selection, rotary)
             if plain.get_seq_length():
                 self._adopt(layers[index], plain, mask, batch, count)
         return layers
@@ -593,10 +595,9 @@ def _sequences(facts: dict[int, Facts]) -> int:
 
 def _layer_report(facts: Facts) -> LayerReport:
     assert facts.positions is not None and facts.tokens is not None
-    kv_heads = facts.positions.shape[1]
     return LayerReport(
         seen=int(facts.tokens.sum()),
-        kept=int((facts.positions >= 0).sum()) / kv_heads,
+        kept=int((facts.positions >= 0).sum()) / facts.kv_heads,
         bytes=facts.nbytes,
         full_bytes=facts.entry_bytes * facts.seen,
         read_share=facts.read / facts.readable if facts.readable else facts.length / max(1, facts.seen),

@@ -234,6 +234,8 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     takes_share: ClassVar[bool] = True
     """Whether a budget may be a share of the prompt, not only entries."""
     role: ClassVar[str | None] = None
+    wraps: ClassVar[str | None] = None
+    """The field that is a policy itself; a mapping may give it as it gives a policy."""
 
     @classmethod
     def at_budget(cls, budget: Budget, **fields: Any) -> "Policy":
@@ -284,12 +286,18 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
 
     def describe(self) -> str:
         """The name with every hyper-parameter that differs from its default, as `h2o(budget=0.2)`."""
+        values = [(field, getattr(self, field.name)) for field in self.parameters()]
         shown = [
-            f"{field.name}={getattr(self, field.name)!r}"
-            for field in self.parameters()
-            if field.default is MISSING or getattr(self, field.name) != field.default
+            f"{field.name}={shown_value(value)}"
+            for field, value in values
+            if field.default is MISSING or value != field.default
         ]
         return f"{self.name}({', '.join(shown)})"
+
+
+def shown_value(value: Any) -> str:
+    """A field's value in a message: a policy as it describes itself."""
+    return value.describe() if isinstance(value, Policy) else repr(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -355,6 +363,24 @@ class EvictionPolicy(Policy):
     @property
     def leaves_prompts_exact(self) -> bool:
         return not self.row_by_row
+
+    @property
+    def shares_heads(self) -> bool:
+        """Whether the kv heads of a layer share its entries, so that each keeps its own number of them: `head_totals`."""
+        return False
+
+    def head_totals(self, priority: Tensor, totals: Tensor) -> Tensor:
+        """How many entries each kv head keeps, for a policy that `shares_heads`.
+
+        Args:
+            priority: float32 [batch, kv_heads, n], the entries' scores, finite; +inf for the newest, which stay whatever their
+                score, and -inf for what is not there.
+            totals: int [batch], `Quota.total` of each sequence: what a kv head keeps on average.
+
+        Returns:
+            int64 [batch, kv_heads], none more than the kv head has.
+        """
+        raise AssertionError(f"{type(self).__name__} shares heads and does not say how")
 
     @property
     def reindexed_sinks(self) -> int:

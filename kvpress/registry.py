@@ -66,6 +66,8 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
     for key in values:
         if key not in known:
             raise PolicyError(f"{source}: {name} has no field {key!r}{nearest(str(key), known)}")
+    if cls.wraps in values:
+        values[cls.wraps] = make_policy(values[cls.wraps])
     return cls.at_budget(**values) if "budget" in values else cls(**values)
 
 

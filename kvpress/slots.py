@@ -31,19 +31,21 @@ class Facts:
     Attributes:
         seen: columns fed so far, padding included.
         tokens: int32 [batch], real tokens seen per sequence.
-        positions: the layer's `positions`.
+        positions: the layer's `positions`, or all slots of its kv heads in one row.
+        kv_heads: how many kv heads there are.
         entry_bytes: bytes of K and V of one column, over the batch and all kv heads.
         nbytes: bytes held now.
-        length: slots that a decode step would read now.
+        length: slots that a decode step would read now, of a kv head on average.
         read, readable: entries read in decode steps so far, and what full attention would have read.
     """
 
     seen: int = 0
     tokens: Tensor | None = None
     positions: Tensor | None = None
+    kv_heads: int = 1
     entry_bytes: int = 0
     nbytes: int = 0
-    length: int = 0
+    length: float = 0
     read: float = 0
     readable: int = 0
 
@@ -226,11 +228,13 @@ class Slots(CacheLayerMixin):
         return sum(tensor.untyped_storage().nbytes() for tensor in self._tensors())
 
     def _held_changed(self) -> None:
-        self.facts.positions = self.positions
+        self._note_held(self.keys, self.values, self.positions, self.positions.shape[1])
+
+    def _note_held(self, keys: Tensor, values: Tensor, positions: Tensor, kv_heads: int) -> None:
+        self.facts.positions, self.facts.kv_heads = positions, kv_heads
         self.facts.nbytes = self.nbytes
-        batch, kv_heads = self.positions.shape[:2]
-        row = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
-        self.facts.entry_bytes = batch * kv_heads * row
+        row = keys.shape[-1] * keys.element_size() + values.shape[-1] * values.element_size()
+        self.facts.entry_bytes = positions.shape[0] * kv_heads * row
 
     def _tensors(self) -> Iterator[Tensor]:
         yield from (tensor for holder in self._holders() for tensor in holder.values() if isinstance(tensor, Tensor))

@@ -2,6 +2,7 @@
 
 from kvpress.policies.a2sf import A2SF
 from kvpress.policies.a2sf_prefill import A2SFPrefill
+from kvpress.policies.ada_kv import AdaKV
 from kvpress.policies.ems import EMS
 from kvpress.policies.full import Full
 from kvpress.policies.h2o import H2O
@@ -23,6 +24,7 @@ __all__ = [
     "H2O",
     "TOVA",
     "A2SFPrefill",
+    "AdaKV",
     "Full",
     "H2OPrefill",
     "Keyformer",

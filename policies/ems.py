@@ -52,8 +52,8 @@ class EMS(EvictionPolicy):
     - Keys are compared and merged as they are cached, after the rotary embedding.
     - Each cosine is at least 0 before the product, or two opposite directions would count as alike (`raw_product`
       takes them as they are).
-    - One set per kv head, all heads with the same budget: budgets that adapt to a head are left out, because heads with
-      different numbers of entries have no common tensor. A head still decides how much of its rest is merged.
+    - One set per kv head, all heads with the same budget: budgets that adapt to a head are left out, because what is
+      merged in decode would have to move between them. A head still decides how much of its rest is merged.
 
     Args:
         budget: entries kept per layer and kv head; int, or float share of the prompt's length (paper: 256).

@@ -12,6 +12,7 @@ from kvpress.policies import (
     H2O,
     TOVA,
     A2SFPrefill,
+    AdaKV,
     Full,
     H2OPrefill,
     Keyformer,
@@ -24,8 +25,8 @@ from kvpress.policies import (
     TidalDecode,
     TokenSelect,
 )
-from kvpress.policy import Policy
-from oracles import accumulated, ems, keyformer, selecting, token_select
+from kvpress.policy import EvictionPolicy, Policy
+from oracles import accumulated, ada_kv, ems, keyformer, selecting, token_select
 from oracles import policies as oracle
 from oracles.llama import Oracle
 
@@ -47,6 +48,12 @@ class Case:
 
 def both(product: type[Policy], reference: type, roomy: dict[str, Any], **fields: Any) -> Case:
     return Case(product(**fields), reference(**fields), product(**roomy))
+
+
+def shared(product: type[EvictionPolicy], reference: type, inner: dict[str, Any], **fields: Any) -> Case:
+    """Ada-KV over a policy with the fields `inner`."""
+    roomy = AdaKV(product(**{**inner, "budget": 500, "evict": "each_pass"}), **fields)
+    return Case(AdaKV(product(**inner), **fields), ada_kv.AdaKV(reference(**inner), **fields), roomy)
 
 
 CASES = [
@@ -159,6 +166,18 @@ CASES = [
         kernel_size=1,
         evict="after_prompt",
     ),
+    shared(SnapKV, oracle.SnapKV, {"budget": 12, "window": 4, "kernel_size": 3}),
+    shared(SnapKV, oracle.SnapKV, {"budget": 0.5, "window": 3, "kernel_size": 1, "evict": "after_prompt"}, alpha=0.5),
+    shared(
+        PyramidKV,
+        accumulated.PyramidKV,
+        {"budget": 9, "window": 3, "kernel_size": 3, "beta": 4},
+        alpha=0.0,
+        normalize=False,
+    ),
+    shared(H2OPrefill, accumulated.H2OPrefill, {"budget": 0.4, "recent": 3}, alpha=0.3),
+    shared(A2SFPrefill, accumulated.A2SFPrefill, {"budget": 9, "alpha": 0.9, "recent": 2}, normalize=False),
+    shared(ObservedAttention, accumulated.ObservedAttention, {"budget": 7}),
     both(TokenSelect, token_select.TokenSelect, {"k": 500}, n_init=2, n_local=5, k=4, chunk=4, theta=0.3),
     both(
         TokenSelect,

@@ -75,7 +75,7 @@ def test_u2_evicted_never_returns(model: Any, case: Case) -> None:
 
 @every_eviction
 def test_u3_size_after_the_first_eviction(model: Any, case: Case) -> None:
-    """The budget, and what decode has added since it evicted last."""
+    """The budget, and what decode has added since it evicted last; where kv heads share it, on average over them."""
     policy: Any = case.policy
     passes = [prompt(24), *([token] for token in prompt(STEPS, 1))]
     _, sets, _ = run(model, policy, passes)
@@ -83,9 +83,16 @@ def test_u3_size_after_the_first_eviction(model: Any, case: Case) -> None:
     for step, layers in enumerate(sets[1:], 1):
         more = step % policy.evict_every if policy.drops_in_decode else step
         for layer, total in zip(layers, totals, strict=True):
-            assert {len(head) for head in layer} == {total + more}
+            assert sizes(policy, layer) == {total + more}
     for layer, total in zip(sets[0], totals, strict=True):
-        assert {len(head) for head in layer} == {24 if policy.evict == "after_prompt" else total}
+        assert sizes(policy, layer) == {24 if policy.evict == "after_prompt" else total}
+
+
+def sizes(policy: Any, layer: list[list[int]]) -> set[float]:
+    """How many entries the kv heads of a layer keep, or how many on average where they share."""
+    if policy.shares_heads:
+        return {sum(map(len, layer)) / len(layer)}
+    return {len(head) for head in layer}
 
 
 @every_policy
@@ -95,11 +102,13 @@ def test_u4_the_newest_token_is_attended_by_its_own_query(model: Any, case: Case
     It is found by its value: where a policy selects, what is attended are copies of some slots. A step that is part of a
     pass that corrects earlier ones is a row of a prompt, which is exact.
     """
+    from kvpress import paged
     from kvpress.kernels import decode_attention as module
     from kvpress.kernels.gather_slots import gather_slots
 
     passes = [prompt(24), *([token] for token in prompt(4, 1))]
     original, weights, rows = module.decode_attention, [], set()
+    in_pages = paged.paged_attention
 
     def spy(query: Any, key: Any, value: Any, valid: Any = None, **options: Any) -> Any:
         # The entry whose key is the one just stored must have weight: a huge value there must show in the output.
@@ -116,6 +125,16 @@ def test_u4_the_newest_token_is_attended_by_its_own_query(model: Any, case: Case
             rows.add((layer.index, int(layer.positions.max())))
         return output, mass, lse
 
+    def spy_pages(query: Any, key: Any, value: Any, owner: Any, valid: Any, **options: Any) -> Any:
+        output, mass = in_pages(query, key, value, owner, valid, **options)
+        layer = layer_now[0]
+        newest = layer.pages.positions == layer.pages.positions.max()
+        assert newest.sum() == options["kv_heads"]
+        marked = value + 1e4 * newest[..., None]
+        weights.append((in_pages(query, key, marked, owner, valid, **options)[0] - output).abs().amax(-1).min().item())
+        rows.add((layer.index, int(layer.pages.positions.max())))
+        return output, mass
+
     import kvpress.attention as attention
 
     layer_now: list[Any] = [None]
@@ -127,6 +146,7 @@ def test_u4_the_newest_token_is_attended_by_its_own_query(model: Any, case: Case
 
     patcher = pytest.MonkeyPatch()
     patcher.setattr(attention, "decode_attention", spy)
+    patcher.setattr(paged, "paged_attention", spy_pages)
     patcher.setattr(attention.KVLayer, "append", watch)
     try:
         run(model, case.policy, passes)
