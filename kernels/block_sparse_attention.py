@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.backend import Backend, use_triton
+from kvpress.kernels.block_lists import attend_listed_blocks
 
 
 def listed_keys(
@@ -137,6 +138,9 @@ def block_sparse_attention(
             softcap=softcap,
             sinks=sinks,
         )
+    on_cpu = query.device.type == "cpu" and query.dtype != torch.float64 and query.shape[-1] == value.shape[-1]
+    if on_cpu and blocks is not None and columns is None and diagonals is None and softcap is None:
+        return attend_listed_blocks(query, key, value, blocks, scale=scale, block_size=block_size, sinks=sinks)
     batch, heads, rows, _ = query.shape
     kv_heads, n = key.shape[1], key.shape[2]
     output, lse = torch.empty_like(query), query.new_empty(batch, heads, rows, dtype=torch.float32)

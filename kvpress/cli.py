@@ -55,7 +55,7 @@ def demo(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
     depths: Annotated[int, typer.Option(help="How many needle depths, from the text's start to its end.")] = 4,
     samples: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 1,
-    minutes: Annotated[float, typer.Option(help="Time for the prompts; 0 for no limit.")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="Time for the prompts; 0 for no limit.")] = 3.5,
     seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 0,
     device: Device = "auto",
     dtype: Dtype = "auto",

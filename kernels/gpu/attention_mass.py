@@ -5,8 +5,7 @@ read once per kv head, and a tile of packed rows looks at one stretch of positio
 tile of keys, goes over the rows that see any of it and writes once: no atomics, the same sums every time.
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from kvpress.kernels.gpu.decode_attention import multiprocessors
 from kvpress.kernels.gumbel_noise import TABLE, gumbel_offsets, gumbel_table_on
+from kvpress.kernels.launch_shapes import launch_shape
 
 if TYPE_CHECKING:
     from kvpress.kernels.attention_mass import Perturbation
@@ -36,17 +36,40 @@ def lse_config(packed: int, head_dim: int, itemsize: int) -> Config:
     """Settings of the first kernel, which keeps a tile of rows and goes over keys."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     width = block_d * itemsize  # bytes of a row: the wider, the fewer fit
-    block_m = max(16, min({256: 128, 512: 64}.get(max(256, width), 16), triton.next_power_of_2(packed)))
-    return Config(block_m, 64 if width <= 256 else 32, block_d, 8 if block_m == 128 else 4, 3 if width <= 256 else 2)
+    most = {256: 128, 512: 64}.get(max(256, width), 16)
+    chosen = launch_shape(
+        "attention_mass.lse",
+        block_d,
+        itemsize,
+        block_m=most,
+        block_n=64 if width <= 256 else 32,
+        num_warps=8 if most == 128 else 4,
+        num_stages=3 if width <= 256 else 2,
+    )
+    return _fitted(chosen, packed, block_d)
 
 
 def mass_config(packed: int, head_dim: int, itemsize: int) -> Config:
     """Settings of the second kernel, which keeps a tile of keys and goes over rows."""
     block_d = max(16, triton.next_power_of_2(head_dim))
     width = block_d * itemsize
-    block_m = max(16, min(64 if width <= 256 else 32, triton.next_power_of_2(packed)))
-    block_n = 128 if width <= 256 else 16384 // width
-    return Config(block_m, block_n, block_d, 8 if width <= 256 else 4, 3 if width <= 256 else 2)
+    chosen = launch_shape(
+        "attention_mass.mass",
+        block_d,
+        itemsize,
+        block_m=64 if width <= 256 else 32,
+        block_n=128 if width <= 256 else 16384 // width,
+        num_warps=8 if width <= 256 else 4,
+        num_stages=3 if width <= 256 else 2,
+    )
+    return _fitted(chosen, packed, block_d)
+
+
+def _fitted(chosen: dict[str, int], packed: int, block_d: int) -> Config:
+    """No more rows per tile than there are, in a power of two that `tl.dot` takes."""
+    block_m = max(16, min(chosen["block_m"], triton.next_power_of_2(packed)))
+    num_warps = chosen["num_warps"] if block_m == chosen["block_m"] else min(4, chosen["num_warps"])
+    return Config(block_m, chosen["block_n"], block_d, num_warps, chosen["num_stages"])
 
 
 def split_count(n: int, programs: int, multiprocessors: int) -> int:
@@ -359,35 +382,3 @@ def attention_mass(
         num_stages=chosen.num_stages,
     )
     return mass
-
-
-def compile_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
-    """(kernel, signature, constexprs, num_warps, num_stages) of the launches in use, plain and with every feature."""
-    numbers = {name: "i32" for name in ("rows", "n", "past", "kv_heads", "group")} | {"scale": "fp32"}
-    strides = {f"stride_{name}": "i32:16" for name in ("qb", "qh", "qr", "kb", "kh", "kn")}
-    strides |= {f"stride_{name}": "i32" for name in ("ab", "pb", "ph")}
-    options = {"p_row_positions": "*i32:16", "p_positions": "*i32:16", "p_offsets": "*i32:16", "p_noise": "*fp32:16"}
-    options |= {"softcap": "fp32", "temperature": "fp32"}
-    for head_dim in (64, 80, 128, 256):  # 96 is launched as 80 is
-        for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
-            if (head_dim == 80 and dtype == "fp32") or (head_dim != 128 and dtype == "fp16"):
-                continue  # as 128 and as bf16
-            for packed, full in ((4, True), (1 << 20, head_dim == 128)):
-                common = {"p_query": f"*{dtype}:16", "p_key": f"*{dtype}:16", "p_lse": "*fp32:16", **numbers, **strides}
-                for kernel, chosen, own, own_options in (
-                    (lse_kernel, lse_config(packed, head_dim, itemsize), {"per_split": "i32"}, {"p_sinks": "*bf16:16"}),
-                    (
-                        mass_kernel,
-                        mass_config(packed, head_dim, itemsize),
-                        {"p_mass": "*fp32:16", "stride_wb": "i32"},
-                        {"p_weights": "*fp32:16"},
-                    ),
-                ):
-                    signature, absent = {**common, **own}, {**options, **own_options}
-                    constexprs: dict[str, Any] = {"TABLE": TABLE, "HEAD_DIM": head_dim, "BLOCK_M": chosen.block_m}
-                    constexprs |= {"BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d}
-                    if full:
-                        signature |= absent
-                    else:
-                        constexprs |= dict.fromkeys(absent)
-                    yield kernel, signature, constexprs, chosen.num_warps, chosen.num_stages

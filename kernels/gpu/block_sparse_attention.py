@@ -5,13 +5,14 @@ out what came before it, so that nothing is counted twice. Two tables tell: whic
 the diagonals cover. Both are per head and as long as the sequence; no list is made per query block.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from kvpress.kernels.launch_shapes import launch_shape
 
 
 class Config(NamedTuple):
@@ -29,8 +30,18 @@ def config(block_size: int, head_dim: int, itemsize: int) -> Config:
     block_d = max(16, triton.next_power_of_2(head_dim))
     width = block_d * itemsize
     block_m, block_n = (128, 64) if width <= 256 else (64, 32) if width <= 512 and itemsize == 2 else (32, 32)
-    block_m, block_n = min(block_size, block_m), min(block_size, block_n)
-    return Config(block_m, block_n, block_d, 8 if block_m == 128 else 4, 3 if width <= 256 else 2)
+    chosen = launch_shape(
+        "block_sparse_attention",
+        block_size,
+        block_d,
+        itemsize,
+        block_m=block_m,
+        block_n=block_n,
+        num_warps=8 if min(block_size, block_m) == 128 else 4,
+        num_stages=3 if width <= 256 else 2,
+    )
+    block_m, block_n = min(block_size, chosen["block_m"]), min(block_size, chosen["block_n"])
+    return Config(block_m, block_n, block_d, chosen["num_warps"], chosen["num_stages"])
 
 
 @triton.jit
@@ -334,37 +345,3 @@ def _runs(
     runs, _ = _ascending(stretch + (needed - 1) * size, adds & (starts < n))
     ends = lasts.int().expand(*runs.shape[:2], -1).contiguous()
     return runs, torch.searchsorted(runs, ends, right=True, out_int32=True), table
-
-
-def compile_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
-    """(kernel, signature, constexprs, num_warps, num_stages) of the launches in use, plain and with every feature."""
-    numbers = dict.fromkeys(("rows", "n", "query_blocks", "column_width", "run_width", "block_width"), "i32")
-    numbers |= dict.fromkeys(("heads", "group", "column_share", "run_share", "block_share"), "i32") | {"scale": "fp32"}
-    strides = {f"stride_{tensor}{name}": "i32:16" for tensor in "kv" for name in "bhn"}
-    strides |= {f"stride_q{name}": "i32:16" for name in "bhr"}
-    lists = {"p_columns": "*i32:16", "p_column_counts": "*i32:16", "p_is_column": "*u8:16"}
-    lists |= {"p_runs": "*i32:16", "p_run_counts": "*i32:16", "p_is_run": "*u8:16"}
-    options = {**lists, "p_sinks": "*bf16:16", "softcap": "fp32"}
-    for head_dim in (64, 80, 128, 256):  # 96 is launched as 80 is
-        for dtype, itemsize in (("fp32", 4), ("bf16", 2), ("fp16", 2)):
-            if (head_dim == 80 and dtype == "fp32") or (head_dim != 128 and dtype == "fp16"):
-                continue  # as 128 and as bf16
-            for block_size in (64, 128):
-                chosen = config(block_size, head_dim, itemsize)
-                if block_size == 128 and (dtype == "fp16" or chosen == config(64, head_dim, itemsize)):
-                    continue
-                for full in (False, True) if head_dim == 128 else (False,):
-                    tensors = {f"p_{name}": f"*{dtype}:16" for name in ("query", "key", "value", "output")}
-                    signature = {**tensors, "p_blocks": "*i32:16", "p_block_counts": "*i32:16", "p_lse": "*fp32:16"}
-                    signature |= numbers | strides
-                    constexprs: dict[str, Any] = {
-                        "BLOCK_SIZE": block_size,
-                        "HEAD_DIM": head_dim,
-                        "BLOCK_M": chosen.block_m,
-                    }
-                    constexprs |= {"BLOCK_N": chosen.block_n, "BLOCK_D": chosen.block_d}
-                    if full:
-                        signature |= options
-                    else:
-                        constexprs |= dict.fromkeys(options)
-                    yield block_sparse_kernel, signature, constexprs, chosen.num_warps, chosen.num_stages

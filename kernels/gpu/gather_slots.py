@@ -3,9 +3,6 @@
 Numbers are moved, not computed with: tensors are looked at as integers of their width, so every dtype takes the same kernel.
 """
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -33,12 +30,11 @@ def copy_rows(p_source, p_target, b_slot, m_slot, o_k, m_k, stride_m, width, BLO
         tl.store(p_target + o_k[:, None] * width + o_d[None, :], b_row, mask=m_k[:, None] & m_d)
 
 
-# The number of slots changes in decode and is never compiled in, nor are strides that change with it.
+# The number of slots changes in decode and is never compiled in, nor are strides that change with it; those of K and V are
+# multiples of the head dimension, which has to be known for wide loads.
 @triton.jit(
-    do_not_specialize=[
-        "k", "capacity", "kv_heads", "stride_kb", "stride_kh", "stride_vb", "stride_vh", "stride_pb", "stride_ph",
-        "stride_ib", "stride_ih", "stride_cb", "stride_ch",
-    ]
+    do_not_specialize=["k", "capacity", "kv_heads", "stride_pb", "stride_ph", "stride_ib", "stride_ih", "stride_cb",
+                       "stride_ch"]
 )  # fmt: skip
 def gather_kernel(
     p_key,
@@ -155,36 +151,3 @@ def compact_slots(
     new = keys.new_empty(*shape, keys.shape[-1]), values.new_empty(*shape, values.shape[-1]), positions.new_empty(shape)
     _launch(keys, values, positions, index, chosen, new)
     return new
-
-
-def compile_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
-    """(kernel, signature, constexprs, num_warps, num_stages) of the launches in use: all three, and rows alone."""
-    numbers = dict.fromkeys(("k", "capacity", "kv_heads"), "i32") | {"key_width": "i32:16", "value_width": "i32:16"}
-    numbers |= {f"stride_{name}": "i32" for name in ("kb", "kh", "vb", "vh", "pb", "ph", "ib", "ih", "cb", "ch")}
-    numbers |= {"stride_km": "i32:16", "stride_vm": "i32:16"}
-    options = {
-        "p_value": "",
-        "p_positions": "*i32:16",
-        "p_chosen": "*i1:16",
-        "p_new_value": "",
-        "p_new_positions": "*i32:16",
-    }
-    for dtype, width in (
-        ("i16", 64),
-        ("i16", 80),
-        ("i16", 128),
-        ("i16", 256),
-        ("i32", 128),
-        ("i32", 1),
-        ("i8", 1),
-        ("i64", 1),
-    ):
-        block_k, block_d = blocks(width)
-        constexprs: dict[str, Any] = {"BLOCK_K": block_k, "BLOCK_D": block_d}
-        signature = {"p_key": f"*{dtype}:16", "p_new_key": f"*{dtype}:16", "p_index": "*i64:16", **numbers}
-        if width == 1:
-            signature |= {"key_width": "i32", "value_width": "i32", "stride_km": "i32", "stride_vm": "i32"}
-        else:
-            every = {name: kind or f"*{dtype}:16" for name, kind in options.items()}
-            yield gather_kernel, signature | every, constexprs, NUM_WARPS, 3
-        yield gather_kernel, signature, constexprs | dict.fromkeys(options), NUM_WARPS, 3

@@ -1,8 +1,5 @@
 """Triton kernel of `kvpress.kernels.rope_shift`."""
 
-from collections.abc import Iterator
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -18,8 +15,9 @@ def blocks(half: int, rest: int) -> tuple[int, int, int]:
     return max(1, min(64, TILE // block_h)), block_h, triton.next_power_of_2(max(1, rest))
 
 
-# The number of tokens changes in decode and is never compiled in, nor are strides that change with it.
-@triton.jit(do_not_specialize=["tokens", "heads", "stride_xb", "stride_xh", "stride_sb", "stride_sh", "stride_st"])
+# The number of tokens changes in decode and is never compiled in, nor are strides that change with it; those of x are multiples
+# of the head dimension, which has to be known for wide loads.
+@triton.jit(do_not_specialize=["tokens", "heads", "stride_sb", "stride_sh", "stride_st"])
 def rope_kernel(
     p_x,
     p_shift,
@@ -100,25 +98,3 @@ def rope_shift(x: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool) ->
         num_warps=NUM_WARPS,
     )
     return output
-
-
-def compile_cases() -> Iterator[tuple[Any, dict[str, str], dict[str, Any], int, int]]:
-    """(kernel, signature, constexprs, num_warps, num_stages) of the launches in use, whole and partial rotary."""
-    numbers = {
-        name: "i32" for name in ("tokens", "heads", "stride_xb", "stride_xh", "stride_sb", "stride_sh", "stride_st")
-    }
-    signature = {"p_shift": "*fp32:16", "p_inv_freq": "*fp32:16", "stride_xt": "i32:16", **numbers}
-    cases = [(head_dim, head_dim // 2, "bf16") for head_dim in (64, 80, 128, 256)]  # 96 is launched as 80 is
-    cases += [(128, 32, "bf16"), (80, 16, "bf16"), (128, 64, "fp32")]
-    for head_dim, half, dtype in cases:
-        block_t, block_h, block_rest = blocks(half, head_dim - 2 * half)
-        for interleaved in (False, True):
-            constexprs = {"INTERLEAVED": interleaved, "HALF": half, "HEAD_DIM": head_dim}
-            constexprs |= {"BLOCK_T": block_t, "BLOCK_H": block_h, "BLOCK_REST": block_rest}
-            yield (
-                rope_kernel,
-                {"p_x": f"*{dtype}:16", "p_output": f"*{dtype}:16", **signature},
-                constexprs,
-                NUM_WARPS,
-                3,
-            )

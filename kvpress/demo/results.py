@@ -21,7 +21,7 @@ class Record:
         cache_bytes: bytes that the cache held when the answer was finished.
         plain_bytes: the same for unpatched transformers on the same prompt.
         read_share: share of the seen entries that a decode step read.
-        prompt_seconds, plain_prompt_seconds: the prompt pass, patched and unpatched; nan where nothing was timed.
+        prompt_seconds, plain_prompt_seconds: the prompt pass, patched and unpatched; nan where it was not timed.
         step_ms, plain_step_ms: milliseconds per decode step in each timed block, the two taken in turns; empty where
             nothing was timed.
     """
@@ -84,6 +84,7 @@ def summarise(records: Iterable[Record]) -> list[Summary]:
 def _summary(records: list[Record]) -> Summary:
     found = sum(record.found for record in records)
     timed = [record for record in records if record.step_ms]
+    prompts = [(r.prompt_seconds, r.plain_prompt_seconds) for r in timed if not math.isnan(r.prompt_seconds)]
     steps = [(ms, plain) for r in timed for ms, plain in zip(r.step_ms, r.plain_step_ms, strict=True)]
     return Summary(
         records[0].arm,
@@ -95,8 +96,8 @@ def _summary(records: list[Record]) -> Summary:
         cache_bytes=fmean(r.cache_bytes for r in records),
         share_of_full=sum(r.cache_bytes for r in records) / sum(r.plain_bytes for r in records),
         read_share=fmean(r.read_share for r in records),
-        prompt_seconds=median(r.prompt_seconds for r in timed) if timed else math.nan,
-        prompt_ratio=median(r.prompt_seconds / r.plain_prompt_seconds for r in timed) if timed else math.nan,
+        prompt_seconds=median(own for own, _ in prompts) if prompts else math.nan,
+        prompt_ratio=median(own / plain for own, plain in prompts) if prompts else math.nan,
         step_ms=median(ms for ms, _ in steps) if steps else math.nan,
         step_ratio=median(ms / plain for ms, plain in steps) if steps else math.nan,
     )

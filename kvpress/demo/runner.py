@@ -107,12 +107,13 @@ class Comparison:
         """One record per arm, as each is done.
 
         Args:
-            timed: every arm runs the prompt itself, and its decode steps are timed in blocks that alternate with blocks
-                of the twin's; otherwise one prompt pass serves all arms that leave it exact.
+            timed: decode steps are timed in blocks that alternate with blocks of the twin's, and the first arm of each
+                policy runs the prompt itself. One prompt pass serves all other arms that leave it exact.
         """
         prompt = Answer.begin(self.twin, needle.input_ids)
         ids = torch.tensor([needle.input_ids], device=self.model.device)
-        shared = None if timed else kvpress.record_prompt(self.model, ids)
+        shared = kvpress.record_prompt(self.model, ids)
+        run_prompts = set()
         plain = prompt.copy()
         (plain_ms,) = _blocks(plain)
         plain_bytes = sum(t.nbytes for layer in plain.cache.layers for t in (layer.keys, layer.values))
@@ -121,7 +122,9 @@ class Comparison:
                 answer, held, step_ms, beside_ms = plain, {"bytes": plain_bytes, "read_share": 1.0}, plain_ms, plain_ms
             else:
                 with kvpress.patch(self.model, arm.instance) as handle:
-                    if shared is not None and handle.shares_prompts:
+                    own = timed and arm.policy not in run_prompts
+                    run_prompts.add(arm.policy)
+                    if handle.shares_prompts and not own:
                         first = shared.logits.argmax(-1, keepdim=True)
                         answer = Answer(self.model, handle.adopt_prompt(shared), first)
                     else:

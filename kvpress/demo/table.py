@@ -1,5 +1,6 @@
 """The demo's table."""
 
+import math
 from collections.abc import Sequence
 
 from rich import box
@@ -15,9 +16,9 @@ COLUMNS = (
     "of\nfull",
     "read",
     "prompt\ns",
-    "ratio",
+    "×",
     "token\nms",
-    "ratio",
+    "×",
 )
 
 
@@ -36,16 +37,16 @@ def results_table(summaries: Sequence[Summary], longest: int) -> Table:
             f"{s.cache_bytes / 2**20:.2f}",
             f"{s.share_of_full:.0%}",
             f"{s.read_share:.0%}",
-            f"{s.prompt_seconds:.2f}",
-            f"{s.prompt_ratio:.2f}",
+            "" if math.isnan(s.prompt_seconds) else f"{s.prompt_seconds:.2f}",
+            "" if math.isnan(s.prompt_ratio) else f"{s.prompt_ratio:.2f}",
             f"{s.step_ms:.1f}",
             f"{s.step_ratio:.2f}",
         )
     table.caption = (
         "found: needles found, with the 95 % Wilson interval (the prompt that is compressed holds the question); "
         "cache, of full: bytes held after the answer, mean over the prompts, and their share of unpatched transformers'; "
-        f"read: share of entries that a step reads; prompt, token: seconds and milliseconds at {longest} tokens; ratio: to "
-        "unpatched transformers in the same run, its decode steps taken in turns"
+        f"read: share of entries that a step reads; prompt, token: seconds (at a policy's first budget) and milliseconds at "
+        f"{longest} tokens; ×: ratio to unpatched transformers in the same run, its decode steps taken in turns"
     )
     table.caption_justify = "left"
     return table

@@ -1,40 +1,24 @@
 """No kernel makes a rows x entries matrix: the largest tensor that each operation returns, by its bytes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+import kvpress
+from kernel_calls import HEAD_DIM, HEADS, KV_HEADS, LINEAR, Largest, places, qkv
 from kvpress.kernels import attention_mass as mass_module
+from kvpress.kernels import block_lists
+from kvpress.kernels import nearest_centre as centre_module
 from kvpress.kernels import prompt_attention as prompt_module
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.gumbel_noise import gumbel_noise
+from kvpress.kernels.nearest_centre import nearest_centre
+from kvpress.kernels.paged_attention import paged_attention
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
-
-HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64  # SmolLM2 135M
-
-
-class Largest(TorchDispatchMode):
-    """Records the largest memory behind any operation's result, in float32 numbers (a view adds none)."""
-
-    numbers = 0
-    operation = ""
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() / 4 > self.numbers:
-                self.numbers, self.operation = tensor.untyped_storage().nbytes() / 4, str(func)
-        return result
-
-
-def qkv(rows, entries, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(1, HEADS, rows, HEAD_DIM, generator=generator).to(dtype)
-    key, value = torch.randn(2, 1, KV_HEADS, entries, HEAD_DIM, generator=generator).to(dtype)
-    return query, key, value
 
 
 def fake_qkv(rows, entries, dtype=torch.float32):
@@ -114,3 +98,59 @@ def test_block_sparse_attention(tokens):
     scores = HEADS // KV_HEADS * 64 * (5 * 64 + 32)
     assert 0 < largest.numbers <= max(query.numel(), scores), largest.operation
     assert query.numel() < tokens * tokens * HEADS / 10
+
+
+def nearest(key, value):
+    """A fixed number of centres."""
+    slots = torch.arange(key.shape[2]).expand(1, KV_HEADS, -1)
+    return nearest_centre(key, value, slots[..., :16], torch.ones(1, KV_HEADS, 16, dtype=torch.bool), slots[..., 16:])
+
+
+def paged(query, key, value):
+    """The kv heads' entries as pages of 16 slots, head after head."""
+    keys, values = (x.reshape(1, -1, HEAD_DIM) for x in (key, value))
+    owner = torch.arange(KV_HEADS).repeat_interleave(key.shape[2] // 16)[None]
+    valid = torch.ones(keys.shape[:2], dtype=torch.bool)
+    paged_attention(query[:, :, :1], keys, values, owner, valid, kv_heads=KV_HEADS, scale=0.1, with_mass=True)
+
+
+LINEAR_ON_TORCH = {
+    "paged_attention": paged,
+    "nearest_centre": lambda q, k, v: nearest(k, v),
+    "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, scale=0.1, with_mass=True),
+    "gumbel_noise": lambda q, k, v: gumbel_noise(1, 0, places(q)[:, :1], k[..., 0].long(), HEADS),
+}
+
+
+def grows(call, monkeypatch, sizes=(128, 512), tile=1 << 10):
+    """The largest tensor at four times the entries over that at one, tiles small."""
+    for module in (mass_module, prompt_module):
+        monkeypatch.setattr(module, "TILE_SCORES", tile)
+    monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)
+    monkeypatch.setattr(centre_module, "TILE_SIMILARITIES", tile)
+    numbers = []
+    for entries in sizes:
+        tensors = qkv(entries, entries)
+        with Largest() as largest:
+            call(*tensors)
+        numbers.append(largest.numbers)
+    return numbers[1] / numbers[0]
+
+
+def test_a_square_grows_sixteenfold(monkeypatch):
+    """Control."""
+    assert grows(lambda q, k, v: prompt_attention_reference(q, k, v, scale=0.1), monkeypatch) > 15
+
+
+@pytest.mark.parametrize("name", [*LINEAR, *LINEAR_ON_TORCH])
+def test_memory_grows_with_the_entries(name, monkeypatch):
+    """The torch paths: four times the entries, about four times the memory."""
+    run = LINEAR_ON_TORCH.get(name) or (lambda q, k, v: LINEAR[name](q, k, v, "torch"))
+    assert grows(run, monkeypatch) < 4.5
+
+
+def test_every_kernel_is_covered():
+    """A new file in kernels/ has a case here."""
+    files = {file.stem for folder in kvpress.__path__ for file in Path(folder).glob("kernels/*.py")}
+    helpers = {"backend", "block_lists", "launch_shapes"}
+    assert files - helpers == {name.partition("-")[0] for name in (*LINEAR, *LINEAR_ON_TORCH)}

@@ -106,23 +106,27 @@ def test_lists_of_different_heads():
     compare(tensors, scale=0.3, block_size=16, **chosen)
 
 
-def test_unlisted_keys_are_never_read():
+@pytest.mark.parametrize(
+    ("size", "rows", "past", "listed"), [(16, 50, 37, [0, 2]), (64, 70, 200, [0, 2]), (128, 130, 270, [1])], ids=str
+)
+def test_unlisted_keys_are_never_read(size, rows, past, listed):
     """NaN in every key and value that no row reads, in the rest of the buffers, and a transposed query."""
-    query, key, value = inputs(50, 37, 3)
+    n = past + rows
+    query, key, value = inputs(rows, past, 3)
     chosen = {
-        "blocks": torch.tensor([0, 2], device=DEVICE).expand(BATCH, KV_HEADS, 4, 2),
+        "blocks": torch.tensor(listed, device=DEVICE).expand(BATCH, KV_HEADS, -(-rows // size), len(listed)),
         "columns": torch.tensor([18], device=DEVICE).expand(BATCH, KV_HEADS, 1),
         "diagonals": torch.tensor([0], device=DEVICE).expand(BATCH, KV_HEADS, 1),
     }
-    expected, _ = block_sparse_attention(query, key, value, scale=0.3, block_size=16, backend="triton", **chosen)
-    unread = ~listed_keys(50, 87, KV_HEADS, **chosen, block_size=16).any(dim=2)
+    expected, _ = block_sparse_attention(query, key, value, scale=0.3, block_size=size, backend="triton", **chosen)
+    unread = ~listed_keys(rows, n, KV_HEADS, **chosen, block_size=size).any(dim=2)
     assert unread.any()
-    buffers = torch.full((2, BATCH, KV_HEADS, 100, 16), float("nan"), device=DEVICE)
+    buffers = torch.full((2, BATCH, KV_HEADS, n + 13, 16), float("nan"), device=DEVICE)
     for buffer, tensor in zip(buffers, (key, value), strict=True):
-        buffer[:, :, :87] = tensor.masked_fill(unread[..., None], float("nan"))
-    keys, values = buffers[:, :, :, :87]
+        buffer[:, :, :n] = tensor.masked_fill(unread[..., None], float("nan"))
+    keys, values = buffers[:, :, :, :n]
     query = query.transpose(1, 2).contiguous().transpose(1, 2)
-    output, lse = block_sparse_attention(query, keys, values, scale=0.3, block_size=16, backend="triton", **chosen)
+    output, lse = block_sparse_attention(query, keys, values, scale=0.3, block_size=size, backend="triton", **chosen)
     assert lse.isfinite().all()
     assert torch.equal(output, expected)
 

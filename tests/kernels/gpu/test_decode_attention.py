@@ -7,6 +7,7 @@ import torch
 
 from accelerator import DEVICE, DTYPES
 from brute import attend, eager
+from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
 from kvpress.kernels.gpu import decode_attention as gpu
 
@@ -177,6 +178,96 @@ def test_moved_runs_in_torch():
         torch.testing.assert_close(output.cpu(), expected, atol=1e-5, rtol=1e-4)
 
 
+def paged(slots, page_size, rows, seed=3):
+    """A random half of the pages in any order with the last, short one among them, and who reads which."""
+    generator = torch.Generator().manual_seed(seed)
+    pages = -(-slots // page_size)
+    order = torch.rand(BATCH, KV_HEADS, pages - 1, generator=generator).argsort(-1)[..., : pages // 2]
+    index = torch.cat((order, torch.full((BATCH, KV_HEADS, 1), pages - 1)), dim=-1)
+    valid = torch.rand(BATCH, rows, index.shape[2], generator=generator) < 0.7
+    valid[0, :, -1] = True
+    return index, valid
+
+
+def entries_of(index, valid, page_size, slots):
+    """The lists of pages as lists of slots, page by page: the independent definition."""
+    heads = valid.shape[1]
+    listed = torch.zeros(*index.shape[:2], index.shape[2] * page_size, dtype=torch.int64)
+    read = torch.zeros(BATCH, heads, listed.shape[2], dtype=torch.bool)
+    for b in range(BATCH):
+        for kv_head in range(KV_HEADS):
+            for place, page in enumerate(index[b, kv_head].tolist()):
+                for within in range(page_size):
+                    slot, at = page * page_size + within, place * page_size + within
+                    listed[b, kv_head, at] = min(slot, slots - 1)
+                    rows = heads // KV_HEADS
+                    own = slice(kv_head * rows, (kv_head + 1) * rows)
+                    read[b, own, at] = valid[b, own, place] & (slot < slots)
+    return listed, read
+
+
+@pytest.mark.parametrize("group", [1, 3, 8], ids="group-{}".format)
+@pytest.mark.parametrize(("slots", "page_size"), [(1, 16), (63, 16), (111, 7), (64, 2)], ids=str)
+@pytest.mark.parametrize("rows", ["none", "kv-head", "head"])
+@SPLITS
+def test_pages(slots, page_size, group, rows, keys_per_split, monkeypatch):
+    """Pages are the slots they have: with everything read, per kv head and per query head; NaN elsewhere is not read."""
+    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", keys_per_split)
+    query, key, value = inputs(slots, group, 32, seed=5, spare=6)
+    index, valid = paged(slots, page_size, KV_HEADS * (group if rows == "head" else 1))
+    valid = torch.ones_like(valid) if rows == "none" else valid
+    listed, read = entries_of(index, valid, page_size, slots)
+    expected = decode_attention_reference(query, key, value, read, index=listed, scale=0.3)
+    looked = read.unflatten(1, (KV_HEADS, -1)).any(2)
+    unread = torch.ones(BATCH, KV_HEADS, slots, dtype=torch.bool)
+    for b, kv_head, place in looked.nonzero().tolist():
+        unread[b, kv_head, listed[b, kv_head, place]] = False
+    for buffer in (key, value):
+        buffer.masked_fill_(unread[..., None], float("nan"))
+    chosen = {"index": index.int(), "page_size": page_size, "scale": 0.3, "with_mass": True, "with_lse": True}
+    found = on_device(query, key, value, **chosen, **({} if rows == "none" else {"valid": valid}))
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
+
+
+PERTURBATIONS = {
+    "temperature": Perturbation(1.7),
+    "noise": Perturbation(1.0, seed=3, layer=2),
+    "noise-and-temperature": Perturbation(0.8, seed=5, layer=1, fresh=False),
+}
+
+
+@pytest.mark.parametrize("perturbation", PERTURBATIONS.values(), ids=list(PERTURBATIONS))
+@pytest.mark.parametrize(
+    "features", [(), ("valid",), ("sinks", "softcap"), ALL], ids=lambda names: "+".join(names) or "plain"
+)
+@pytest.mark.parametrize("slots", [1, 63], ids="{}-slots".format)
+@SPLITS
+def test_perturbed_mass(slots, features, perturbation, keys_per_split, monkeypatch):
+    """The mass is that of the noisy softmax at its temperature; output and LSE are those of the plain one."""
+    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", keys_per_split)
+    query, key, value = inputs(slots, 3, 32, seed=6, spare=3)
+    chosen = options(features, slots, query)
+    entries = chosen["index"].shape[2] if "index" in chosen else slots
+    generator = torch.Generator().manual_seed(7)
+    positions = torch.stack([torch.randperm(400_000, generator=generator)[:entries] for _ in range(BATCH * KV_HEADS)])
+    row, positions = torch.tensor([[400_000], [399_999]]), positions.view(BATCH, KV_HEADS, entries).int()
+    perturbed = perturbation, row, positions
+    expected = decode_attention_reference(query, key, value, scale=0.3, perturbed=perturbed, **chosen)
+    plain = decode_attention_reference(query, key, value, scale=0.3, **chosen)
+    perturbed = perturbation, row.to(DEVICE), positions.to(DEVICE)
+    found = on_device(query, key, value, scale=0.3, perturbed=perturbed, **chosen, with_mass=True, with_lse=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(found[0], plain[0], atol=2e-6, rtol=2e-5)
+    assert slots == 1 or (found[1] - plain[1]).abs().max() > 0.01
+    # Per head, and without the mass: nothing is perturbed then.
+    weights = on_device(query, key, value, scale=0.3, perturbed=perturbed, **chosen, with_mass=True, per_head=True)[1]
+    torch.testing.assert_close(weights.unflatten(1, (KV_HEADS, 3)).sum(2), found[1])
+    output, mass, _ = on_device(query, key, value, scale=0.3, perturbed=perturbed, **chosen)
+    assert mass is None and torch.equal(output, found[0])
+
+
 class Strides:
     """A kernel that is launched with other strides than its tensors have."""
 
@@ -218,19 +309,3 @@ def test_split_count_fills_the_device_once():
     assert gpu.split_count(131072, 1024, 132) == 1
     assert gpu.split_count(300, 8, 132) == 3
     assert gpu.split_count(1, 1, 132) == gpu.split_count(0, 1, 132) == 1
-
-
-def test_configs_compile_cases_cover():
-    """Every launch configuration that the supported shapes lead to is put through the compiler."""
-    compiled = {
-        (case[2]["BLOCK_M"], case[2]["BLOCK_N"], case[2]["BLOCK_D"], *case[3:])
-        for case in gpu.compile_cases()
-        if "BLOCK_D" in case[2] and "BLOCK_M" in case[2]
-    }
-    in_use = {
-        tuple(gpu.config(group, head_dim, itemsize))
-        for group in range(1, 17)
-        for head_dim in (64, 80, 96, 128, 256)
-        for itemsize in (2, 4)
-    }
-    assert in_use <= compiled

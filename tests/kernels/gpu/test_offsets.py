@@ -2,48 +2,24 @@
 
 Read from Triton's intermediate form of each kernel, since nothing of that size is allocated here. The number of a row or of
 an entry fits 32 bits; what it is multiplied with on the way to a pointer, a stride or a width, must be 64 bits by then.
-Constants are block sizes and the like and count entries, but for the head dimension: 80, which nothing else is.
+Constants are block sizes and the like and count entries, but for the head dimension: 80, which nothing else is. So do a program's
+entries, `chunk` and `per_split`.
 """
 
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-import kvpress
-
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
+import gpu_launches as launches
+
 HEAD_DIM = 80
-MODULES = sorted(file.stem for folder in kvpress.__path__ for file in Path(folder).glob("kernels/gpu/*.py"))
-
-# Compiles as test_compile.py does, and so finds most of it in Triton's cache.
-COMPILE = """
-import importlib, json, sys
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
-target, forms = GPUTarget("cuda", 90, 32), []
-for kernel, signature, constexprs, num_warps, num_stages in importlib.import_module(sys.argv[1]).compile_cases():
-    if constexprs.get("HEAD_DIM", 80) != 80:
-        continue
-    names = kernel.arg_names
-    types = {name: "constexpr" if name in constexprs else signature[name].partition(":")[0] for name in names}
-    wide = {(names.index(name),): [["tt.divisibility", 16]] for name, kind in signature.items() if ":16" in kind}
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    compiled = triton.compile(ASTSource(kernel, types, constexprs, wide), target=target, options=options)
-    forms.append((kernel.__name__, compiled.asm["ttir"]))
-print(json.dumps(forms))
-"""
+ENTRIES = {"chunk", "per_split"}
 
 
-def narrow_products(form: str) -> list[str]:
-    """The 32-bit products that an address is computed from, other than by a block size, in Triton's form."""
+def narrow_products(form: str, arguments: tuple[str, ...] = ()) -> list[str]:
+    """The 32-bit products that an address is computed from, other than by a number of entries, in Triton's form."""
     made = {}  # name -> operation, operands, line
     found = {}
     for line in form.splitlines():
@@ -62,24 +38,24 @@ def narrow_products(form: str) -> list[str]:
             if operation == "arith.muli" and re.search(r"i32>?$", rest):
                 constants = [made[x][2] for x in operands if x in made and made[x][0] == "arith.constant"]
                 values = [int(re.search(r"-?\d+", text)[0]) for text in constants]
-                if not values or HEAD_DIM in values:
+                # The kernel's arguments have their names, or in older versions their numbers.
+                names = {arguments[int(x[4:])] if re.fullmatch(r"%arg\d+", x) else x[1:] for x in operands}
+                if HEAD_DIM in values or not (values or names & ENTRIES):
                     found[rest] = None
             todo += operands
     return list(found)
 
 
-@pytest.mark.parametrize("module", MODULES)
-def test_offsets_have_64_bits(module: str, tmp_path: Path) -> None:
+def test_offsets_have_64_bits() -> None:
     """In every kernel, as launched for a head dimension of 80 or without one."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, f"kvpress.kernels.gpu.{module}"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    forms = json.loads(done.stdout.splitlines()[-1])
-    assert forms
-    for kernel, form in forms:
-        assert form.count("tt.addptr") > 1
-        assert narrow_products(form) == [], kernel
+    seen = set()
+    for row in launches.compiled_for(90):
+        launch, form = row["launch"], row["form"]
+        if dict(launch["constexprs"]).get("HEAD_DIM", HEAD_DIM) == HEAD_DIM:
+            seen.add((launch["module"], launch["kernel"]))
+            assert form.count("tt.addptr") > 1
+            assert narrow_products(form, tuple(name for name, _ in launch["types"])) == [], launch
+    assert seen == {(row["launch"]["module"], row["launch"]["kernel"]) for row in launches.compiled_for(90)}
 
 
 def test_a_narrow_product_is_found() -> None:
@@ -94,6 +70,9 @@ def test_a_narrow_product_is_found() -> None:
     %0 = tt.addptr %p, %good : tensor<64x1x!tt.ptr<bf16>>, tensor<64x1xi64> loc(#loc4)
     """
     assert narrow_products(form) == []
+    for name, found in (("%chunk", 0), ("%arg1", 0), ("%arg0", 1), ("%stride", 1)):
+        argument = form.replace("%c64_i32 =", "%unused =").replace("%c64_i32", name)
+        assert len(narrow_products(argument, ("n", "chunk"))) == found
     bad = """
     %a = arith.muli %row, %s : tensor<64x1xi32> loc(#loc3)
     %b = arith.extsi %a : tensor<64x1xi32> to tensor<64x1xi64> loc(#loc3)

@@ -65,9 +65,11 @@ def check(scores, counts, k):
 
 
 @ALL_INPUTS
+@pytest.mark.parametrize("one_tile", [8192, 0], ids=["one-launch", "five-launches"])
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (63, 16), (111, 111), (3000, 512)], ids=str)
-def test_equals_torch(make, n, k):
-    """Counts from none to all of k, each row another."""
+def test_equals_torch(make, n, k, one_tile, monkeypatch):
+    """Counts from none to all of k, each row another; in one tile, and in chunks as a long row."""
+    monkeypatch.setattr(gpu, "ONE_TILE", one_tile)
     scores = make(n, torch.Generator().manual_seed(n))
     counts = torch.tensor([[0, k], [math.ceil(k / 2), max(0, k - 1)]])
     check(scores, counts, k)
@@ -81,6 +83,7 @@ def test_equals_torch(make, n, k):
 def test_several_chunks(make, most, monkeypatch):
     """More chunks than are added at a time, the last one short; ties go on from chunk to chunk."""
     n, k = 5 * 128 + 77, 300
+    monkeypatch.setattr(gpu, "ONE_TILE", 0)
     monkeypatch.setattr(gpu, "BLOCK", 128)
     monkeypatch.setattr(gpu, "BLOCK_CHUNKS", 2)
     monkeypatch.setattr(gpu, "MOST_CHUNKS", most)
@@ -89,7 +92,33 @@ def test_several_chunks(make, most, monkeypatch):
     assert -(-n // gpu.chunk_size(n, 2, 132)) == min(6, most)
 
 
-@pytest.mark.parametrize("make", [random, one_bucket], ids=lambda make: make.__name__)
+@ALL_INPUTS
+@pytest.mark.parametrize(("n", "k"), [(8192, 128), (8193, 128), (5000, 4096)], ids=str)
+def test_pages(make, n, k):
+    """Pages of a long context: the last length of one launch, and the first of five."""
+    check(make(n, torch.Generator().manual_seed(6))[:1], torch.tensor([[k, k // 2]]), k)
+
+
+def test_launches(monkeypatch):
+    """A row that fits a tile takes one launch, a longer one five."""
+    launched = []
+
+    def noting(kernel):
+        class Noting:
+            def __getitem__(self, grid):
+                launched.append(kernel)
+                return lambda *args, **options: None
+
+        return Noting()
+
+    for name in ("tile_kernel", "count_kernel", "collect_kernel"):
+        monkeypatch.setattr(gpu, name, noting(name))
+    for n in (gpu.ONE_TILE, gpu.ONE_TILE + 1):
+        gpu.topk_select(torch.zeros(1, 2, n, device=DEVICE), torch.ones(1, 2, dtype=torch.int64, device=DEVICE), 4)
+    assert launched == ["tile_kernel"] + ["count_kernel"] * 4 + ["collect_kernel"]
+
+
+@ALL_INPUTS
 def test_a_million(make, monkeypatch):
     """In the interpreter in few large tiles: what costs there is their number."""
     if DEVICE.type == "cpu":
@@ -99,14 +128,18 @@ def test_a_million(make, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=["fp64", "fp16"])
-def test_other_dtypes(dtype):
+@pytest.mark.parametrize("one_tile", [8192, 0], ids=["one-launch", "five-launches"])
+def test_other_dtypes(dtype, one_tile, monkeypatch):
+    monkeypatch.setattr(gpu, "ONE_TILE", one_tile)
     scores = specials(300, torch.Generator().manual_seed(3)).to(dtype)
     check(scores, torch.tensor([[100], [17]]), 100)
 
 
 @pytest.mark.parametrize("counts", [torch.int32, torch.int64], ids=["i32", "i64"])
-def test_views(counts):
+@pytest.mark.parametrize("one_tile", [8192, 0], ids=["one-launch", "five-launches"])
+def test_views(counts, one_tile, monkeypatch):
     """Rows of a larger buffer, one count for all heads, and a score dimension that is strided."""
+    monkeypatch.setattr(gpu, "ONE_TILE", one_tile)
     buffer = torch.randn(2, 5, 400, generator=torch.Generator().manual_seed(4))
     wanted = torch.tensor([[7], [30]], dtype=counts)
     check(buffer[:, 1:4, 30:300], wanted, 30)

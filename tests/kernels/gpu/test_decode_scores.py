@@ -1,0 +1,163 @@
+"""The Triton kernels of decode_scores, page_scores and soft_vote against their definitions."""
+
+import pytest
+import torch
+
+from accelerator import DEVICE, DTYPES
+from kvpress.kernels.decode_scores import decode_scores, decode_scores_reference
+from kvpress.kernels.gpu import decode_attention as launch
+from kvpress.kernels.gpu import decode_scores as gpu
+from kvpress.kernels.page_bounds import page_bounds
+from kvpress.kernels.page_scores import page_scores, page_scores_reference
+from kvpress.kernels.soft_vote import soft_vote, soft_vote_reference
+
+# NumPy, in the interpreter, says so where a logarithm of zero is what is meant.
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
+
+BATCH, KV_HEADS = 2, 2
+LENGTHS = pytest.mark.parametrize("n", [1, 63, 111], ids="n-{}".format)
+GROUPS = pytest.mark.parametrize("group", [1, 3, 4, 8], ids="group-{}".format)
+HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256], ids="d-{}".format)
+SPLITS = pytest.mark.parametrize("keys_per_split", [128, 16], ids=["one-split", "several-splits"])
+
+
+def inputs(n, group, head_dim=24, dtype=torch.float32, rows=1, spare=0):
+    """A query and the first n of a buffer with `spare` more keys that hold NaN."""
+    generator = torch.Generator().manual_seed(n + group)
+    query = torch.randn(BATCH, KV_HEADS * group, rows, head_dim, generator=generator)
+    keys = torch.randn(BATCH, KV_HEADS, n + spare, head_dim, generator=generator)
+    keys[:, :, n:] = float("nan")
+    return query.to(DEVICE, dtype), keys.to(DEVICE, dtype)[:, :, :n]
+
+
+@LENGTHS
+@GROUPS
+@SPLITS
+def test_scores_equal_the_definition(n, group, keys_per_split, monkeypatch):
+    monkeypatch.setattr(launch, "KEYS_PER_SPLIT", keys_per_split)
+    query, key = inputs(n, group, spare=5)
+    scores = decode_scores(query, key, scale=0.3, backend="triton")
+    assert scores.dtype == torch.float32 and scores.shape == (BATCH, KV_HEADS * group, n)
+    torch.testing.assert_close(scores, decode_scores_reference(query, key, scale=0.3), rtol=1e-5, atol=2e-6)
+
+
+@HEAD_DIMS
+@DTYPES
+def test_scores_of_head_dims_and_dtypes(head_dim, dtype):
+    """As precise as float32, whatever the dtype; a float32 query reads half-precision keys as they are."""
+    for query_dtype in {dtype, torch.float32}:
+        query, key = inputs(63, 3, head_dim, dtype)
+        query = query.to(query_dtype)
+        scores = decode_scores(query, key, scale=head_dim**-0.5, backend="triton")
+        expected = (query.double() @ key.repeat_interleave(3, dim=1).double().mT * head_dim**-0.5)[:, :, 0].float()
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-6)
+
+
+def test_strides():
+    """A query and keys that are transposed views, and keys whose channels are strided."""
+    query, key = inputs(63, 3)
+    expected = decode_scores(query, key, scale=0.3, backend="triton")
+    wide = key.mT.contiguous().mT
+    assert wide.stride(-1) != 1
+    for one, other in ((query.transpose(0, 1).contiguous().transpose(0, 1), key), (query, wide)):
+        assert torch.equal(decode_scores(one, other, scale=0.3, backend="triton"), expected)
+
+
+def test_moved_runs_in_torch():
+    query, key = inputs(63, 3)
+    moved = query.roll(1, 0), torch.arange(63, device=DEVICE).expand(BATCH, KV_HEADS, 63) % 3 == 0
+    scores = decode_scores(query, key, scale=0.3, moved=moved, backend="triton")
+    torch.testing.assert_close(scores, decode_scores_reference(query, key, scale=0.3, moved=moved))
+
+
+@LENGTHS
+@GROUPS
+@DTYPES
+def test_page_scores_equal_the_definition(n, group, dtype):
+    """Pages of 1 and of 7; bounds that are slices of larger buffers with NaN behind."""
+    query, key = inputs(n, group, dtype=dtype)
+    for page_size in (1, 7):
+        bounds = page_bounds(key, None, page_size)
+        pages = bounds[0].shape[2]
+        buffer = torch.full((2, BATCH, KV_HEADS, pages + 3, 24), float("nan"), dtype=dtype, device=DEVICE)
+        buffer[:, :, :, :pages] = torch.stack(bounds)
+        scores = page_scores(query, buffer[0, :, :, :pages], buffer[1, :, :, :pages], backend="triton")
+        assert scores.dtype == torch.float32
+        torch.testing.assert_close(scores, page_scores_reference(query, *bounds), rtol=1e-5, atol=5e-6)
+
+
+@HEAD_DIMS
+@DTYPES
+def test_page_scores_are_bounds(head_dim, dtype):
+    """No key of a page scores above its page, and of pages of one entry the bound is the score."""
+    query, key = inputs(64, 3, head_dim, dtype)
+    scores = decode_scores_reference(query, key, scale=1.0)
+    for page_size in (1, 16):
+        bounds = page_scores(query, *page_bounds(key, None, page_size), backend="triton")
+        highest = scores.unflatten(2, (-1, page_size)).amax(-1)
+        assert (bounds >= highest - 1e-4).all()
+        if page_size == 1:
+            torch.testing.assert_close(bounds, scores, rtol=1e-5, atol=1e-5)
+
+
+@LENGTHS
+@GROUPS
+@SPLITS
+@pytest.mark.parametrize("rows", [1, 5], ids="{}-rows".format)
+@pytest.mark.parametrize("some", [False, True], ids=["all", "some"])
+def test_soft_vote_equals_the_definition(n, group, keys_per_split, rows, some, monkeypatch):
+    """Sequences with some candidates and without any; NaN in keys that are none is never read."""
+    monkeypatch.setattr(launch, "KEYS_PER_SPLIT", keys_per_split)
+    query, key = inputs(n, group, rows=rows, spare=3)
+    candidates = None
+    if some:
+        candidates = (torch.rand(BATCH, n, generator=torch.Generator().manual_seed(1)) < 0.6).to(DEVICE)
+        candidates[1] = False
+    expected = soft_vote_reference(query, key, candidates, scale=1.3)
+    if some:
+        key = key.masked_fill(~candidates[:, None, :, None], float("nan"))
+    votes = soft_vote(query, key, candidates, scale=1.3, backend="triton")
+    assert votes.dtype == torch.float32 and votes.shape == (BATCH, n)
+    torch.testing.assert_close(votes, expected, rtol=1e-5, atol=2e-6)
+
+
+@HEAD_DIMS
+@DTYPES
+def test_soft_vote_of_head_dims_and_dtypes(head_dim, dtype):
+    """Votes sum to the number of heads."""
+    query, key = inputs(63, 3, head_dim, dtype)
+    votes = soft_vote(query, key, scale=head_dim**-0.5, backend="triton")
+    torch.testing.assert_close(votes, soft_vote_reference(query, key, scale=head_dim**-0.5), rtol=1e-5, atol=2e-6)
+    torch.testing.assert_close(votes.sum(1), torch.full((BATCH,), 6.0, device=DEVICE), rtol=1e-5, atol=0)
+
+
+def test_more_heads_and_keys_than_a_tile():
+    """More query heads than one step of the vote takes, the last step short, and two tiles of keys."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(1, 11, 1, 16, generator=generator), torch.randn(1, 1, 300, 16, generator=generator)
+    votes = soft_vote(query.to(DEVICE), key.to(DEVICE), scale=0.5, backend="triton")
+    torch.testing.assert_close(votes.cpu(), soft_vote_reference(query, key, scale=0.5), rtol=1e-5, atol=2e-6)
+
+
+def test_large_scores():
+    """Scores in the thousands neither overflow nor become NaN."""
+    query, key = (100 * x for x in inputs(63, 3))
+    votes = soft_vote(query, key, scale=1.0, backend="triton")
+    torch.testing.assert_close(votes, soft_vote_reference(query, key, scale=1.0), rtol=1e-3, atol=1e-4)
+
+
+def test_no_keys():
+    query, key = inputs(0, 3)
+    assert decode_scores(query, key, scale=1.0, backend="triton").shape == (BATCH, 6, 0)
+    assert soft_vote(query, key, scale=1.0, backend="triton").shape == (BATCH, 0)
+
+
+def test_results_in_memory_full_of_nan(monkeypatch):
+    """Every number that is returned is written."""
+    monkeypatch.setattr(launch, "KEYS_PER_SPLIT", 16)
+    query, key = inputs(111, 3)
+    expected = soft_vote(query, key, scale=0.3, backend="triton"), gpu.decode_scores(query, key, scale=0.3)[0]
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda x, *shape, **how: x.new_full(shape, float("nan"), **how))
+    found = soft_vote(query, key, scale=0.3, backend="triton"), gpu.decode_scores(query, key, scale=0.3)[0]
+    for ours, before in zip(found, expected, strict=True):
+        assert torch.equal(ours, before)

@@ -1,0 +1,103 @@
+"""The CPU path for blocks alone: against the definition, over sizes, sharing and starts that do not fit the blocks."""
+
+import pytest
+import torch
+
+from kvpress.kernels import block_lists, block_sparse_attention
+from kvpress.kernels.block_sparse_attention import block_sparse_attention as attend
+from kvpress.kernels.block_sparse_attention import block_sparse_attention_reference, listed_keys
+
+BATCH, KV_HEADS, HEAD_DIM, SIZE = 2, 2, 16, 16
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+
+
+def inputs(rows, past, group, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(BATCH, KV_HEADS * group, rows, HEAD_DIM, generator=generator).to(dtype)
+    key, value = torch.randn(2, BATCH, KV_HEADS, past + rows, HEAD_DIM, generator=generator).to(dtype)
+    return query, key, value
+
+
+def random_blocks(rows, past, lists, share=0.5):
+    """Each key block listed with that probability, in any order, later ones than the rows' own too."""
+    generator = torch.Generator().manual_seed(1)
+    count = -(-(past + rows) // SIZE)
+    drawn = torch.rand(BATCH, lists, -(-rows // SIZE), count, generator=generator)
+    order = drawn.argsort(dim=-1)
+    return order.masked_fill(drawn.gather(-1, order) >= share, -1)
+
+
+@pytest.fixture(autouse=True)
+def takes_this_path(monkeypatch):
+    """Every test here is of the path for blocks alone."""
+    calls = []
+
+    def recorded(*args, **kwargs):
+        calls.append(args)
+        return block_lists.attend_listed_blocks(*args, **kwargs)
+
+    monkeypatch.setattr(block_sparse_attention, "attend_listed_blocks", recorded)
+    yield
+    assert calls
+
+
+@pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 62), (64, 0), (63, 0), (64, 32), (19, 92), (150, 7)], ids=str)
+@pytest.mark.parametrize("group", [1, 3], ids="group-{}".format)
+@pytest.mark.parametrize("per_head", [False, True], ids=["kv-head", "head"])
+@pytest.mark.parametrize("tile", [1, 1 << 20], ids=["one-by-one", "together"])
+def test_equals_the_definition(rows, past, group, per_head, tile, monkeypatch):
+    """One query block at a time, and all together with shorter lists filled up."""
+    monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)
+    tensors = inputs(rows, past, group)
+    blocks = random_blocks(rows, past, KV_HEADS * group if per_head else KV_HEADS)
+    options = {"scale": 0.3, "blocks": blocks, "block_size": SIZE}
+    output, lse = attend(*tensors, **options)
+    expected, expected_lse = block_sparse_attention_reference(*tensors, **options)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("sink", [False, True], ids=["plain", "sinks"])
+def test_dtypes_and_sinks(dtype, sink):
+    tensors = inputs(90, 40, 3, dtype)
+    sinks = torch.randn(3 * KV_HEADS, generator=torch.Generator().manual_seed(2)) if sink else None
+    options = {"scale": 0.3, "blocks": random_blocks(90, 40, KV_HEADS), "block_size": SIZE, "sinks": sinks}
+    output, lse = attend(*tensors, **options)
+    expected, expected_lse = block_sparse_attention_reference(*(x.float() for x in tensors), **options)
+    assert output.dtype == dtype and lse.dtype == torch.float32
+    torch.testing.assert_close(output.float(), expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(lse, expected_lse, rtol=TOLERANCE[dtype] / 4, atol=TOLERANCE[dtype] / 4)
+
+
+@pytest.mark.parametrize(("rows", "past"), [(64, 48), (70, 40)], ids=str)
+def test_what_nobody_lists_is_not_read(rows, past):
+    """NaN there reaches nothing."""
+    query, key, value = inputs(rows, past, 1)
+    blocks = random_blocks(rows, past, KV_HEADS, share=0.15)
+    options = {"scale": 0.3, "blocks": blocks, "block_size": SIZE}
+    expected = attend(query, key, value, **options)
+    read = listed_keys(rows, past + rows, KV_HEADS, blocks=blocks, block_size=SIZE).any(2)
+    assert not read.all()
+    key, value = (x.masked_fill(~read[..., None], float("nan")) for x in (key, value))
+    for found, before in zip(attend(query, key, value, **options), expected, strict=True):
+        assert torch.equal(found, before)
+
+
+def test_nothing_listed():
+    """A row that lists nothing reads itself."""
+    query, key, value = inputs(40, 8, 1)
+    output, lse = attend(query, key, value, scale=0.3, blocks=torch.full((BATCH, KV_HEADS, 3, 2), -1), block_size=SIZE)
+    torch.testing.assert_close(output, value[:, :, 8:])
+    torch.testing.assert_close(lse, (query * key[:, :, 8:]).sum(-1) * 0.3)
+
+
+def test_strides():
+    """K and V that are the front of a larger buffer, a transposed query."""
+    query, key, value = inputs(70, 30, 3)
+    options = {"scale": 0.3, "blocks": random_blocks(70, 30, KV_HEADS), "block_size": SIZE}
+    expected = attend(query, key, value, **options)
+    key, value = (torch.cat((x, torch.full_like(x, float("nan"))), dim=2)[:, :, : x.shape[2]] for x in (key, value))
+    view = query.transpose(1, 2).contiguous().transpose(1, 2)
+    for found, before in zip(attend(view, key, value, **options), expected, strict=True):
+        torch.testing.assert_close(found, before)
