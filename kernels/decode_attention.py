@@ -216,7 +216,7 @@ def _in_parts(rows: Tensor, keys: Tensor, values: Tensor, scale: float, parts: i
     if split < keys.shape[2]:
         rest, rest_lse = flash(rows, keys[:, :, split:], values[:, :, split:], scale=scale)
         output, lse = torch.cat((output, rest), dim=1), torch.cat((lse, rest_lse), dim=1)
-    return (output * lse.softmax(dim=1)[..., None]).sum(1)
+    return (output * lse.softmax(dim=1)[..., None]).sum(1).to(rows.dtype)
 
 
 def _with_noise(scores: Tensor, perturbation: Perturbation, row: Tensor, positions: Tensor) -> Tensor:

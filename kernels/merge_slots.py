@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kvpress.kernels.backend import Backend, use_triton
+
 # Numbers of one tile of leaving entries (16 MiB in float32).
 TILE_NUMBERS = 1 << 22
 TINY = torch.finfo(torch.float32).tiny
@@ -55,6 +57,7 @@ def merge_slots(
     target: Tensor,
     *,
     value_norms: bool = False,
+    backend: Backend = "auto",
 ) -> None:
     """Merge entries into others, in place.
 
@@ -63,14 +66,34 @@ def merge_slots(
     statistics are summed. A centre that nothing goes to is not touched; the slots that were merged keep what they held.
 
     Args:
-        keys, values: [batch, kv_heads, n, head_dim].
+        keys, values: [batch, kv_heads, n, head_dim]; a slot's channels side by side.
         stats: tensors [batch, kv_heads, ..., n].
         weights: float32 [batch, kv_heads, n], above 0, the weight of each slot in its merge.
         centres: int64 [batch, kv_heads, k], slots that stay, each at most once.
         rest: int64 [batch, kv_heads, m], slots that leave.
         target: int64 [batch, kv_heads, m], index into `centres` for each of `rest`, or -1 for none.
         value_norms: merge values as keys: the direction is averaged, the centre's norm stays.
+        backend: "triton" and "auto" on CUDA run the Triton kernels. They sum without atomics, so equal inputs give equal
+            results; torch's sums on CUDA do not.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
+    if use_triton(backend, keys) and keys.dtype != torch.float64:
+        from kvpress.kernels.gpu import merge_slots as gpu
+
+        return gpu.merge_slots(
+            keys,
+            values,
+            stats,
+            weights,
+            centres,
+            rest,
+            target,
+            value_norms=value_norms,
+            tiny=TINY,
+            cancelled=CANCELLED,
+        )
     batch, kv_heads, k = centres.shape
     bucket = torch.where(target < 0, k, target)  # the last bucket is thrown away
     touched = torch.zeros(batch, kv_heads, k + 1, dtype=torch.bool, device=keys.device)

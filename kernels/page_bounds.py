@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvpress.kernels.backend import Backend, use_triton
+
 
 def page_bounds_reference(keys: Tensor, counts: Tensor, page_size: int) -> tuple[Tensor, Tensor]:
     """The definition of `page_bounds`, page by page."""
@@ -20,18 +22,28 @@ def page_bounds_reference(keys: Tensor, counts: Tensor, page_size: int) -> tuple
     return least, greatest
 
 
-def page_bounds(keys: Tensor, counts: Tensor | None, page_size: int) -> tuple[Tensor, Tensor]:
+def page_bounds(
+    keys: Tensor, counts: Tensor | None, page_size: int, *, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
     """Bounds of pages of `page_size` consecutive entries, the last one of each kv head perhaps with fewer.
 
     Args:
         keys: [batch, kv_heads, n, head_dim], the entries in order.
         counts: int [batch, kv_heads], how many of the first ones there are; None for all n.
         page_size: entries of a page.
+        backend: "triton" and "auto" on CUDA run the Triton kernel, with the same result.
 
     Returns:
         least, greatest: [batch, kv_heads, ceil(n / page_size), head_dim] in the dtype of `keys`; zero for a page without
         entries.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
+    if use_triton(backend, keys) and keys.dtype != torch.float64:
+        from kvpress.kernels.gpu import page_bounds as gpu
+
+        return gpu.page_bounds(keys, counts, page_size)
     n = keys.shape[2]
     spare = -n % page_size
     there = None
@@ -51,17 +63,32 @@ def page_bounds(keys: Tensor, counts: Tensor | None, page_size: int) -> tuple[Te
 
 
 def add_to_page_bounds(
-    least: Tensor, greatest: Tensor, key: Tensor, rank: Tensor, new: Tensor | None, page_size: int
+    least: Tensor,
+    greatest: Tensor,
+    key: Tensor,
+    rank: Tensor,
+    new: Tensor | None,
+    page_size: int,
+    *,
+    backend: Backend = "auto",
 ) -> None:
     """Take one more entry per kv head into the bounds, in place.
 
     Args:
-        least, greatest: [batch, kv_heads, pages, head_dim], with room for the entry's page.
+        least, greatest: [batch, kv_heads, pages, head_dim], with room for the entry's page; a page's channels side by side.
         key: [batch, kv_heads, head_dim], the entry's.
         rank: int64 [batch, kv_heads], its number among the entries of its kv head, from 0.
         new: bool [batch, kv_heads], False where there is no entry to add; None to add all.
         page_size: entries of a page.
+        backend: "triton" and "auto" on CUDA run the Triton kernel, with the same result.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
+    if use_triton(backend, key) and key.dtype != torch.float64:
+        from kvpress.kernels.gpu import page_bounds as gpu
+
+        return gpu.add_to_page_bounds(least, greatest, key, rank, new, page_size)
     place = (rank // page_size).clamp(min=0)[..., None, None].expand(-1, -1, 1, key.shape[-1])
     first = (rank % page_size == 0)[..., None, None]
     key = key[:, :, None]

@@ -4,6 +4,7 @@ import torch
 from einops import repeat
 from torch import Tensor
 
+from kvpress.kernels.backend import Backend, use_triton
 from kvpress.kernels.decode_scores import decode_scores
 
 
@@ -17,7 +18,9 @@ def soft_vote_reference(query: Tensor, key: Tensor, candidates: Tensor | None = 
     return scores.softmax(dim=-1).nan_to_num().sum(dim=1)
 
 
-def soft_vote(query: Tensor, key: Tensor, candidates: Tensor | None = None, *, scale: float) -> Tensor:
+def soft_vote(
+    query: Tensor, key: Tensor, candidates: Tensor | None = None, *, scale: float, backend: Backend = "auto"
+) -> Tensor:
     """votes[j] = sum over heads h of softmax_j(scale * mean over rows of q_h . k_j).
 
     Reads K once per kv head. Temporary memory is a few float32 numbers per head and key, whatever the number of rows.
@@ -27,12 +30,20 @@ def soft_vote(query: Tensor, key: Tensor, candidates: Tensor | None = None, *, s
         key: [batch, kv_heads, n, head_dim]; only the n dimension may be strided.
         candidates: bool [batch, n], the keys that are voted on; None for all.
         scale: factor on q.k.
+        backend: "triton" and "auto" on CUDA run the Triton kernels: one float32 number per head and key, in two passes.
 
     Returns:
         float32 [batch, n], 0 where there is no candidate; sums to the number of heads.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
-    mean = query.mean(dim=2, keepdim=True, dtype=torch.float32)
-    scores = decode_scores(mean, key, scale=scale)
+    mean = query if query.shape[2] == 1 else query.mean(dim=2, keepdim=True, dtype=torch.float32)
+    if use_triton(backend, query) and query.dtype != torch.float64:
+        from kvpress.kernels.gpu import soft_vote as gpu
+
+        return gpu.soft_vote(mean, key, candidates, scale=scale)
+    scores = decode_scores(mean, key, scale=scale, backend="torch")
     if candidates is not None:
         # The lowest finite number instead of -inf: without any candidate the result is zeros, not NaN.
         scores = scores.masked_fill_(~candidates[:, None], torch.finfo(torch.float32).min)

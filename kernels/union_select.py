@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kvpress.kernels.backend import Backend, use_triton
+
 
 def union_select_reference(reads: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     """The definition of `union_select`, entry by entry."""
@@ -23,7 +25,7 @@ def union_select_reference(reads: Tensor, kv_heads: int) -> tuple[Tensor, Tensor
     return index, member
 
 
-def union_select(reads: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+def union_select(reads: Tensor, kv_heads: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
     """Per kv head the entries that any query head of its group reads, and who reads which.
 
     The width of the result is that of the largest union, which the host waits for.
@@ -31,11 +33,19 @@ def union_select(reads: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     Args:
         reads: bool [batch, heads, n]; query head h belongs to kv head h // (heads / kv_heads).
         kv_heads: number of kv heads.
+        backend: "triton" and "auto" on CUDA run the Triton kernels, with the same result.
 
     Returns:
         index: int64 [batch, kv_heads, k], ascending; a smaller union is followed by zeros. k is at least 1.
         member: bool [batch, heads, k], whether the query head reads that entry; False behind a union.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
+    if use_triton(backend, reads):
+        from kvpress.kernels.gpu import union_select as gpu
+
+        return gpu.union_select(reads, kv_heads)
     batch, heads, n = reads.shape
     union = reads.view(batch, kv_heads, heads // kv_heads, n).any(dim=2)
     rank = union.cumsum(dim=-1)  # of an entry in its union, from 1

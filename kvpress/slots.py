@@ -135,6 +135,8 @@ class Slots(CacheLayerMixin):
         self.facts.tokens = tokens.seen_tensor
         self.facts.seen += tokens.count
         self.facts.length = self.length
+        if tokens.count > 1:  # a prompt pass dropped what was kept from step to step, perhaps without new buffers
+            self.facts.nbytes = self.nbytes
 
     def _write_free(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
         batch, kv_heads, capacity = self.positions.shape
@@ -317,6 +319,7 @@ class Slots(CacheLayerMixin):
         self.facts.seen -= removed
         self.positions[:, :, kept:] = -1
         self.state.clear()
+        self.facts.nbytes = self.nbytes
 
     def check_crop(self, removed: int) -> None:
         """Raise `PolicyError` unless the last tokens can be taken back."""

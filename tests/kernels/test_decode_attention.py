@@ -259,10 +259,11 @@ def test_no_thread_waits_for_another(tasks, slots, threads, parts, monkeypatch):
 
 @pytest.mark.parametrize("slots", [1, 7, 8, 63, 111])
 @pytest.mark.parametrize("parts", [2, 3, 7])
-def test_parts_merge_to_the_whole(slots, parts, monkeypatch):
+@DTYPES
+def test_parts_merge_to_the_whole(slots, parts, dtype, monkeypatch):
     """Parts of equal length and what is left behind them, in a buffer with more slots than are in use."""
     monkeypatch.setattr(module, "_parts", lambda tasks, number: min(parts, number))
-    query, key, value = inputs(slots, 3, 16, seed=7, spare=5)
+    query, key, value = inputs(slots, 3, 16, dtype, seed=7, spare=5)
     expected, _ = brute(query, key, value, scale=0.4)
     output, _, _ = decode_attention(query, key, value, scale=0.4)
-    torch.testing.assert_close(output, expected.float())
+    torch.testing.assert_close(output, expected.to(dtype))
