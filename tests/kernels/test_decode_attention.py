@@ -266,4 +266,5 @@ def test_parts_merge_to_the_whole(slots, parts, dtype, monkeypatch):
     query, key, value = inputs(slots, 3, 16, dtype, seed=7, spare=5)
     expected, _ = brute(query, key, value, scale=0.4)
     output, _, _ = decode_attention(query, key, value, scale=0.4)
-    torch.testing.assert_close(output, expected.to(dtype))
+    assert output.dtype == dtype  # each part's output is rounded once before they are merged
+    torch.testing.assert_close(output, expected.to(dtype), rtol=0, atol=8 * torch.finfo(dtype).eps)
