@@ -35,8 +35,8 @@ def test_one_by_one_is_all_at_once(n, page_size, dtype):
     """Entries added in place, in any pace per kv head."""
     keys = random_keys(n, dtype)
     pages = -(-n // page_size) + 1
-    least, greatest = torch.full((2, 2, 3, pages, 10), 7.0, dtype=dtype)
-    least, greatest = least.clone(), greatest.clone()
+    greatest = torch.full((2, 3, pages, 10), 7.0, dtype=dtype)  # wider than any bound: a page's first entry replaces it
+    least = -greatest
     counts = torch.zeros(2, 3, dtype=torch.int64)
     generator = torch.Generator().manual_seed(1)
     while bool((counts < n).any()):
@@ -47,7 +47,7 @@ def test_one_by_one_is_all_at_once(n, page_size, dtype):
         counts += new
     expected = page_bounds(keys, None, page_size)
     assert torch.equal(least[:, :, : pages - 1], expected[0]) and torch.equal(greatest[:, :, : pages - 1], expected[1])
-    assert (least[:, :, pages - 1] == 7).all()
+    assert (least[:, :, pages - 1] == -7).all()
 
 
 @DTYPES

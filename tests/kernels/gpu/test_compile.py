@@ -9,9 +9,9 @@ from itertools import product
 import pytest
 import torch
 
-triton = pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
-
 import gpu_launches as launches
+
+triton = pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that one block of threads can have
 # Bytes of a thread that registers do not hold, at most: a few numbers that a loop does not change, or the table of sine and
