@@ -123,9 +123,8 @@ def decode_scores(
     group, rows = heads // kv_heads, batch * kv_heads
     # Keys are read as they are and take the query's type in registers, so that has to hold them.
     query = query.to(torch.promote_types(query.dtype, key.dtype))
-    query, key, least, mask = (
-        x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (query, key, least, mask)
-    )
+    query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
+    least, mask = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (least, mask))
     chosen = config(group, head_dim, query.element_size())
     splits, per_split = splits_of(count, rows, chosen, query.device)
     scores = query.new_empty(batch, heads, count, dtype=torch.float32)
