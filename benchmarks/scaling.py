@@ -194,6 +194,7 @@ def rows(device: torch.device, settings: Settings, policies: list[Policy], round
                 **figures,
                 "line_ms": round(limit, 3),
                 "read_gb_per_s": round(bandwidth / 1e9, 2),
+                "threads": torch.get_num_threads(),
             }
 
 
@@ -261,12 +262,12 @@ def draw(path: Path, series: dict[str, list[dict[str, Any]]]) -> None:
             sizes.plot(contexts, [row["cache_mib"] for row in points], **style[name])
             if all(row["peak_mib"] is not None and row["peak_mib"] > 0 for row in points):
                 sizes.plot(contexts, [row["peak_mib"] for row in points], **dashed)
-    bandwidth = next(iter(series.values()))[0]["read_gb_per_s"]
+    measured = next(iter(series.values()))[0]
     times.set_title(
-        f"time per token (dashed: floor + bytes read / {bandwidth:g} GB/s)",
-        fontsize=11,
+        f"time per token, CPU threads: {measured['threads']:g} (dashed: floor + bytes read / {measured['read_gb_per_s']:g} GB/s)",
+        fontsize=10,
     )
-    sizes.set_title("cache held (dashed: peak while decoding)", fontsize=11)
+    sizes.set_title("cache held (dashed: peak while decoding)", fontsize=10)
     times.set_ylabel("milliseconds")
     sizes.set_ylabel("MiB")
     contexts = sorted({row["context"] for points in series.values() for row in points})
@@ -294,6 +295,9 @@ def main() -> None:
     parser.add_argument(
         "--rounds", type=int, default=5, help=f"a figure is the median of so many rounds of {STEPS} steps"
     )
+    parser.add_argument(
+        "--threads", type=int, help="of a CPU; all by default. Fewer bear other work on the machine better"
+    )
     parser.add_argument("--out", type=Path, default=RESULTS / "scaling.csv", help="the picture goes beside it")
     parser.add_argument("--draw", action="store_true", help="measure nothing; draw what --out holds")
     options = parser.parse_args()
@@ -308,6 +312,10 @@ def main() -> None:
             parser.error(f"--contexts {min(settings.contexts)} is not longer than --budget {options.budget}")
         if options.rounds < 1:
             parser.error(f"--rounds {options.rounds} measures nothing; give at least 1")
+        if options.threads is not None:
+            if options.threads < 1:
+                parser.error(f"--threads {options.threads} computes nothing; give at least 1")
+            torch.set_num_threads(options.threads)
         try:
             policies = chosen(options.policies, options.budget)
         except PolicyError as error:

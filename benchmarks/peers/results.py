@@ -194,9 +194,14 @@ def picture(rows: list[Row], path: Path) -> None:
     from matplotlib import pyplot
 
     shown = settings(rows)
-    most = max(len(contestants_of(of_setting(rows, setting))) for setting in shown)
+    heights = [0.28 * len(contestants_of(of_setting(rows, setting))) + 1 for setting in shown]
     figure, axes = pyplot.subplots(
-        len(shown), len(METRICS), figsize=(16, (0.28 * most + 1) * len(shown)), squeeze=False, layout="constrained"
+        len(shown),
+        len(METRICS),
+        figsize=(16, sum(heights)),
+        squeeze=False,
+        layout="constrained",
+        height_ratios=heights,
     )
     for line, setting in zip(axes, shown, strict=True):
         here = of_setting(rows, setting)
@@ -207,7 +212,7 @@ def picture(rows: list[Row], path: Path) -> None:
                 middle = statistics.median(found)
                 panel.barh(at, middle, color=COLORS[contestant.side], height=0.7)
                 panel.plot([found[0], found[-1]], [at, at], color="black", linewidth=1)
-                panel.text(middle, at, f" {middle:.3g}", va="center", fontsize=7)
+                panel.text(middle, at, f" {middle:.4g}", va="center", fontsize=7)
             panel.set_yticks(range(len(ran)), labels=[""] * len(ran))
             panel.set_title(title, fontsize=9)
             panel.margins(x=0.15)

@@ -36,7 +36,7 @@ from kvpress.models import cache_folder, load_model
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 NVIDIA = "kvpress==0.5.5"
-# Two of NVIDIA's (AdaKV's needs more tokens than SnapKV's window) and the needle's own text.
+# The warm-up's length. NVIDIA's SnapKV refuses prompts that its window of 64 covers.
 SHORTEST = 256
 
 
