@@ -124,10 +124,15 @@ def noting() -> Iterator[list[Launch]]:
         yield launches
 
 
-def noted(calls: Iterable[Callable[[], Any]]) -> list[Launch]:
+def tuned_gpus(architecture: int | None) -> list[str]:
+    """Names of the GPUs of an architecture, or of all, that have launch shapes of their own."""
+    names = [json.loads(file.read_text())["gpu"] for file in sorted(launch_shapes.TUNED.glob("*.json"))]
+    return [name for name in names if architecture in (None, 80 if "A100" in name else 90)]
+
+
+def noted(calls: Iterable[Callable[[], Any]], architecture: int | None = None) -> list[Launch]:
     """The different launches of calls on tensors without numbers: with the heuristics' shapes, and with those that were tuned."""
-    calls = list(calls)
-    gpus = ["", *(json.loads(file.read_text())["gpu"] for file in sorted(launch_shapes.TUNED.glob("*.json")))]
+    calls, gpus = list(calls), ["", *tuned_gpus(architecture)]
     with noting() as launches, FakeTensorMode(allow_non_fake_inputs=True):
         for name in gpus:
             with mock.patch.object(launch_shapes, "gpu_name", partial(str, name)):
@@ -382,7 +387,7 @@ def examined(launch: Launch, architecture: int) -> dict[str, Any]:
 
 def main(architecture: int) -> None:
     """Compile every launch, and print what `examined` finds as JSON."""
-    launches = noted(call for calls in CALLS.values() for call in calls)
+    launches = noted((call for calls in CALLS.values() for call in calls), architecture)
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         print(json.dumps(list(pool.map(partial(examined, architecture=architecture), launches))))
 
