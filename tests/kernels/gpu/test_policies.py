@@ -1,0 +1,66 @@
+"""Policies on a patched model with every kernel in Triton: the same tokens' logits and the same cache as with torch."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import accelerator
+import kvpress
+from kvpress.kernels import backend
+from kvpress.policies import A2SF, EMS, H2O, Keyformer, Quest, SnapKV, TidalDecode, TokenSelect
+from models import tiny_llama, token_ids
+
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")
+
+# Each with the kernels that are its own.
+POLICIES = {
+    "quest": (Quest(budget=12, page_size=4, dense_layers=1), ("page_bounds", "page_scores", "union_select")),
+    "token_select": (TokenSelect(n_init=2, n_local=6, k=4, chunk=6, theta=1.5), ("soft_vote", "rope_shift")),
+    "tidal_decode": (TidalDecode(k=6, sparse_layer_start=0, correction_layer=2), ("decode_scores", "union_select")),
+    "ems": (EMS(budget=16, window=4, n_sink=2), ("merge_slots", "attention_mass")),
+    "keyformer": (Keyformer(budget=12, new_tokens=8), ("attention_mass",)),
+    "h2o": (H2O(heavy=6, recent=6), ("compact_slots",)),
+    "a2sf": (A2SF(budget=12), ("attention_mass",)),
+    "snapkv": (SnapKV(budget=16, window=4), ("attention_mass",)),
+}
+
+
+def run(policy):
+    """Logits of a padded prompt in two chunks and of four steps, and the positions that each layer keeps."""
+    model = tiny_llama(layers=4, heads=8, kv_heads=2, head_dim=16, attention="eager").to(accelerator.DEVICE)
+    ids = token_ids(2, 36).to(accelerator.DEVICE)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    logits = []
+    with torch.no_grad(), kvpress.patch(model, policy):
+        cache = None
+        for start, stop in ((0, 20), (20, 32), (32, 33), (33, 34), (34, 35), (35, 36)):
+            output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[:, -1])
+    return torch.stack(logits), [layer.positions.clone() for layer in cache.layers]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_model_runs_the_same(name, monkeypatch):
+    """As far as float32 sums in another order allow."""
+    policy, own = POLICIES[name]
+    used, results = set(), []
+    for triton in (False, True):
+        for file in Path(backend.__file__).parent.glob("*.py"):
+            module = importlib.import_module(f"kvpress.kernels.{file.stem}")
+            if file.stem != "backend" and hasattr(module, "use_triton"):
+
+                def choose(chosen, tensor, operation=file.stem, triton=triton):
+                    used.add((operation, triton and chosen != "torch"))
+                    return triton and chosen != "torch"
+
+                monkeypatch.setattr(module, "use_triton", choose)
+        results.append(run(policy))
+    assert {(operation, True) for operation in (*own, "decode_attention", "topk_select")} <= used
+    (expected, kept), (found, also_kept) = results
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
+    for ours, theirs in zip(also_kept, kept, strict=True):
+        assert torch.equal(ours.sort(-1).values, theirs.sort(-1).values)
