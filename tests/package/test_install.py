@@ -19,7 +19,8 @@ import kvpress
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGED = ("kvpress", "kernels", "policies", "evals")
 
-# Imports kvpress and everything under its mapped folders and prints module name -> file. Triton kernels need Triton.
+# Imports kvpress and everything under its mapped folders and prints module name -> file. Triton kernels need Triton,
+# and the model for lm-evaluation-harness needs that.
 IMPORT_ALL = """
 import importlib, importlib.util, json, pkgutil, sys
 folder, *blocked = sys.argv[1:]
@@ -32,6 +33,8 @@ if "triton" not in blocked and importlib.util.find_spec("triton"):
 for package in packages:
     path = importlib.import_module(package).__path__
     names += [module.name for module in pkgutil.walk_packages(path, package + ".")]
+if not importlib.util.find_spec("lm_eval"):
+    names.remove("kvpress.evals.lm_eval")
 print(json.dumps({name: importlib.import_module(name).__file__ for name in names}))
 """
 
