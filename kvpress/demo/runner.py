@@ -112,7 +112,8 @@ class Comparison:
         """
         prompt = Answer.begin(self.twin, needle.input_ids)
         ids = torch.tensor([needle.input_ids], device=self.model.device)
-        shared = kvpress.record_prompt(self.model, ids)
+        reused = not timed or len({arm.policy for arm in self.arms}) < len(self.arms)
+        shared = kvpress.record_prompt(self.model, ids) if reused else None
         run_prompts = set()
         plain = prompt.copy()
         (plain_ms,) = _blocks(plain)
@@ -124,7 +125,7 @@ class Comparison:
                 with kvpress.patch(self.model, arm.instance) as handle:
                     own = timed and arm.policy not in run_prompts
                     run_prompts.add(arm.policy)
-                    if handle.shares_prompts and not own:
+                    if shared is not None and handle.shares_prompts and not own:
                         first = shared.logits.argmax(-1, keepdim=True)
                         answer = Answer(self.model, handle.adopt_prompt(shared), first)
                     else:
