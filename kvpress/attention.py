@@ -12,7 +12,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 
 from kvpress.errors import PolicyError
 from kvpress.kernels.decode_attention import decode_attention
-from kvpress.kernels.gather_slots import gather_slots
+from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.prompt_attention import prompt_attention
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.layer import KVLayer
@@ -266,7 +266,7 @@ def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current
         read = layer.facts.length
     else:
         keys, values = layer.used()
-        moved = _moved(layer, query, layer.length, current)
+        moved = _moved_row(layer, query, layer.length, current)
         turned, perturbed = query, None
         if layer.rotary is not None:
             raw = _unrotated(layer, query, tokens.seen_tensor)
@@ -279,7 +279,7 @@ def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current
             values,
             layer.valid(layer.length),
             **vars(scores),
-            moved=_first_slots(layer, moved),
+            moved=moved,
             perturbed=perturbed,
             with_mass=observed,
         )
@@ -318,7 +318,7 @@ def _view(layer: KVLayer, query: Tensor, scores: Scores, current: Pass, only: sl
         state=layer.state,
         shared=current.shared,
         rows=only,
-        moved=_moved(layer, query, stop, current, only) if query.shape[2] == 1 else None,
+        moved=_moved_row(layer, query, stop, current, only) if query.shape[2] == 1 else None,
         aligned=layer.policy is None,
     )
 
@@ -340,8 +340,7 @@ def _read_selected(
         keys, values, index = layer.keys[view.rows], layer.values[view.rows], selected.index
         member, read = selected.member, float(index.shape[2])
     else:
-        keys = gather_slots(layer.keys[view.rows], selected.index)
-        values = gather_slots(layer.values[view.rows], selected.index)
+        keys, values = gather_both(layer.keys[view.rows], layer.values[view.rows], selected.index)
         member, read = selected.member, float(keys.shape[2])
     if layer.rotary is not None:
         places = None  # everything is there and in order
@@ -352,7 +351,9 @@ def _read_selected(
     if rows == 1:
         moved = view.moved
         if moved is not None and selected.index is not None:
-            moved = moved[0], moved[1].gather(2, selected.index)
+            slots = moved[1]
+            chosen = selected.index < slots if isinstance(slots, int) else slots.gather(2, selected.index)
+            moved = moved[0], chosen
         output, mass, _ = decode_attention(
             query,
             keys,
@@ -418,18 +419,35 @@ def _turned(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor | Non
     return turned, rope_shift(keys, ranks, rotary.inv_freq, rotary.interleaved)
 
 
-def _moved(
-    layer: KVLayer, query: Tensor, past: int, current: Pass, only: slice = slice(None)
-) -> tuple[Tensor, Tensor] | None:
-    """The query for entries that are attended at other positions than their own, and which those are.
+def _moved(layer: KVLayer, query: Tensor, past: int, current: Pass, only: slice) -> tuple[Tensor, Tensor] | None:
+    """The query for entries that are attended at other positions than their own, and which those are of the first `past`."""
+    other = _moved_query(layer, query, current, only) if past else None
+    return None if other is None else (other, _sinks(layer, past, only))
 
-    The recent entries that a re-indexing policy keeps stand side by side up to the query, so their distances are right as
-    they are; the sinks before them must come nearer by the gap between. Rotating the query back by the gap does that.
+
+def _moved_row(
+    layer: KVLayer, query: Tensor, stop: int, current: Pass, only: slice = slice(None)
+) -> tuple[Tensor, Tensor | int] | None:
+    """The same for a single row, of the first `stop` slots.
+
+    In an unpadded batch their number is enough: they are the first, as sinks are never dropped.
     """
-    sinks = 0 if layer.policy is None else layer.policy.reindexed_sinks
-    if sinks == 0 or past == 0 or layer.facts.tokens is None:
+    other = _moved_query(layer, query, current, only)
+    if other is None:
         return None
-    rotary = current.rotary[layer.index]
+    if layer.uniform and layer.policy is not None:
+        return other, min(layer.policy.reindexed_sinks, stop)
+    return other, _sinks(layer, stop, only)
+
+
+def _moved_query(layer: KVLayer, query: Tensor, current: Pass, only: slice) -> Tensor | None:
+    """The query for the sinks of a re-indexing policy, [batch, heads, rows, head_dim]; None if they are where they were.
+
+    The recent entries that the policy keeps stand side by side up to the query, so their distances are right as they are;
+    the sinks before them must come nearer by the gap between. Rotating the query back by the gap does that.
+    """
+    if layer.policy is None or layer.policy.reindexed_sinks == 0 or layer.facts.tokens is None:
+        return None
     if layer.uniform and layer.tokens is not None:
         gap = layer.tokens[0] - layer.entries
         if gap == 0:
@@ -438,15 +456,15 @@ def _moved(
     else:
         held = (layer.positions[only, 0, : layer.length] >= 0).sum(-1)
         shift = (held - layer.facts.tokens.to(held.device)[only]).float()
-    positions = layer.positions[only, :, :past]
-    return rope_shift(query, shift, rotary.inv_freq, rotary.interleaved), (positions >= 0) & (positions < sinks)
+    rotary = current.rotary[layer.index]
+    return rope_shift(query, shift, rotary.inv_freq, rotary.interleaved)
 
 
-def _first_slots(layer: KVLayer, moved: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | int] | None:
-    """The same with the number of moved slots where they are the first: in an unpadded batch, as sinks are never dropped."""
-    if moved is None or not layer.uniform or layer.policy is None:
-        return moved
-    return moved[0], min(layer.policy.reindexed_sinks, layer.length)
+def _sinks(layer: KVLayer, stop: int, only: slice) -> Tensor:
+    """Which of the first `stop` slots hold a sink that is re-indexed, bool [batch, kv_heads, stop]."""
+    assert layer.policy is not None
+    positions = layer.positions[only, :, :stop]
+    return (positions >= 0) & (positions < layer.policy.reindexed_sinks)
 
 
 class _NoBackward(torch.autograd.Function):

@@ -184,8 +184,8 @@ class View:
             every prompt pass; a tensor must have the batch as its first dimension. What a chunk of a prompt leaves is lost.
         shared: what the policy hands from layer to layer in one pass; empty at the first layer.
         rows: which sequences of the batch these are.
-        moved: (query, bool [batch, kv_heads, n]), in a decode step under an eviction policy that re-indexes its sinks: what
-            the attention uses instead of `query` for the slots where it is True.
+        moved: (query, slots), in a decode step under an eviction policy that re-indexes its sinks: what the attention uses
+            instead of `query` for the slots where the bool [batch, kv_heads, n] is True, or for the first so many.
         aligned: a slot holds the same token in every layer and kv head, since nothing evicts.
     """
 
@@ -202,7 +202,7 @@ class View:
     state: dict[str, Any]
     shared: dict[str, Any]
     rows: slice
-    moved: tuple[Tensor, Tensor] | None = None
+    moved: tuple[Tensor, Tensor | int] | None = None
     aligned: bool = False
 
 
