@@ -2,29 +2,31 @@
 
     python benchmarks/decode.py                      # SmolLM2-135M, 2k/4k/8k, batch 1 and 4, float32 and bfloat16
     python benchmarks/decode.py --contexts 8192 --dtypes float32 --batches 1 --policies full h2o
+    python benchmarks/decode.py --contexts 8192 --batches 1 --policies full snapkv --compile --out compiled.csv
 
 All policies of one setting run interleaved with transformers' DynamicCache (sdpa) in one process: a round gives every one
 of them the same decode steps, and the ratio is the median over rounds of (policy / transformers in that round). The prompt
 is text of novels, run once and given to all, because what a selecting policy reads depends on how far its query heads agree.
-`floor` is the model with an empty cache: no policy can be faster than that.
+`floor` is the model with an empty cache: no policy can be faster than that. With --compile every policy is there twice, the
+second time with `kvpress.patch(..., compile=True)`.
 """
 
 import time
 from typing import Any
 
 import torch
-from common import Rows, arguments, chosen_policies, ratios
+from common import Rows, arguments, cache_bytes, chosen_policies, ratios
 from torch import Tensor
 from transformers import DynamicCache
 
 import kvpress
 from kvpress.haystack import book_text
-from kvpress.layer import KVLayer
 from kvpress.models import load_model
 from kvpress.policy import Policy
 from kvpress.sharing import SharedPrompt
 
 PLAIN = "transformers"
+COMPILED = " compiled"
 
 
 def text(tokenizer: Any, batch: int, length: int) -> Tensor:
@@ -55,24 +57,23 @@ def policy_cache(model: Any, policy: Policy, prompt: SharedPrompt) -> DynamicCac
     return cache
 
 
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the tensors that a cache holds."""
-    return sum(
-        layer.nbytes if isinstance(layer, KVLayer) else layer.keys.nbytes + layer.values.nbytes
-        for layer in cache.layers
-        if layer.keys is not None
-    )
-
-
 @torch.inference_mode()
 def compare(
-    model: Any, tokenizer: Any, policies: list[Policy], context: int, batch: int, rounds: int, steps: int
+    model: Any,
+    tokenizer: Any,
+    policies: list[Policy],
+    context: int,
+    batch: int,
+    rounds: int,
+    steps: int,
+    compiled: bool = False,
 ) -> list[dict[str, Any]]:
     """Time every policy against transformers in one setting."""
     ids = text(tokenizer, batch, context + (rounds + 1) * steps)
     prompt = kvpress.record_prompt(model, ids[:, :context])
     caches = {PLAIN: plain_cache(model, prompt), "floor": DynamicCache(config=model.config)}
-    by_name = {policy.describe(): policy for policy in policies}
+    endings = ["", COMPILED] if compiled else [""]
+    by_name = {policy.describe() + ending: policy for policy in policies for ending in endings}
     for name, policy in by_name.items():
         caches[name] = policy_cache(model, policy, prompt)
     del prompt
@@ -88,7 +89,7 @@ def compare(
         at = context + round_ * steps
         for name in caches:
             if name in by_name:
-                with kvpress.patch(model, by_name[name]):
+                with kvpress.patch(model, by_name[name], compile=name.endswith(COMPILED)):
                     value = step_ms(name, at)
             else:
                 value = step_ms(name, at)
@@ -105,13 +106,15 @@ def main() -> None:
     """Command line."""
     parser = arguments(__doc__ or "", [2048, 4096, 8192], [1, 4], "decode.csv")
     parser.add_argument("--steps", type=int, default=4, help="decode steps per round")
+    parser.add_argument("--compile", action="store_true", help="every policy also with compiled steps")
     options = parser.parse_args()
     policies, rows = chosen_policies(options), Rows(options.out)
     for dtype in options.dtypes:
         model, tokenizer = load_model(options.model, device="cpu", dtype=dtype)
         for context in options.contexts:
             for batch in options.batches:
-                for row in compare(model, tokenizer, policies, context, batch, options.rounds, options.steps):
+                todo = context, batch, options.rounds, options.steps, options.compile
+                for row in compare(model, tokenizer, policies, *todo):
                     rows.add({"model": options.model, "dtype": dtype, **row})
 
 

@@ -21,6 +21,8 @@ from kvpress.passes import Pass, Scores, Tokens, active_pass, one_row
 from kvpress.policy import Selected, View
 
 NAME = "kvpress"
+COMPILED_LAYER = "_kvpress_layer"
+"""Attribute of an attention module in a compiled step: which of the layers that the policies act on it is."""
 
 
 class Originals:
@@ -68,7 +70,8 @@ def register() -> None:
 
 def mask(*args: Any, mask_function: Any = causal_mask_function, config: Any = None, **kwargs: Any) -> Any:
     """No mask for the layers we attend (padding is an empty slot, causality is structural); the original for others."""
-    if active_pass() is not None and mask_function is causal_mask_function:
+    # What is compiled cannot ask for the pass in progress.
+    if mask_function is causal_mask_function and (torch.compiler.is_compiling() or active_pass() is not None):
         return None
     original = AttentionMaskInterface().get(originals.name(config))
     return None if original is None else original(*args, mask_function=mask_function, config=config, **kwargs)
@@ -94,6 +97,10 @@ def attention(
     Returns:
         [batch, q, heads, head_dim] and None.
     """
+    layer = getattr(module, COMPILED_LAYER, None)
+    if layer is not None and torch.compiler.is_compiling():
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return attend_step(query, key, value, kwargs.get("s_aux"), layer, scale, kwargs.get("softcap")), None
     current = active_pass()
     index = None if current is None else current.modules.get(id(module))
     if current is None or index is None:
@@ -120,6 +127,41 @@ def attention(
     if query.requires_grad:
         output = _NoBackward.apply(output, query)
     return output.transpose(1, 2).contiguous(), None
+
+
+@torch.library.custom_op("kvpress::attend_step", mutates_args=())
+def attend_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    sinks: Tensor | None,
+    layer: int,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """A decode step's attention in one layer of the pass in progress, as one operation of a compiled graph.
+
+    That it also writes to the cache is nothing a graph needs to know: layers depend on one another, so they stay in order.
+
+    Args:
+        query: [batch, heads, 1, head_dim].
+        key, value: [batch, kv_heads, 1, head_dim].
+        layer: which of the layers that the policies act on.
+
+    Returns:
+        [batch, 1, heads, head_dim].
+    """
+    current = active_pass()
+    assert current is not None
+    scores = Scores(scale, softcap, sinks)
+    with torch.no_grad():
+        output = _decode(current.layers[layer], current.tokens, query, key, value, scores, current)
+    return output.transpose(1, 2).contiguous()
+
+
+@attend_step.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, scores: Scores) -> Tensor:

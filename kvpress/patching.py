@@ -15,6 +15,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.utils import ModelOutput
 
 from kvpress.attention import NAME, originals, register
+from kvpress.compiled import check_compiles, compile_steps, is_compiled, undo_compile
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.layer import Facts, KVLayer
 from kvpress.paged import PagedLayer
@@ -43,7 +44,7 @@ _handles: "weakref.WeakKeyDictionary[Any, Handle]" = weakref.WeakKeyDictionary()
 _handles_lock = threading.Lock()
 
 
-def patch(model: Any, policy: PolicySpec) -> "Handle":
+def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     """Put a policy on a loaded transformers causal LM.
 
     From then on `model.generate`, `model(...)` and pipelines over the model use caches that follow the policy, until
@@ -54,6 +55,7 @@ def patch(model: Any, policy: PolicySpec) -> "Handle":
         model: a decoder-only `PreTrainedModel`, on its device, with weights.
         policy: a policy, a name ("h2o"), a mapping ({"name": "h2o", "budget": 0.2}), the path of a YAML file that holds
             one, or a list of policies that play different roles.
+        compile: run decode steps as a graph compiled by `torch.compile`, see `Handle.compile`.
 
     Returns:
         A handle: `report()`, `unpatch()`, and a context manager that unpatches at its end.
@@ -90,8 +92,12 @@ def patch(model: Any, policy: PolicySpec) -> "Handle":
             raise PolicyError(
                 f"{type(model).__name__} is already patched with {_handles[decoder].describe()}; call kvpress.unpatch(model) first"
             )
+        if compile:
+            check_compiles(model, decoder)
         handle = Handle(model, decoder, policies, attention, rotary)
         _handles[decoder] = handle
+    if compile:
+        handle.compile()
     return handle
 
 
@@ -202,7 +208,39 @@ class Handle:
             model.__dict__.pop("generate", None)
         with _handles_lock:
             if decoder is not None:
+                undo_compile(decoder)
                 _handles.pop(decoder, None)
+
+    def compile(self, backend: Any = "inductor") -> "Handle":
+        """Run decode steps as one graph, compiled at the first of them (which takes a minute or so) and used from then on.
+
+        A step has the same shapes however much the cache holds, so there is one graph for each batch size. Prompts are not
+        compiled, nor steps with gradients on, or with a padding mask and no `position_ids` (`generate` gives them).
+
+        Args:
+            backend: as in `torch.compile`.
+
+        Returns:
+            This handle.
+
+        Raises:
+            PolicyError: it is unpatched or compiled already, generating right now, or there is no C++ compiler.
+            UnsupportedModelError: some of the model's layers are not the policies', or it is spread over devices. In a
+                first step: torch cannot make one graph of it.
+        """
+        decoder = self._decoder()
+        with self._lock:
+            if not self._patched:
+                raise PolicyError(f"this handle ({self.describe()}) is unpatched; patch the model first")
+            if self._busy:
+                raise PolicyError(
+                    "the model is generating right now; compile it when generate() or forward() has returned"
+                )
+            if is_compiled(decoder):
+                raise PolicyError(f"this handle ({self.describe()}) is compiled already")
+            check_compiles(self._model(), decoder, backend)
+            compile_steps(decoder, backend)
+        return self
 
     def report(self) -> Report:
         """What the policy did in the cache that the model used last.

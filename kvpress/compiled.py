@@ -1,0 +1,116 @@
+"""Decode steps of a patched model as one compiled graph, in which each layer's attention is one operation."""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from kvpress.attention import COMPILED_LAYER
+from kvpress.errors import PolicyError, UnsupportedModelError
+from kvpress.passes import Pass, active_pass
+from kvpress.support import find_attention
+
+# What a call may bring beside ids or embeddings and positions: none of it matters to the graph of a step.
+LEFT_OUT = {"attention_mask", "past_key_values", "use_cache", "cache_position", "return_dict"}
+
+
+class CompiledSteps:
+    """A decoder's `forward` that runs decode steps in a compiled graph, and all other passes as they are.
+
+    The graph sees a step without its cache, so that nothing in it changes from step to step: it is compiled once for each
+    batch size. How many entries there are and which of them stay is the matter of its attention operations, which find the
+    pass in progress on their thread when they run.
+
+    Args:
+        forward: the bound `forward` of the decoder.
+        backend: as in `torch.compile`.
+    """
+
+    def __init__(self, forward: Any, backend: Any) -> None:
+        self.forward = forward
+        self._step = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        current = active_pass()
+        inputs = None if args or current is None else step_inputs(current, kwargs)
+        if inputs is None:
+            return self.forward(*args, **kwargs)
+        try:
+            output = self._step(**inputs, past_key_values=None, use_cache=False)
+        except torch._dynamo.exc.Unsupported as error:
+            reason = str(error).strip().splitlines()[0]
+            raise UnsupportedModelError(
+                f"a step of {type(self.forward.__self__).__name__} is not one graph for torch.compile ({reason}); patch the model "
+                "without compile=True"
+            ) from error
+        output.past_key_values = kwargs["past_key_values"]
+        return output
+
+
+def step_inputs(current: Pass, kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors that a compiled step needs of a call's arguments; None for a call that is run as it is."""
+    if current.prompt or not current.layers or torch.is_grad_enabled() or kwargs.get("return_dict") is False:
+        return None
+    given = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
+    inputs = {name: value for name, value in given.items() if value is not None and value is not False}
+    if any(not isinstance(value, Tensor) for value in inputs.values()):
+        return None
+    positions = current.tokens.positions
+    if "position_ids" not in inputs:
+        if kwargs.get("attention_mask") is not None:
+            return None  # a model may count positions by its mask
+        inputs["position_ids"] = torch.tensor([[current.layers[0].facts.seen]], device=positions.device)
+    # Without a mask transformers looks in the positions for sequences that are packed in one.
+    inputs["attention_mask"] = torch.ones(len(current.tokens.seen_tensor), 1, dtype=torch.bool, device=positions.device)
+    return inputs
+
+
+def check_compiles(model: Any, decoder: Any, backend: Any = "inductor") -> None:
+    """Raise an error if a step of the model cannot be one graph, or `backend` could not build it.
+
+    Raises:
+        PolicyError: there is no compiler for the backend.
+        UnsupportedModelError: there are layers that the policies leave alone, or the model is spread over devices.
+    """
+    name = type(model).__name__
+    others = len(DynamicCache(config=decoder.config).layers) - len(find_attention(decoder))
+    if others:
+        raise UnsupportedModelError(
+            f"{name} has {others} layers that the policies leave alone, and a compiled step knows no cache but theirs; leave "
+            "compile out"
+        )
+    if any(hasattr(module, "_hf_hook") for module in decoder.modules()) or (getattr(model, "tp_size", None) or 1) > 1:
+        raise UnsupportedModelError(
+            f"{name} is spread over devices or processes (device_map, tp_plan), which is not one graph; leave compile out"
+        )
+    wanted = os.environ.get("CXX")
+    names = [wanted] if wanted else ["g++", "clang++"]
+    on_cpu = next(decoder.parameters()).device.type == "cpu"
+    if backend == "inductor" and on_cpu and not any(shutil.which(name) for name in names):
+        raise PolicyError(
+            f"compile=True builds C++ code on a CPU, and there is no compiler ({' or '.join(names)}); install one (Debian: "
+            "apt install g++), or leave compile out"
+        )
+
+
+def is_compiled(decoder: Any) -> bool:
+    """Whether `compile_steps` was called on the decoder."""
+    return isinstance(decoder.__dict__.get("forward"), CompiledSteps)
+
+
+def compile_steps(decoder: Any, backend: Any) -> None:
+    """Make the decode steps of a patched decoder run in a compiled graph."""
+    for index, module in enumerate(find_attention(decoder).values()):
+        setattr(module, COMPILED_LAYER, index)
+    decoder.forward = CompiledSteps(decoder.forward, backend)
+
+
+def undo_compile(decoder: Any) -> None:
+    """Undo `compile_steps`, if it was called."""
+    if is_compiled(decoder):
+        del decoder.forward
+        for module in find_attention(decoder).values():
+            delattr(module, COMPILED_LAYER)
