@@ -1,6 +1,7 @@
 """A pass key in a text longer than the model was trained for: SmolLM2-135M (8192 tokens) at 12k tokens.
 
     python examples/length_extrapolation.py                          # full, streaming_llm, token_select; 5 keys each
+    python examples/length_extrapolation.py --dtype bfloat16         # a quarter of an hour on two cores that have it
     python examples/length_extrapolation.py --tokens 16000 --policies token_select --seeds 10
 
 The key is said once in a text of five sentences that repeat, at a depth that differs from seed to seed, and asked for at
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 import kvpress
 from kvpress.models import load_model
@@ -144,7 +145,15 @@ def main() -> None:
 
     first = results[0]
     title = f"{options.model}, trained for {first['trained']} tokens; {options.tokens} tokens, {first['dtype']}"
-    table = Table("policy", "found", "at depth", "cache", "peak over the model", "prompt and answer", title=title)
+    table = Table(
+        Column("policy", no_wrap=True),
+        "found",
+        "at depth",
+        "cache",
+        "peak over the model",
+        "prompt and answer",
+        title=title,
+    )
     for result in results:
         depths = [f"{(seed + 0.5) / options.seeds:.0%}" for seed, found in enumerate(result["found"]) if found]
         table.add_row(
