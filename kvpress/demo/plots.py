@@ -122,7 +122,7 @@ def _spread_labels(axes: Axes, labels: Sequence[tuple[Annotation, Transform, Bbo
     Args:
         labels: each with the transform that its point is drawn with, and the box of its interval.
     """
-    offsets = [(dx, dy) for dx in range(-160, 161, 8) for dy in range(-160, 161, 8) if abs(dx) > 8]
+    offsets = [(dx, dy) for dx in range(-240, 241, 8) for dy in range(-240, 241, 8) if abs(dx) > 8]
     offsets.sort(key=lambda offset: math.hypot(*offset))
     intervals = [interval.padded(6) for _, _, interval in labels]
     taken = list(intervals)
