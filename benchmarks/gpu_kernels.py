@@ -23,6 +23,7 @@ from kvpress.kernels.decode_scores import decode_scores
 from kvpress.kernels.merge_slots import merge_slots
 from kvpress.kernels.page_bounds import page_bounds
 from kvpress.kernels.page_scores import page_scores
+from kvpress.kernels.paged_attention import paged_attention
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
@@ -153,6 +154,24 @@ class Maker(NamedTuple):
             return relative(calls[OURS][0]()[0][:1], exact(query[:1], *picked, s.scale))
 
         return Case("decode_attention, selected", batch, f"{s.k} of {s.n}", calls, nbytes, error)
+
+    def paged(self, batch: int) -> Case:
+        """One token over as many entries as all kv heads have in `decode`, in pages of 32, most of them the first heads'."""
+        s = self.sizes
+        query, key, value = self.qkv(batch, 1, s.n)
+        key, value = (x.view(batch, -1, s.head_dim) for x in (key, value))
+        shares = torch.rand(
+            batch, key.shape[1] // 32, device=self.device, generator=torch.Generator(self.device).manual_seed(0)
+        )
+        owner = (shares.square() * s.kv_heads).long().sort(dim=-1).values
+        valid = torch.ones(key.shape[:2], dtype=torch.bool, device=self.device)
+
+        def call(backend: Any) -> Tensor:
+            tensors = query, key, value, owner, valid
+            return paged_attention(*tensors, kv_heads=s.kv_heads, scale=s.scale, backend=backend)[0]
+
+        calls: dict[str, Calls] = {OURS: [partial(call, "triton")], "torch": [partial(call, "torch")]}
+        return Case("paged_attention", batch, f"{s.n} a head", calls, 2 * key.nbytes, against(calls))
 
     def scores(self, batch: int) -> Case:
         """q.k of one token with all entries."""
@@ -487,7 +506,7 @@ def makers(maker: Maker) -> Iterator[Callable[[], Case]]:
         yield partial(maker.topk, batch)
     yield partial(maker.mass, 1)
     yield partial(maker.block_sparse, 1)
-    for name in ("scores", "bounds", "pages", "vote", "union", "window", "compact", "rope", "merge"):
+    for name in ("paged", "scores", "bounds", "pages", "vote", "union", "window", "compact", "rope", "merge"):
         yield partial(getattr(maker, name), 1)
     yield partial(maker.flex_block_sparse, 1)
 

@@ -97,8 +97,7 @@ def decode_attention(
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores, for models that have it.
         sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
         moved: (query, slots): a second query [batch, heads, 1, head_dim] that is used instead on the slots where the
-            bool [batch, kv_heads, n] is True, or on the first so many (re-indexed positions). This runs in torch, whatever
-            the backend.
+            bool [batch, kv_heads, n] is True, or on the first so many of the n (re-indexed positions).
         index: int [batch, kv_heads, n], the slots to attend, each in [0, slots) and valid once at most; None for all.
         page_size: with more than 1, `index` lists pages of that many slots: int [batch, kv_heads, pages], page j being the
             slots from j * page_size on, as far as there are any; `valid` is of pages too. n is pages * page_size then.
@@ -123,7 +122,7 @@ def decode_attention(
         raise ValueError(
             f"page_size={page_size} is the size of listed pages; give 1 or more, and `index` with more than 1"
         )
-    if use_triton(backend, query) and moved is None and query.dtype != torch.float64:
+    if use_triton(backend, query) and query.dtype != torch.float64:
         from kvpress.kernels.gpu import decode_attention as gpu
 
         return gpu.decode_attention(
@@ -135,6 +134,7 @@ def decode_attention(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
+            moved=moved,
             perturbed=perturbed,
             page_size=page_size,
             with_mass=with_mass,

@@ -41,8 +41,7 @@ def decode_scores(
         key: [batch, kv_heads, slots, head_dim]; only the slot dimension may be strided.
         scale: factor on q.k, from the model.
         moved: (query, slots): a second query [batch, heads, 1, head_dim] that is used instead on the slots where the
-            bool [batch, kv_heads, slots] is True, or on the first so many (re-indexed positions). This runs in torch,
-            whatever the backend.
+            bool [batch, kv_heads, slots] is True, or on the first so many (re-indexed positions).
         backend: "triton" and "auto" on CUDA run the Triton kernel.
 
     Returns:
@@ -51,10 +50,10 @@ def decode_scores(
     Raises:
         ValueError: the backend does not exist, or cannot run here.
     """
-    if use_triton(backend, query) and moved is None and query.dtype != torch.float64:
+    if use_triton(backend, query) and query.dtype != torch.float64:
         from kvpress.kernels.gpu import decode_scores as gpu
 
-        return gpu.decode_scores(query, key, scale=scale)[0]
+        return gpu.decode_scores(query, key, scale=scale, moved=moved)[0]
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]
     group, keys = heads // kv_heads, key.flatten(0, 1)

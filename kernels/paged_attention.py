@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from kvpress.kernels.backend import Backend, use_triton
 from kvpress.kernels.decode_attention import decode_attention_reference
 from kvpress.kernels.decode_scores import TILE_KEYS
 
@@ -53,12 +54,13 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     with_mass: bool = False,
+    backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of one query row per head over the pages of its kv head.
 
     Every page is attended alone by the query heads of its owner, all pages as one batch of small products; then the pages of
     a head are put together by their largest scores and sums. So K and V of a page are read once, and the work is that of the
-    pages, however they are spread over the heads. Runs in torch on every device.
+    pages, however they are spread over the heads.
 
     Args:
         query: [batch, heads, 1, head_dim]; query head h reads the pages of kv head h // (heads / kv_heads).
@@ -68,11 +70,30 @@ def paged_attention(
         kv_heads: number of kv heads.
         scale, softcap, sinks: as in `decode_attention`.
         with_mass: also return the attention weights, summed over the group.
+        backend: "triton", and "auto" on CUDA, run the Triton kernels. Equal inputs give equal results.
 
     Returns:
         output: [batch, heads, 1, head_dim] in the dtype of `query`; zeros for a head without entries.
         mass: float32 [batch, pages * page], 0 for an empty slot; or None.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
+    if use_triton(backend, query) and query.dtype != torch.float64:
+        from kvpress.kernels.gpu import paged_attention as gpu
+
+        return gpu.paged_attention(
+            query,
+            key,
+            value,
+            owner,
+            valid,
+            kv_heads=kv_heads,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            with_mass=with_mass,
+        )
     batch, heads, _, head_dim = query.shape
     pages, group = owner.shape[1], heads // kv_heads
     row = (owner + kv_heads * torch.arange(batch, device=owner.device)[:, None]).flatten()  # of [batch * kv_heads]

@@ -155,16 +155,20 @@ def per_head(n: int, dtype: torch.dtype = torch.int64, heads: int = KV_HEADS) ->
 
 
 def decode(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 4096) -> None:
-    """One token over all slots, or with every feature over listed slots or pages."""
+    """One token over all slots, or with every feature over listed slots or pages; a second query for the first, or marked."""
     heads = KV_HEADS * group
-    options: dict[str, Any] = dict.fromkeys(("softcap", "sinks", "perturbed"))
+    options: dict[str, Any] = dict.fromkeys(("softcap", "sinks", "moved", "perturbed"))
     options |= {"page_size": 1, "with_mass": False, "per_head": False, "with_lse": False, "scale": 0.1}
     valid = index = None
-    if form != "plain":
+    other = torch.empty(1, heads, 1, head_dim, dtype=dtype)
+    if form == "first moved":
+        options["moved"] = other, 4
+    elif form != "plain":
         valid = per_head(n, torch.bool, heads)
         options |= {"softcap": 30.0, "sinks": torch.empty(heads, dtype=dtype), "with_mass": True}
     if form == "listed":
         index = per_head(n)
+        options["moved"] = other, per_head(n, torch.bool)
         options["perturbed"] = NOISE, torch.empty(1, 1, dtype=torch.int32), per_head(n, torch.int32)
     if form == "pages":
         index, valid, options["page_size"] = per_head(n // 16), per_head(n // 16, torch.bool, heads), 16
@@ -176,14 +180,33 @@ def decode(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 40
     )
 
 
+def paged(head_dim: int, dtype: torch.dtype, group: int, full: bool, n: int = 4096) -> None:
+    """One token over n slots of the kv heads in pages of 32, plain or with every feature."""
+    heads, slots = KV_HEADS * group, KV_HEADS * n // 32 * 32 or 32
+    options: dict[str, Any] = {"softcap": None, "sinks": None, "with_mass": False}
+    if full:
+        options = {"softcap": 30.0, "sinks": torch.empty(heads, dtype=dtype), "with_mass": True}
+    gpu("paged_attention").paged_attention(
+        torch.empty(1, heads, 1, head_dim, dtype=dtype),
+        *(torch.empty(1, slots, head_dim, dtype=dtype) for _ in range(2)),
+        torch.empty(1, slots // 32, dtype=torch.int64),
+        torch.empty(1, slots, dtype=torch.bool),
+        kv_heads=KV_HEADS,
+        scale=0.1,
+        **options,
+    )
+
+
 def scores(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 4096) -> None:
-    """Decode scores, page scores and soft votes."""
+    """Decode scores, also with a second query for the first keys or for marked ones, page scores and soft votes."""
     query = torch.empty(1, KV_HEADS * group, 1, head_dim, dtype=FP32 if form == "raw keys" else dtype)
     key, least = cache(head_dim, dtype, n)
     if form in ("votes", "raw keys"):
         gpu("soft_vote").soft_vote(query, key, torch.empty(1, n, dtype=torch.bool), scale=1.0)
     else:
-        gpu("decode_scores").decode_scores(query, key, scale=0.1, least=least if form == "pages" else None)
+        moved = {"moved": (query, per_head(n, torch.bool)), "first moved": (query, 4)}.get(form)
+        options = {"moved": moved, "least": least if form == "pages" else None}
+        gpu("decode_scores").decode_scores(query, key, scale=0.1, **options)
 
 
 def mass(head_dim: int, dtype: torch.dtype, group: int, rows: int, full: bool, n: int = 4096) -> None:
@@ -268,6 +291,7 @@ def decode_calls() -> Iterator[Callable[[], None]]:
     for head_dim in HEAD_DIMS:
         yield partial(decode, head_dim, BF16, 4, "plain")
         yield partial(decode, head_dim, BF16, 4, "listed")
+        yield partial(decode, head_dim, BF16, 4, "first moved")
         yield partial(decode, head_dim, FP32, 4, "listed")
     yield partial(decode, 128, FP16, 4, "listed")
     yield partial(decode, 128, FP32, 4, "plain")
@@ -279,6 +303,18 @@ def decode_calls() -> Iterator[Callable[[], None]]:
         yield partial(decode, 64, BF16, group, "slots")
 
 
+def paged_calls() -> Iterator[Callable[[], None]]:
+    for head_dim, dtype in product(HEAD_DIMS, (FP32, BF16)):
+        yield partial(paged, head_dim, dtype, 4, True)
+    for head_dim in HEAD_DIMS:
+        yield partial(paged, head_dim, BF16, 4, False)
+    yield partial(paged, 128, FP16, 4, True)
+    for (head_dim, group), dtype in product(MANY_HEADS, (FP32, BF16)):
+        yield partial(paged, head_dim, dtype, group, True)
+    for group in (1, 2, 8, 16):
+        yield partial(paged, 64, BF16, group, True)
+
+
 def score_calls() -> Iterator[Callable[[], None]]:
     for head_dim, dtype in product((64, 80, 128, 256), (FP32, BF16)):
         yield partial(scores, head_dim, dtype, 4, "pages")
@@ -286,7 +322,12 @@ def score_calls() -> Iterator[Callable[[], None]]:
         yield partial(scores, head_dim, BF16, 4, "votes")
     yield partial(scores, 128, FP32, 4, "votes")
     yield partial(scores, 128, BF16, 4, "raw keys")
-    yield partial(scores, 128, BF16, 4, "plain")
+    for form in ("plain", "moved", "first moved"):
+        yield partial(scores, 128, BF16, 4, form)
+    for head_dim in (80, 256):
+        yield partial(scores, head_dim, FP32, 4, "moved")
+    for (head_dim, group), dtype in product(MANY_HEADS, (FP32, BF16)):
+        yield partial(scores, head_dim, dtype, group, "moved")
     yield partial(scores, 128, FP16, 4, "pages")
     for (head_dim, group), dtype in product(MANY_HEADS, (FP32, BF16)):
         yield partial(scores, head_dim, dtype, group, "pages")
@@ -325,6 +366,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
     "merge_slots": [
         partial(merge, d, dtype, norms) for d in (64, 80, 128, 256) for dtype in (FP32, BF16) for norms in (False, True)
     ],
+    "paged_attention": list(paged_calls()),
     "page_bounds": [
         *(
             partial(bounds, d, t, size, True)

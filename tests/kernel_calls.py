@@ -13,6 +13,7 @@ from kvpress.kernels.gather_slots import gather_slots
 from kvpress.kernels.merge_slots import merge_slots
 from kvpress.kernels.page_bounds import page_bounds
 from kvpress.kernels.page_scores import page_scores
+from kvpress.kernels.paged_attention import paged_attention
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
@@ -64,6 +65,15 @@ def own_and_half_way(query, size):
     return torch.stack([own, half], dim=-1).expand(1, KV_HEADS, -1, -1)
 
 
+def paged(query, key, value, backend):
+    """The kv heads' entries as pages of 16 slots, head after head."""
+    keys, values = (x.reshape(1, -1, HEAD_DIM) for x in (key, value))
+    owner = torch.arange(KV_HEADS, device=key.device).repeat_interleave(key.shape[2] // 16)[None]
+    valid = torch.ones(keys.shape[:2], dtype=torch.bool, device=key.device)
+    options = {"kv_heads": KV_HEADS, "scale": 0.1, "with_mass": True, "backend": backend}
+    paged_attention(query[:, :, :1], keys, values, owner, valid, **options)
+
+
 def merged(key, value, backend):
     """Three of four entries go to the fourth."""
     rest = slots_of(key)[..., slots_of(key)[0, 0] % 4 > 0].contiguous()
@@ -89,6 +99,7 @@ LINEAR = {
     "merge_slots": lambda q, k, v, b: merged(k, v, b),
     "page_bounds": lambda q, k, v, b: page_bounds(k, None, 16, backend=b),
     "page_scores": lambda q, k, v, b: page_scores(q[:, :, :1], k, k + 1, backend=b),
+    "paged_attention": paged,
     "rope_shift": lambda q, k, v, b: rope_shift(k, places(k), torch.rand(4), backend=b),
     "soft_vote": lambda q, k, v, b: soft_vote(q[:, :, :2], k, scale=0.1, backend=b),
     "topk_select": lambda q, k, v, b: topk_select(k[..., 0], quarter(k)[..., 1], k.shape[2] // 4, backend=b),

@@ -69,11 +69,20 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@triton.jit
+def capped(b_scores, softcap):
+    """softcap * tanh(scores / softcap), or the scores where it is None."""
+    if softcap is not None:
+        # tanh by its definition: Triton has none of its own. Where exp overflows it gives 1.
+        b_scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * b_scores / softcap) + 1.0))
+    return b_scores
+
+
 # Lengths grow in decode and are never compiled in, nor are strides that grow with them; those of K and V are multiples of the
 # head dimension, which has to be known for wide loads.
 @triton.jit(
-    do_not_specialize=["count", "per_split", "slots", "kv_heads", "group", "stride_ib", "stride_ih", "stride_mb",
-                       "stride_mh", "stride_pb", "stride_ph"]
+    do_not_specialize=["count", "per_split", "slots", "kv_heads", "group", "moved", "stride_ib", "stride_ih", "stride_mb",
+                       "stride_mh", "stride_pb", "stride_ph", "stride_ob", "stride_oh"]
 )  # fmt: skip
 def attend_kernel(
     p_query,
@@ -82,6 +91,8 @@ def attend_kernel(
     p_index,
     p_valid,
     p_sinks,
+    p_other,
+    p_moved,
     p_positions,
     p_offsets,
     p_noise,
@@ -97,6 +108,7 @@ def attend_kernel(
     slots,
     kv_heads,
     group,
+    moved,
     stride_qb,
     stride_qh,
     stride_kb,
@@ -111,6 +123,8 @@ def attend_kernel(
     stride_mh,
     stride_pb,
     stride_ph,
+    stride_ob,
+    stride_oh,
     TABLE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     PER_HEAD: tl.constexpr,
@@ -123,7 +137,8 @@ def attend_kernel(
 
     Writes p_output [batch * heads, splits, head_dim] and p_lse [batch * heads, splits], and the scores, -inf where a
     head does not look, to p_scores [batch * heads, count] unless it is None. With p_perturbed_lse, which is as p_lse, these
-    scores and that LSE are of (score + noise) / temperature; the noise of an entry is read from the table p_noise.
+    scores and that LSE are of (score + noise) / temperature; the noise of an entry is read from the table p_noise. With
+    p_other [batch * heads, head_dim] that query scores the first `moved` entries, or those that p_moved marks.
     """
     i_row, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_batch, i_head = (i_row // kv_heads).to(tl.int64), (i_row % kv_heads).to(tl.int64)
@@ -139,6 +154,9 @@ def attend_kernel(
     # [BLOCK_M, BLOCK_D]
     p_rows = p_query + i_batch * stride_qb + o_heads[:, None] * stride_qh + o_d[None, :]
     b_query = tl.load(p_rows, mask=m_m[:, None] & m_d[None, :], other=0.0)
+    if p_other is not None:
+        p_rows = p_other + o_out[:, None] * HEAD_DIM + o_d[None, :]
+        b_other = tl.load(p_rows, mask=m_m[:, None] & m_d[None, :], other=0.0)
 
     # [BLOCK_M], [BLOCK_M], [BLOCK_M, BLOCK_D]
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -184,10 +202,14 @@ def attend_kernel(
         b_key = tl.load(p_tile, mask=m_d[:, None] & m_read[None, :], other=0.0)
         # [BLOCK_M, BLOCK_N]
         b_scores = tl.dot(b_query, b_key.to(b_query.dtype), input_precision="ieee") * scale
-        if softcap is not None:
-            # tanh by its definition: Triton has none of its own. Where exp overflows it gives 1.
-            b_scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * b_scores / softcap) + 1.0))
-        b_scores = tl.where(m_seen, b_scores, float("-inf"))
+        if p_other is not None:
+            m_moved = o_n < moved
+            if p_moved is not None:
+                p_marks = p_moved + i_batch * stride_ob + i_head * stride_oh + o_n
+                m_moved = tl.load(p_marks, mask=m_n, other=0) != 0
+            b_others = tl.dot(b_other, b_key.to(b_query.dtype), input_precision="ieee") * scale
+            b_scores = tl.where(m_moved[None, :], b_others, b_scores)
+        b_scores = tl.where(m_seen, capped(b_scores, softcap), float("-inf"))
         if p_scores is not None:
             b_kept = b_scores
             if p_perturbed_lse is not None:
@@ -278,6 +300,18 @@ def weigh_kernel(p_scores, p_lse, p_mass, count, group, BLOCK_M: tl.constexpr, B
         tl.store(p_mass + i_row * count + o_n, tl.sum(b_weights, axis=0), mask=m_n)
 
 
+def moved_parts(
+    moved: tuple[Tensor, Tensor | int] | None, dtype: torch.dtype
+) -> tuple[Tensor | None, int, Tensor | None]:
+    """What kernels take of `moved`: the second query, and for how many first slots, or the marks of those it is for."""
+    if moved is None:
+        return None, 0, None
+    query, slots = moved[0].to(dtype).contiguous(), moved[1]
+    if isinstance(slots, int):
+        return query, slots, None
+    return query, 0, slots if slots.stride(-1) == 1 else slots.contiguous()
+
+
 def decode_attention(
     query: Tensor,
     key: Tensor,
@@ -288,13 +322,14 @@ def decode_attention(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
+    moved: tuple[Tensor, Tensor | int] | None,
     perturbed: "tuple[Perturbation, Tensor, Tensor] | None",
     page_size: int,
     with_mass: bool,
     per_head: bool,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `kvpress.kernels.decode_attention.decode_attention`, without `moved`.
+    """As `kvpress.kernels.decode_attention.decode_attention`.
 
     The scores are kept for the weights, 4 bytes per query head and key: reading K again would be 2 * head_dim bytes per
     kv head and key.
@@ -322,6 +357,7 @@ def decode_attention(
             offsets = gumbel_offsets(perturbation.layer, at, heads).to(torch.int32)
             noise = gumbel_table_on(perturbation.seed, query.device)
 
+    other, first, marks = moved_parts(moved, query.dtype)
     output = query.new_empty(batch, heads, 1, head_dim)
     lse = query.new_empty(batch, heads, dtype=torch.float32)
     scores = mass = None
@@ -339,6 +375,8 @@ def decode_attention(
         index,
         valid,
         sinks,
+        other,
+        marks,
         positions,
         offsets,
         noise,
@@ -354,12 +392,14 @@ def decode_attention(
         key.shape[2],
         kv_heads,
         group,
+        first,
         *query.stride()[:2],
         *key.stride()[:3],
         *value.stride()[:3],
         *((0, 0) if index is None else index.stride()[:2]),
         *((0, 0) if valid is None else valid.stride()[:2]),
         *((0, 0) if positions is None else positions.stride()[:2]),
+        *((0, 0) if marks is None else marks.stride()[:2]),
         TABLE=TABLE,
         PAGE_SIZE=page_size,
         PER_HEAD=valid is not None and valid.shape[1] != kv_heads,

@@ -9,17 +9,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress.kernels.gpu.decode_attention import Config, config, multiprocessors, split_count
+from kvpress.kernels.gpu.decode_attention import Config, config, moved_parts, multiprocessors, split_count
 
 
 # Lengths grow in decode and are never compiled in; strides of K are multiples of the head dimension, which has to be known for
 # wide loads.
-@triton.jit(do_not_specialize=["count", "per_split", "kv_heads", "group", "stride_mb"])
+@triton.jit(
+    do_not_specialize=["count", "per_split", "kv_heads", "group", "moved", "stride_mb", "stride_ob", "stride_oh"]
+)
 def scores_kernel(
     p_query,
     p_key,
     p_least,
     p_mask,
+    p_other,
+    p_moved,
     p_scores,
     p_lse,
     scale,
@@ -27,6 +31,7 @@ def scores_kernel(
     per_split,
     kv_heads,
     group,
+    moved,
     stride_qb,
     stride_qh,
     stride_kb,
@@ -36,6 +41,8 @@ def scores_kernel(
     stride_lh,
     stride_ln,
     stride_mb,
+    stride_ob,
+    stride_oh,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -44,7 +51,8 @@ def scores_kernel(
     """One split of one kv head: p_scores [batch * heads, count], and p_lse [batch * heads, splits] unless it is None.
 
     With p_least, p_key is the greatest key of a page and the score the bound. Where p_mask [batch, count] is False nothing is
-    read and the score is -inf.
+    read and the score is -inf. With p_other [batch * heads, head_dim] that query scores the first `moved` keys, or those that
+    p_moved marks.
     """
     i_row, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_batch, i_head = (i_row // kv_heads).to(tl.int64), (i_row % kv_heads).to(tl.int64)
@@ -62,6 +70,9 @@ def scores_kernel(
         p_least += i_batch * stride_lb + i_head * stride_lh
         b_negative = tl.where(b_query < 0, b_query, 0.0).to(b_query.dtype)
         b_query = tl.where(b_query > 0, b_query, 0.0).to(b_query.dtype)
+    if p_other is not None:
+        p_rows = p_other + o_out[:, None] * HEAD_DIM + o_d[None, :]
+        b_other = tl.load(p_rows, mask=m_m[:, None] & m_d[None, :], other=0.0)
 
     # [BLOCK_M]
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -81,6 +92,14 @@ def scores_kernel(
         if p_least is not None:
             b_key = tl.load(p_least + o_n.to(tl.int64)[None, :] * stride_ln + o_d[:, None], mask=m_tile, other=0.0)
             b_scores = tl.dot(b_negative, b_key.to(b_query.dtype), b_scores, input_precision="tf32x3")
+        if p_other is not None:
+            m_moved = o_n < moved
+            if p_moved is not None:
+                p_marks = p_moved + i_batch * stride_ob + i_head * stride_oh + o_n
+                m_moved = tl.load(p_marks, mask=m_n, other=0) != 0
+            # Twice three products of wide float32 tiles would not fit the registers.
+            b_others = tl.dot(b_other, b_key.to(b_query.dtype), input_precision="ieee")
+            b_scores = tl.where(m_moved[None, :], b_others, b_scores)
         b_scores *= scale
         if p_mask is not None:
             b_scores = tl.where(m_read[None, :], b_scores, float("-inf"))
@@ -107,11 +126,12 @@ def decode_scores(
     key: Tensor,
     *,
     scale: float,
+    moved: tuple[Tensor, Tensor | int] | None = None,
     least: Tensor | None = None,
     mask: Tensor | None = None,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """As `kvpress.kernels.decode_scores.decode_scores` without `moved`, or as `page_scores` with `least`.
+    """As `kvpress.kernels.decode_scores.decode_scores`, or as `page_scores` with `least`.
 
     Args:
         least: with it `key` is the greatest keys of pages.
@@ -125,6 +145,7 @@ def decode_scores(
     query = query.to(torch.promote_types(query.dtype, key.dtype))
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     least, mask = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (least, mask))
+    other, first, marks = moved_parts(moved, query.dtype)
     chosen = config(group, head_dim, query.element_size())
     splits, per_split = splits_of(count, rows, chosen, query.device)
     scores = query.new_empty(batch, heads, count, dtype=torch.float32)
@@ -135,6 +156,8 @@ def decode_scores(
             key,
             least,
             mask,
+            other,
+            marks,
             scores,
             lse,
             scale,
@@ -142,10 +165,12 @@ def decode_scores(
             per_split,
             kv_heads,
             group,
+            first,
             *query.stride()[:2],
             *key.stride()[:3],
             *((0, 0, 0) if least is None else least.stride()[:3]),
             0 if mask is None else mask.stride(0),
+            *((0, 0) if marks is None else marks.stride()[:2]),
             HEAD_DIM=head_dim,
             BLOCK_M=chosen.block_m,
             BLOCK_N=chosen.block_n,

@@ -19,7 +19,7 @@ SCRIPT = ROOT / "scripts" / "gpu_check.py"
 KERNELS = {
     "decode_attention, selected", "decode_attention", "topk_select", "attention_mass", "block_sparse_attention",
     "decode_scores", "page_bounds", "page_scores", "soft_vote", "union_select", "attention_mass, window",
-    "compact_slots", "rope_shift", "merge_slots", "block_sparse_attention, flex",
+    "compact_slots", "rope_shift", "merge_slots", "block_sparse_attention, flex", "paged_attention",
 }  # fmt: skip
 
 

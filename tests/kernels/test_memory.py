@@ -17,7 +17,6 @@ from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gumbel_noise import gumbel_noise
 from kvpress.kernels.nearest_centre import nearest_centre
-from kvpress.kernels.paged_attention import paged_attention
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
 
 
@@ -106,16 +105,7 @@ def nearest(key, value):
     return nearest_centre(key, value, slots[..., :16], torch.ones(1, KV_HEADS, 16, dtype=torch.bool), slots[..., 16:])
 
 
-def paged(query, key, value):
-    """The kv heads' entries as pages of 16 slots, head after head."""
-    keys, values = (x.reshape(1, -1, HEAD_DIM) for x in (key, value))
-    owner = torch.arange(KV_HEADS).repeat_interleave(key.shape[2] // 16)[None]
-    valid = torch.ones(keys.shape[:2], dtype=torch.bool)
-    paged_attention(query[:, :, :1], keys, values, owner, valid, kv_heads=KV_HEADS, scale=0.1, with_mass=True)
-
-
 LINEAR_ON_TORCH = {
-    "paged_attention": paged,
     "nearest_centre": lambda q, k, v: nearest(k, v),
     "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, scale=0.1, with_mass=True),
     "gumbel_noise": lambda q, k, v: gumbel_noise(1, 0, places(q)[:, :1], k[..., 0].long(), HEADS),

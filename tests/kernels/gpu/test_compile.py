@@ -45,7 +45,7 @@ def test_compiles_and_fits(architecture: int) -> None:
         if row["spilled"] > (SPILLED if half and constexprs.get("BLOCK_M", 0) <= 64 else SPILLED_BY_LARGE):
             spilling.append(line)
         # K is read 16 bytes at a time, except in pairs of channels.
-        reads_k = {"stride_kn", "stride_km", "stride_xt"} & set(types)
+        reads_k = {"stride_kn", "stride_km", "stride_xt"} & set(types) or row["launch"]["kernel"] == "pages_kernel"
         if reads_k and not row["wide"] and not constexprs.get("INTERLEAVED"):
             narrow.append(line)
     assert len(rows) > 100
@@ -74,6 +74,7 @@ def test_shapes_lead_to_nothing_else() -> None:
         groups = [*range(1, 17), *(group for width, group in launches.MANY_HEADS if width == head_dim)]
         for group, n in product(groups, (1, 100, 131072)):
             calls += [partial(launches.decode, head_dim, dtype, group, form, n=n) for form in ("plain", "slots")]
+            calls += [partial(launches.paged, head_dim, dtype, group, True, n=n)]
             calls += [partial(launches.scores, head_dim, dtype, group, form, n=n) for form in ("pages", "votes")]
         for group, rows in product((1, 3, 8), (1, 2, 7, 32, 100, 4096)):
             calls += [partial(launches.mass, head_dim, dtype, group, rows, full) for full in (False, True)]

@@ -4,8 +4,11 @@ import mmap
 
 import pytest
 import torch
+from torch.utils._pytree import tree_map
 
 from accelerator import DEVICE, DTYPES
+from attention_inputs import BATCH, KV_HEADS
+from attention_inputs import step_inputs as inputs
 from brute import attend, eager
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
@@ -14,23 +17,16 @@ from kvpress.kernels.gpu import decode_attention as gpu
 # NumPy, in the interpreter, says so where a logarithm of zero or an overflow to infinity is what is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")
 
-BATCH, KV_HEADS = 2, 2
 LENGTHS = pytest.mark.parametrize("slots", [1, 63, 111], ids="{}-slots".format)
 GROUPS = pytest.mark.parametrize("group", [1, 3, 4, 8], ids="group-{}".format)
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256], ids="d-{}".format)
 ALL = ("valid-per-head", "index", "softcap", "sinks")
-FEATURES = [(), ("valid",), ("valid-per-head",), ("index",), ("softcap",), ("sinks",), ("valid", "index"), ALL]
+FEATURES = [
+    (), ("valid",), ("valid-per-head",), ("index",), ("softcap",), ("sinks",), ("moved",), ("first-moved",),
+    ("valid", "index"), (*ALL, "moved"), (*ALL, "first-moved"),
+]  # fmt: skip
 ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
 SPLITS = pytest.mark.parametrize("keys_per_split", [128, 16], ids=["one-split", "several-splits"])
-
-
-def inputs(slots, group, head_dim, dtype=torch.float32, seed=0, spare=0):
-    """A query and the first `slots` of a buffer with `spare` more that hold NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(BATCH, KV_HEADS * group, 1, head_dim, generator=generator).to(dtype)
-    buffers = torch.randn(2, BATCH, KV_HEADS, slots + spare, head_dim, generator=generator).to(dtype)
-    buffers[..., slots:, :] = float("nan")
-    return query, buffers[0, :, :, :slots], buffers[1, :, :, :slots]
 
 
 def options(features, slots, query, seed=1, index_dtype=torch.int64):
@@ -49,13 +45,18 @@ def options(features, slots, query, seed=1, index_dtype=torch.int64):
         chosen["softcap"] = 1.5
     if "sinks" in features:
         chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
+    if "moved" in features:
+        marked = torch.rand(BATCH, KV_HEADS, entries, generator=generator) < 0.4
+        chosen["moved"] = torch.randn(query.shape, generator=generator).to(query.dtype), marked
+    if "first-moved" in features:
+        chosen["moved"] = torch.randn(query.shape, generator=generator).to(query.dtype), (entries + 1) // 2
     return chosen
 
 
 def on_device(*tensors, **chosen):
     """The Triton result, of tensors that go to the device and back."""
     tensors = [tensor.to(DEVICE) for tensor in tensors]
-    chosen = {name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in chosen.items()}
+    chosen = tree_map(lambda x: x.to(DEVICE) if isinstance(x, torch.Tensor) else x, chosen)
     results = decode_attention(*tensors, **chosen, backend="triton")
     return tuple(x if x is None else x.cpu() for x in results)
 
@@ -163,19 +164,39 @@ def test_large_logits():
         torch.testing.assert_close(lse, expected_lse, rtol=1e-4, atol=1e-3)
 
 
-def test_moved_runs_in_torch():
-    """A second query for some slots: the torch path, with and without a list."""
-    query, key, value = inputs(63, 3, 32)
-    moved = query.roll(1, 0), torch.arange(63).expand(BATCH, KV_HEADS, 63) % 3 == 0
-    chosen = options(("index",), 63, query)
-    for index in (None, chosen["index"]):
-        listed = (moved[0], moved[1] if index is None else moved[1].gather(2, index))
-        devices = tuple(x.to(DEVICE) for x in listed)
-        where = None if index is None else index.to(DEVICE)
-        tensors = (x.to(DEVICE) for x in (query, key, value))
-        output, _, _ = decode_attention(*tensors, scale=0.2, moved=devices, index=where, backend="triton")
-        expected, _, _ = decode_attention_reference(query, key, value, scale=0.2, moved=listed, index=index)
-        torch.testing.assert_close(output.cpu(), expected, atol=1e-5, rtol=1e-4)
+@pytest.mark.parametrize("count", [0, 1, 20, 63, 100], ids="first-{}".format)
+@DTYPES
+def test_moved_by_count_is_moved_by_mark(count, dtype):
+    """A number of first slots is a mask that is True there; strides of the second query and of the mask mean nothing."""
+    query, key, value = inputs(63, 3, 80, dtype)
+    other = torch.randn(BATCH, KV_HEADS * 3, 80, 2, generator=torch.Generator().manual_seed(9)).to(dtype)
+    other = other[..., :1].transpose(2, 3)
+    marked = (torch.arange(63) < count).expand(BATCH, KV_HEADS, 63).repeat_interleave(2, dim=2)[..., ::2]
+    one = on_device(query, key, value, scale=0.2, moved=(other, count), with_mass=True, with_lse=True)
+    two = on_device(query, key, value, scale=0.2, moved=(other, marked), with_mass=True, with_lse=True)
+    for ours, theirs in zip(one, two, strict=True):
+        assert torch.equal(ours, theirs)
+    expected = decode_attention_reference(*(x.float() for x in (query, key, value)), scale=0.2, moved=(other, count))
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(one[0].float(), expected[0], atol=tolerance, rtol=tolerance)
+    plain = on_device(query, key, value, scale=0.2, with_mass=True)[1]
+    assert (count == 0) == torch.equal(one[1], plain)
+
+
+@SPLITS
+@pytest.mark.parametrize("form", ["moved", "first-moved"])
+def test_moved_entries_of_pages(form, keys_per_split, monkeypatch):
+    """The mark is of an entry, not of a page, and the first entries are those of the pages listed first."""
+    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", keys_per_split)
+    query, key, value = inputs(63, 3, 32, seed=5)
+    index, valid = paged(63, 8, KV_HEADS * 3)
+    moved = options((form,), index.shape[2] * 8, query)["moved"]
+    chosen = {"index": index, "valid": valid, "page_size": 8, "scale": 0.3, "moved": moved}
+    listed, read = entries_of(index, valid, 8, 63)
+    expected = decode_attention_reference(query, key, value, read, index=listed, scale=0.3, moved=moved)
+    found = on_device(query, key, value, **chosen, with_mass=True, with_lse=True)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-5)
 
 
 def paged(slots, page_size, rows, seed=3):
@@ -239,7 +260,7 @@ PERTURBATIONS = {
 
 @pytest.mark.parametrize("perturbation", PERTURBATIONS.values(), ids=list(PERTURBATIONS))
 @pytest.mark.parametrize(
-    "features", [(), ("valid",), ("sinks", "softcap"), ALL], ids=lambda names: "+".join(names) or "plain"
+    "features", [(), ("valid",), ("sinks", "softcap"), (*ALL, "moved")], ids=lambda names: "+".join(names) or "plain"
 )
 @pytest.mark.parametrize("slots", [1, 63], ids="{}-slots".format)
 @SPLITS

@@ -63,11 +63,20 @@ def test_strides():
         assert torch.equal(decode_scores(one, other, scale=0.3, backend="triton"), expected)
 
 
-def test_moved_runs_in_torch():
-    query, key = inputs(63, 3)
-    moved = query.roll(1, 0), torch.arange(63, device=DEVICE).expand(BATCH, KV_HEADS, 63) % 3 == 0
+@LENGTHS
+@GROUPS
+@SPLITS
+@pytest.mark.parametrize("form", ["marked", "first"])
+def test_moved_equals_the_definition(n, group, keys_per_split, form, monkeypatch):
+    """A second query for marked slots, or for the first ones."""
+    monkeypatch.setattr(launch, "KEYS_PER_SPLIT", keys_per_split)
+    query, key = inputs(n, group, spare=5)
+    slots = (torch.arange(n, device=DEVICE) % 3 == 0).expand(BATCH, KV_HEADS, n) if form == "marked" else (n + 1) // 2
+    moved = query.roll(1, 0).transpose(0, 1).contiguous().transpose(0, 1), slots
     scores = decode_scores(query, key, scale=0.3, moved=moved, backend="triton")
-    torch.testing.assert_close(scores, decode_scores_reference(query, key, scale=0.3, moved=moved))
+    expected = decode_scores_reference(query, key, scale=0.3, moved=moved)
+    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-6)
+    assert (scores - decode_scores(query, key, scale=0.3, backend="triton")).abs().max() > 0.1
 
 
 @LENGTHS

@@ -9,21 +9,47 @@ import torch
 import accelerator
 import kvpress
 from kvpress.kernels import backend
-from kvpress.policies import A2SF, EMS, H2O, Keyformer, Quest, SnapKV, TidalDecode, TokenSelect
+from kvpress.policies import (
+    A2SF,
+    EMS,
+    H2O,
+    AdaKV,
+    H2OPrefill,
+    Keyformer,
+    Quest,
+    SnapKV,
+    StreamingLLM,
+    TidalDecode,
+    TokenSelect,
+)
 from models import tiny_llama, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")
 
-# Each with the kernels that are its own.
+COMMON = ("decode_attention", "topk_select")
+# Each with kernels that it cannot do without.
 POLICIES = {
-    "quest": (Quest(budget=12, page_size=4, dense_layers=1), ("page_bounds", "page_scores", "union_select")),
-    "token_select": (TokenSelect(n_init=2, n_local=6, k=4, chunk=6, theta=1.5), ("soft_vote", "rope_shift")),
-    "tidal_decode": (TidalDecode(k=6, sparse_layer_start=0, correction_layer=2), ("decode_scores", "union_select")),
-    "ems": (EMS(budget=16, window=4, n_sink=2), ("merge_slots", "attention_mass")),
-    "keyformer": (Keyformer(budget=12, new_tokens=8), ("attention_mass",)),
-    "h2o": (H2O(heavy=6, recent=6), ("compact_slots",)),
-    "a2sf": (A2SF(budget=12), ("attention_mass",)),
-    "snapkv": (SnapKV(budget=16, window=4), ("attention_mass",)),
+    "quest": (Quest(budget=12, page_size=4, dense_layers=1), (*COMMON, "page_bounds", "page_scores", "union_select")),
+    "token_select": (TokenSelect(n_init=2, n_local=6, k=4, chunk=6, theta=1.5), (*COMMON, "soft_vote", "rope_shift")),
+    "tidal_decode": (
+        TidalDecode(k=6, sparse_layer_start=0, correction_layer=2),
+        (*COMMON, "decode_scores", "union_select"),
+    ),
+    "tidal_decode beside streaming_llm": (
+        [TidalDecode(k=6, sparse_layer_start=0, correction_layer=2), StreamingLLM(budget=16, sink=2)],
+        (*COMMON, "decode_scores", "rope_shift"),
+    ),
+    "streaming_llm": (StreamingLLM(budget=16, sink=2), ("decode_attention", "rope_shift")),
+    "ada_kv": (AdaKV(SnapKV(budget=16, window=4)), ("paged_attention", "attention_mass")),
+    "ada_kv, all rows": (
+        AdaKV(H2OPrefill(budget=12, recent=3, evict="each_pass")),
+        ("paged_attention", "compact_slots"),
+    ),
+    "ems": (EMS(budget=16, window=4, n_sink=2), (*COMMON, "merge_slots", "attention_mass")),
+    "keyformer": (Keyformer(budget=12, new_tokens=8), (*COMMON, "attention_mass")),
+    "h2o": (H2O(heavy=6, recent=6), (*COMMON, "compact_slots")),
+    "a2sf": (A2SF(budget=12), (*COMMON, "attention_mass")),
+    "snapkv": (SnapKV(budget=16, window=4), (*COMMON, "attention_mass")),
 }
 
 
@@ -59,7 +85,7 @@ def test_a_model_runs_the_same(name, monkeypatch):
 
                 monkeypatch.setattr(module, "use_triton", choose)
         results.append(run(policy))
-    assert {(operation, True) for operation in (*own, "decode_attention", "topk_select")} <= used
+    assert {(operation, True) for operation in own} <= used
     (expected, kept), (found, also_kept) = results
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=2e-5)
     for ours, theirs in zip(also_kept, kept, strict=True):

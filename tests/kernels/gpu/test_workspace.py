@@ -89,6 +89,16 @@ CASES = {
         partial(launches.decode, HEAD_DIM, BF16, 4, "listed"),
         PARTS + SCORES + HEADS * (SPLITS * 4 + 15 * 8),
     ),
+    "decode, the first moved": (partial(launches.decode, HEAD_DIM, BF16, 4, "first moved"), PARTS + HEADS * 4),
+    # Numbers of pages and where a head's begin; a split of a head may hold less than the others.
+    "paged": (
+        partial(launches.paged, HEAD_DIM, BF16, 4, True),
+        (2 * 132 + KV_HEADS) * 4 * (HEAD_DIM + 1) * 4
+        + SCORES
+        + KV_HEADS * N // 32 * 4
+        + (KV_HEADS + 1) * 4
+        + HEADS * 4,
+    ),
     "decode scores": (partial(launches.scores, HEAD_DIM, BF16, 4, "plain"), 0),
     "page scores": (partial(launches.scores, HEAD_DIM, BF16, 4, "pages"), 0),
     "soft vote": (partial(launches.scores, HEAD_DIM, BF16, 4, "votes"), SCORES + HEADS * (SPLITS + 1) * 4),
