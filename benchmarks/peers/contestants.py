@@ -24,6 +24,7 @@ class Contestant:
         attention: transformers' attention implementation that the model is loaded with.
         compresses: whether it keeps the budget, or everything.
         policy: ours: what `kvpress.patch` takes, without its budget.
+        compiled: ours: with compiled decode steps. What compiling leaves in memory is in the peak then.
     """
 
     name: str
@@ -32,10 +33,12 @@ class Contestant:
     attention: Literal["sdpa", "eager"] = "sdpa"
     compresses: bool = True
     policy: dict[str, Any] | None = None
+    compiled: bool = False
 
 
-def _ours(name: str, nearest: str, **fields: Any) -> Contestant:
-    return Contestant(f"ours {name}", "ours", nearest, policy={"name": name, **fields})
+def _ours(name: str, nearest: str, compiled: bool = False, **fields: Any) -> Contestant:
+    label = f"ours {name}{' compiled' if compiled else ''}"
+    return Contestant(label, "ours", nearest, policy={"name": name, **fields}, compiled=compiled)
 
 
 CONTESTANTS = (
@@ -60,5 +63,7 @@ CONTESTANTS = (
     _ours("ada_kv", "NVIDIA AdaKV(SnapKV)", inner={"name": "snapkv", **WINDOW}, normalize=False),
     _ours("observed_attention", OBSERVED),
     _ours("h2o", "NVIDIA ObservedAttention+decoding"),
+    _ours("snapkv", "NVIDIA SnapKV", compiled=True, **WINDOW),
+    _ours("h2o", "NVIDIA ObservedAttention+decoding", compiled=True),
 )
 BY_NAME = {contestant.name: contestant for contestant in CONTESTANTS}

@@ -3,7 +3,7 @@
     python benchmarks/peers/run.py                                    # SmolLM2-135M, 2k, float32, batch 1; under 10 minutes
     python benchmarks/peers/run.py --contexts 8192 --dtypes bfloat16 --batches 1 4 --rounds 1
     python benchmarks/peers/run.py --contestants "transformers DynamicCache" "ours h2o" "NVIDIA ObservedAttention"
-    python benchmarks/peers/run.py --contestants "transformers StaticCache compiled"   # minutes: it compiles for a CPU
+    python benchmarks/peers/run.py --contestants "transformers StaticCache compiled" "ours h2o compiled"   # they compile first
     python benchmarks/peers/run.py --only-report --out benchmarks/results/2026-11-21-peers.csv
 
 NVIDIA's package has the same import name as this one, so it gets an environment of its own (in the cache folder, made once,
@@ -107,7 +107,7 @@ def chosen(names: list[str]) -> list[Contestant]:
 def options() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    usual = [contestant.name for contestant in CONTESTANTS if contestant.name != COMPILED]
+    usual = [one.name for one in CONTESTANTS if one.name != COMPILED and not one.compiled]
     today = datetime.date.today().isoformat()
     parser.add_argument("--model", default="smollm2", help="hub name or folder of a causal LM")
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048], help=f"tokens, at least {SHORTEST}")

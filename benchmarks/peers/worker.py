@@ -84,7 +84,7 @@ def prepared(contestant: Contestant, model: Any, job: dict[str, Any]) -> Iterato
         policy = dict(contestant.policy or {})
         if contestant.compresses:
             policy["budget"] = job["budget"]
-        with kvpress.patch(model, policy) as handle:
+        with kvpress.patch(model, policy, compile=contestant.compiled) as handle:
 
             def report() -> tuple[float, int]:
                 total = handle.report().total
