@@ -103,6 +103,12 @@ class Quota:
     recent: int
 
 
+def quota_of(budget: Budget, tokens: int, recent: int = 0) -> Quota:
+    """The quota of a budget, at least one entry, whose newest `recent` entries always stay, as far as it has so many."""
+    total = max(1, entries_for(budget, tokens))
+    return Quota(total, min(recent, total))
+
+
 @dataclass(frozen=True)
 class Entries:
     """The entries of one cache layer, as an eviction policy sees them.
@@ -401,9 +407,13 @@ class EvictionPolicy(Policy):
             layers: number of such layers.
         """
 
-    @abstractmethod
     def score(self, entries: Entries) -> Tensor:
-        """Score each entry, float [batch, kv_heads, n]; only the values at `entries.candidates` count."""
+        """Score each entry, float [batch, kv_heads, n]; only the values at `entries.candidates` count.
+
+        By default what the observed rows gave it, `Entries.mass`.
+        """
+        assert entries.mass is not None, f"{type(self).__name__} observes nothing and does not say how to score"
+        return entries.mass
 
     def assign(self, merging: Merging) -> Merge:
         """Where each dropped entry goes, for a policy that `merges`."""

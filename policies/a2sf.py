@@ -3,18 +3,16 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from kvpress.errors import PolicyError
 from kvpress.policy import (
     Budget,
-    Entries,
     EvictionPolicy,
     Quota,
     check_budget,
     check_choice,
     check_factor,
     entries_for,
+    quota_of,
 )
 
 
@@ -89,10 +87,4 @@ class A2SF(EvictionPolicy):
         return self.prefill == "sequential"
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        total = max(1, entries_for(self.budget, tokens))
-        return Quota(total, min(total, entries_for(self.recent, tokens)))
-
-    def score(self, entries: Entries) -> Tensor:
-        """The accumulated and forgotten attention mass, [batch, kv_heads, n]."""
-        assert entries.mass is not None
-        return entries.mass
+        return quota_of(self.budget, tokens, recent=entries_for(self.recent, tokens))

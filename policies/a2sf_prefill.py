@@ -3,19 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from kvpress.policy import (
-    Budget,
-    Entries,
-    EvictionPolicy,
-    Quota,
-    check_budget,
-    check_count,
-    check_factor,
-    check_room,
-    entries_for,
-)
+from kvpress.policy import Budget, EvictionPolicy, Quota, check_budget, check_count, check_factor, check_room, quota_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +53,4 @@ class A2SFPrefill(EvictionPolicy):
         return float(self.alpha)
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        total = max(1, entries_for(self.budget, tokens))
-        return Quota(total, min(self.recent, total))
-
-    def score(self, entries: Entries) -> Tensor:
-        """The accumulated and forgotten attention mass, [batch, kv_heads, n]."""
-        assert entries.mass is not None
-        return entries.mass
+        return quota_of(self.budget, tokens, recent=self.recent)

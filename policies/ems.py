@@ -21,7 +21,7 @@ from kvpress.policy import (
     check_count,
     check_factor,
     check_room,
-    entries_for,
+    quota_of,
 )
 
 MEAN_FLOOR = 1e-6
@@ -106,8 +106,7 @@ class EMS(EvictionPolicy):
         return self.window
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        total = max(1, entries_for(self.budget, tokens))
-        return Quota(total, min(self.window, total))
+        return quota_of(self.budget, tokens, recent=self.window)
 
     def score(self, entries: Entries) -> Tensor:
         """The global-local score, [batch, kv_heads, n]; infinite for the sinks."""

@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
 from kvpress.errors import PolicyError
-from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, check_choice, entries_for
+from kvpress.policy import Budget, EvictionPolicy, Quota, check_budget, check_choice, entries_for, quota_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,14 +90,8 @@ class H2O(EvictionPolicy):
             heavy, recent = entries_for(self.heavy, tokens), entries_for(self.recent, tokens)
             return Quota(heavy + recent, recent) if heavy + recent else Quota(1, 1)
         assert self.budget is not None
-        total = max(1, entries_for(self.budget, tokens))
-        if self.heavy is not None:
-            return Quota(total, total - min(total, entries_for(self.heavy, tokens)))
         if self.recent is not None:
-            return Quota(total, min(total, entries_for(self.recent, tokens)))
-        return Quota(total, total - total // 2)
-
-    def score(self, entries: Entries) -> Tensor:
-        """The accumulated attention mass, [batch, kv_heads, n]."""
-        assert entries.mass is not None
-        return entries.mass
+            return quota_of(self.budget, tokens, recent=entries_for(self.recent, tokens))
+        total = max(1, entries_for(self.budget, tokens))
+        heavy = total // 2 if self.heavy is None else min(total, entries_for(self.heavy, tokens))
+        return Quota(total, total - heavy)

@@ -3,18 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from kvpress.policy import (
-    Budget,
-    Entries,
-    EvictionPolicy,
-    Quota,
-    check_budget,
-    check_count,
-    check_room,
-    entries_for,
-)
+from kvpress.policy import Budget, EvictionPolicy, Quota, check_budget, check_count, check_room, quota_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +49,4 @@ class H2OPrefill(EvictionPolicy):
         check_room(self.budget, self.recent, "recent")
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        total = max(1, entries_for(self.budget, tokens))
-        return Quota(total, min(self.recent, total))
-
-    def score(self, entries: Entries) -> Tensor:
-        """The accumulated attention mass, [batch, kv_heads, n]."""
-        assert entries.mass is not None
-        return entries.mass
+        return quota_of(self.budget, tokens, recent=self.recent)

@@ -4,13 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
-
 from kvpress.errors import PolicyError
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.policy import (
     Budget,
-    Entries,
     EvictionPolicy,
     Quota,
     check_budget,
@@ -104,11 +101,6 @@ class Keyformer(EvictionPolicy):
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         total = max(1, entries_for(self.budget, tokens))
         return Quota(total, entries_for(float(self.recent), total))
-
-    def score(self, entries: Entries) -> Tensor:
-        """The accumulated mass of the noisy softmax, [batch, kv_heads, n]."""
-        assert entries.mass is not None
-        return entries.mass
 
 
 def check_temperature(value: Any, name: str) -> None:

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, entries_for
+from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, quota_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class ObservedAttention(EvictionPolicy):
         check_budget(self.budget)
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        return Quota(max(1, entries_for(self.budget, tokens)), 0)
+        return quota_of(self.budget, tokens)
 
     def score(self, entries: Entries) -> Tensor:
         """The accumulated attention mass per row that can see the entry, [batch, kv_heads, n]."""

@@ -14,8 +14,8 @@ from kvpress.policy import (
     check_count,
     check_pooling,
     check_room,
-    entries_for,
     pooled_mass,
+    quota_of,
 )
 
 
@@ -70,8 +70,7 @@ class SnapKV(EvictionPolicy):
         return self.window
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        total = max(1, entries_for(self.budget, tokens))
-        return Quota(total, min(self.window, total))
+        return quota_of(self.budget, tokens, recent=self.window)
 
     def score(self, entries: Entries) -> Tensor:
         """The window's attention mass, pooled over the candidates in position order, [batch, kv_heads, n]."""

@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, check_count, check_room, entries_for
+from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, check_count, check_room, quota_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,7 @@ class TOVA(EvictionPolicy):
         return True
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        total = max(1, entries_for(self.budget, tokens))
-        return Quota(total, min(self.recent, total))
+        return quota_of(self.budget, tokens, recent=self.recent)
 
     def score(self, entries: Entries) -> Tensor:
         """The last row's attention mass over all heads, [batch, kv_heads, n], the same for all kv heads."""
