@@ -8,7 +8,7 @@ the cache, never on the policy.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -287,8 +287,9 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     @classmethod
     def parameters(cls) -> list[Field[Any]]:
         """The hyper-parameters, those of the method itself before those that all policies of its role have."""
-        inherited = {field.name for base in cls.__mro__[1:] if is_dataclass(base) for field in fields(base)}
-        return sorted(fields(cls), key=lambda field: field.name in inherited)
+        roles = [base for base in cls.__mro__[1:] if issubclass(base, Policy) and not base.name]
+        common = {field.name for role in roles for field in fields(role)}
+        return sorted(fields(cls), key=lambda field: field.name in common)
 
     def describe(self) -> str:
         """The name with every hyper-parameter that differs from its default, as `h2o(budget=0.2)`."""

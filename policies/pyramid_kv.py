@@ -3,24 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
-
-from kvpress.policy import (
-    Budget,
-    Entries,
-    EvictionPolicy,
-    Quota,
-    check_budget,
-    check_count,
-    check_pooling,
-    check_room,
-    entries_for,
-    pooled_mass,
-)
+from kvpress.policies.snapkv import SnapKV
+from kvpress.policy import Quota, check_count
 
 
 @dataclass(frozen=True, kw_only=True)
-class PyramidKV(EvictionPolicy):
+class PyramidKV(SnapKV):
     """Keep what the last rows of the prompt attend to, more of it in lower layers than in upper ones.
 
     Scores are those of `SnapKV`: the softmax weights of the last `window` rows of the prompt pass, summed over the rows and the
@@ -41,7 +29,7 @@ class PyramidKV(EvictionPolicy):
 
     Args:
         budget: entries kept per kv head after a prompt pass, mean over the layers; int, or float share of the prompt's length
-            (paper: 128 and 2048).
+            (paper: 128 and 2048, the default).
         window: last rows of the prompt that score, and are always kept (authors' LongBench runs: 8).
         kernel_size: odd width of the pooling over neighbours; 1 is no pooling (authors' LongBench runs: 7).
         pooling: "max" (authors' LongBench runs) or "avg".
@@ -54,10 +42,7 @@ class PyramidKV(EvictionPolicy):
 
     name: ClassVar[str] = "pyramid_kv"
     paper: ClassVar[str] = "arXiv 2406.02069"
-    observes: ClassVar = "window"
-    drops_in_decode: ClassVar[bool] = False
 
-    budget: Budget = 2048
     window: int = 8
     kernel_size: int = 7
     pooling: Literal["avg", "max"] = "max"
@@ -65,21 +50,13 @@ class PyramidKV(EvictionPolicy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_budget(self.budget)
-        check_count(self.window, "window", 1)
-        check_pooling(self.kernel_size, self.pooling)
         check_count(self.beta, "beta", 1)
-        check_room(self.budget, self.window, "window")
-
-    @property
-    def observed_window(self) -> int:
-        return self.window
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        total = max(1, entries_for(self.budget, tokens))
-        beside = total - self.window
-        if beside <= 0 or layers == 1 or tokens < max(total, 2 * beside):
-            return Quota(total, min(self.window, total))
+        even = super().quota(tokens, layer, layers)
+        beside = even.total - self.window
+        if beside <= 0 or layers == 1 or tokens < max(even.total, 2 * beside):
+            return even
         last = beside // self.beta
         first = 2 * beside - last
         if first >= tokens - self.window:  # the first layer keeps the whole prompt, and the others get the rest
@@ -87,7 +64,3 @@ class PyramidKV(EvictionPolicy):
             last = 2 * beside - first
         step = (first - last) // (layers - 1)
         return Quota(first - layer * step + self.window, self.window)
-
-    def score(self, entries: Entries) -> Tensor:
-        """The window's attention mass, pooled over the candidates in position order, [batch, kv_heads, n]."""
-        return pooled_mass(entries, self.kernel_size, self.pooling)
