@@ -53,10 +53,28 @@ def check_choice(value: Any, name: str, choices: tuple[Any, ...]) -> None:
         raise PolicyError(f"{name}={value!r} does not work; choose one of {', '.join(map(repr, choices))}")
 
 
+def is_number(value: Any) -> bool:
+    """Whether `value` is an int or a float, and neither a bool nor NaN."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
+
+
 def check_factor(value: Any, name: str) -> None:
     """Raise `PolicyError` unless `value` is a number in [0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+    if not is_number(value) or not 0 <= value <= 1:
         raise PolicyError(f"{name}={value!r} does not work; give a number from 0 to 1")
+
+
+def check_at_least_zero(value: Any, name: str) -> None:
+    """Raise `PolicyError` unless `value` is a number of at least 0, which may be infinite."""
+    if not is_number(value) or value < 0:
+        raise PolicyError(f"{name}={value!r} does not work; give a number of at least 0")
+
+
+def check_finite(value: Any, name: str, above: float = -math.inf) -> None:
+    """Raise `PolicyError` unless `value` is a finite number above `above`."""
+    if not is_number(value) or not above < value < math.inf:
+        limit = "" if above == -math.inf else f" above {above:g}"
+        raise PolicyError(f"{name}={value!r} does not work; give a finite number{limit}")
 
 
 def check_room(budget: Budget, protected: int, name: str) -> None:

@@ -2,12 +2,11 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from kvpress.errors import PolicyError
 from kvpress.kernels.nearest_centre import nearest_centre
 from kvpress.policy import (
     Budget,
@@ -16,6 +15,7 @@ from kvpress.policy import (
     Merge,
     Merging,
     Quota,
+    check_at_least_zero,
     check_budget,
     check_choice,
     check_count,
@@ -172,9 +172,3 @@ def _over_mean(mass: Tensor, held: Tensor) -> Tensor:
     mass = mass.masked_fill(~held, 0.0)
     mean = mass.sum(-1, keepdim=True) / held.sum(-1, keepdim=True).clamp(min=1)
     return mass / mean.clamp(min=MEAN_FLOOR)
-
-
-def check_at_least_zero(value: Any, name: str) -> None:
-    """Raise `PolicyError` unless `value` is a number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-        raise PolicyError(f"{name}={value!r} does not work; give a number of at least 0")

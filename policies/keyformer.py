@@ -1,8 +1,7 @@
 """Keyformer: heavy hitters by a noisy softmax that flattens as more is discarded."""
 
-import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from kvpress.errors import PolicyError
 from kvpress.kernels.attention_mass import Perturbation
@@ -14,6 +13,7 @@ from kvpress.policy import (
     check_choice,
     check_count,
     check_factor,
+    check_finite,
     entries_for,
 )
 
@@ -80,8 +80,8 @@ class Keyformer(EvictionPolicy):
                 f"recent={self.recent} is an int; here it is a share of the budget: give a float in [0, 1], as 0.3"
             )
         check_factor(self.recent, "recent")
-        check_temperature(self.tau_init, "tau_init")
-        check_temperature(self.tau_end, "tau_end")
+        check_finite(self.tau_init, "tau_init", above=0)
+        check_finite(self.tau_end, "tau_end", above=0)
         if self.new_tokens is not None:
             check_count(self.new_tokens, "new_tokens", 1)
         check_choice(self.noise, "noise", ("fresh", "per_token", "none"))
@@ -101,9 +101,3 @@ class Keyformer(EvictionPolicy):
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         total = max(1, entries_for(self.budget, tokens))
         return Quota(total, entries_for(float(self.recent), total))
-
-
-def check_temperature(value: Any, name: str) -> None:
-    """Raise `PolicyError` unless `value` is a finite number above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise PolicyError(f"{name}={value!r} does not work; give a finite number above 0")

@@ -21,6 +21,7 @@ from kvpress.policy import (
     check_count,
     entries_for,
     entries_of,
+    is_number,
 )
 
 Set = tuple[Tensor, Tensor, Tensor]
@@ -79,11 +80,7 @@ class RecycledAttention(SelectionPolicy):
         check_choice(self.group_reduce, "group_reduce", ("max", "sum"))
         if self.query_stride is not None:
             check_count(self.query_stride, "query_stride", 1)
-        if self.similarity is not None and (
-            isinstance(self.similarity, bool)
-            or not isinstance(self.similarity, int | float)
-            or self.similarity != self.similarity
-        ):
+        if self.similarity is not None and not is_number(self.similarity):
             raise PolicyError(f"similarity={self.similarity!r} is no number to compare a cosine with; give one, as 0.8")
         if (self.query_stride is None) != (self.similarity is None):
             raise PolicyError(

@@ -1,6 +1,5 @@
 """TokenSelect: all heads of a layer vote on the tokens that it reads."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -11,7 +10,7 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
-from kvpress.policy import Budget, Policy, Selected, SelectionPolicy, View, check_choice, check_count
+from kvpress.policy import Budget, Policy, Selected, SelectionPolicy, View, check_choice, check_count, check_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,12 +76,8 @@ class TokenSelect(SelectionPolicy):
                 f"chunk={self.chunk} is longer than n_local={self.n_local}, and a chunk's own tokens would be voted on; give a "
                 f"chunk of at most {self.n_local}"
             )
-        for field in ("theta", "vote_scale"):
-            value = getattr(self, field)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise PolicyError(f"{field}={value!r} does not work; give a finite number")
-        if self.vote_scale <= 0:
-            raise PolicyError(f"vote_scale={self.vote_scale} turns the vote around or off; give a number above 0")
+        check_finite(self.theta, "theta")
+        check_finite(self.vote_scale, "vote_scale", above=0)
         if not isinstance(self.rotate_query, bool):
             raise PolicyError(f"rotate_query={self.rotate_query!r} does not work; give True or False")
         check_choice(self.gqa_map, "gqa_map", ("group", "mod"))
