@@ -448,6 +448,9 @@ class SelectionPolicy(Policy):
 
     observes_reads: ClassVar[bool] = False
     """Whether `after_read` wants the attention weights."""
+    remembers: ClassVar[str | None] = None
+    """What the policy keeps of slots from step to step, in an error's words; None for nothing. No policy that frees slots in
+    decode can be its company then."""
 
     @property
     def correct_every(self) -> int:
@@ -460,6 +463,11 @@ class SelectionPolicy(Policy):
                 raise PolicyError(
                     f"{self.describe()} compares queries with rotated keys, and {other.describe()} stores them without their "
                     "rotation; use a policy that leaves tokens at their own positions (rope='original' where it has that)"
+                )
+            if self.remembers is not None and isinstance(other, EvictionPolicy) and other.drops_in_decode:
+                raise PolicyError(
+                    f"{other.describe()} frees slots in decode, and {self.remembers} would no longer fit what is in them; use "
+                    "a policy that evicts after the prompt only, as snapkv"
                 )
 
     @property

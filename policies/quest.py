@@ -1,6 +1,5 @@
 """Quest: pages that may hold what the query looks for."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,7 +14,6 @@ from kvpress.kernels.topk_select import topk_select
 from kvpress.kernels.union_select import union_select
 from kvpress.policy import (
     Budget,
-    Policy,
     Selected,
     SelectionPolicy,
     View,
@@ -60,6 +58,7 @@ class Quest(SelectionPolicy):
     name: ClassVar[str] = "quest"
     paper: ClassVar[str] = "arXiv 2406.10774"
     takes_budget: ClassVar[bool] = True
+    remembers: ClassVar[str | None] = "the bounds of quest's pages"
 
     budget: Budget = 2048
     page_size: int = 16
@@ -81,15 +80,6 @@ class Quest(SelectionPolicy):
                 f"dense_layers={self.dense_layers} leaves no layer to select in, of a model with {layers} attention layers; give "
                 f"at most {layers - 1}"
             )
-
-    def check_company(self, others: Sequence[Policy]) -> None:
-        super().check_company(others)
-        for other in others:
-            if getattr(other, "drops_in_decode", False):
-                raise PolicyError(
-                    f"{other.describe()} frees slots in decode, and the bounds of {self.name}'s pages would no longer be those of "
-                    "what is in them; use a policy that evicts after the prompt only, as snapkv"
-                )
 
     def select(self, view: View) -> Selected:
         if view.layer < self.dense_layers:

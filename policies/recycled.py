@@ -1,6 +1,5 @@
 """Recycled Attention: what one step attended to serves the steps after it."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -12,7 +11,6 @@ from kvpress.errors import PolicyError
 from kvpress.kernels.topk_select import topk_select
 from kvpress.policy import (
     Budget,
-    Policy,
     Selected,
     SelectionPolicy,
     View,
@@ -67,6 +65,7 @@ class RecycledAttention(SelectionPolicy):
     paper: ClassVar[str] = "arXiv 2411.05787"
     takes_budget: ClassVar[bool] = True
     observes_reads: ClassVar[bool] = True
+    remembers: ClassVar[str | None] = "recycled's sets"
 
     budget: Budget = 4096
     stride: int = 50
@@ -91,15 +90,6 @@ class RecycledAttention(SelectionPolicy):
     @property
     def joins_heads(self) -> bool:
         return self.similarity is not None  # the queries of all heads are compared at once
-
-    def check_company(self, others: Sequence[Policy]) -> None:
-        super().check_company(others)
-        for other in others:
-            if getattr(other, "drops_in_decode", False):
-                raise PolicyError(
-                    f"{other.describe()} frees slots in decode, and {self.name}'s sets would point at what is no longer there; "
-                    "use a policy that evicts after the prompt only, as snapkv"
-                )
 
     def select(self, view: View) -> Selected:
         state = view.state
