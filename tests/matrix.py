@@ -4,8 +4,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
+import kvpress
 from kvpress.policies import (
     A2SF,
     EMS,
@@ -317,6 +318,22 @@ def prompt(count: int, seed: int = 0) -> list[int]:
     """Random token ids, none of them the padding id."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+
+def conversation(steps: int) -> list[list[int]]:
+    """The passes of a prompt, so many decode steps, a second turn and three steps more."""
+    return [prompt(24), *([token] for token in prompt(steps, 1)), prompt(7, 2), *([token] for token in prompt(3, 3))]
+
+
+@torch.no_grad()
+def run(model: Any, policy: Any, passes: list[list[int]]) -> tuple[list[torch.Tensor], list[Any]]:
+    """What one sequence gives: after each pass its logits [q, vocab], and the kept positions as of `kept`."""
+    cache, logits, sets = DynamicCache(config=model.config), [], []
+    with kvpress.patch(model, policy):
+        for ids in passes:
+            logits.append(model(torch.tensor([ids]), past_key_values=cache).logits[0])
+            sets.append(kept(cache))
+    return logits, sets
 
 
 def kept(cache: Any, row: int = 0) -> list[list[list[int]]]:

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress.kernels import gumbel_noise
-from matrix import CASES, EVICTING, Case, kept, prompt, sharp_llama
+from matrix import CASES, EVICTING, Case, conversation, prompt, run, sharp_llama
 
 every_policy = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_eviction = pytest.mark.parametrize("case", EVICTING, ids=lambda case: case.id)
@@ -21,32 +21,13 @@ def model() -> Any:
     return sharp_llama()
 
 
-def run(model: Any, policy: Any, passes: list[list[int]]) -> tuple[list[torch.Tensor], list[Any], Any]:
-    """Logits and kept positions after each pass, and the cache."""
-    cache, logits, sets = DynamicCache(config=model.config), [], []
-    with torch.no_grad(), kvpress.patch(model, policy):
-        for ids in passes:
-            logits.append(model(torch.tensor([ids]), past_key_values=cache).logits[0])
-            sets.append(kept(cache))
-    return logits, sets, cache
-
-
-def conversation() -> list[list[int]]:
-    return [
-        prompt(24),
-        *([token] for token in prompt(STEPS, 1)),
-        prompt(7, 2),
-        *([token] for token in prompt(3, 3)),
-    ]
-
-
 @every_policy
 def test_u1_room_for_everything_is_full_attention(model: Any, case: Case) -> None:
-    passes = conversation()
+    passes = conversation(STEPS)
     whole = torch.tensor([[token for ids in passes for token in ids]])
     with torch.no_grad():
         dense = model(whole).logits[0]
-    logits, sets, _ = run(model, case.roomy, passes)
+    logits, sets = run(model, case.roomy, passes)
     torch.testing.assert_close(torch.cat(logits), dense, atol=1e-5, rtol=1e-4)
     assert all(head == list(range(whole.shape[1])) for layer in sets[-1] for head in layer)
 
@@ -62,8 +43,8 @@ def test_u1_greedy_tokens_are_the_same(model: Any, case: Case) -> None:
 
 @every_eviction
 def test_u2_evicted_never_returns(model: Any, case: Case) -> None:
-    passes = conversation()
-    _, sets, _ = run(model, case.policy, passes)
+    passes = conversation(STEPS)
+    _, sets = run(model, case.policy, passes)
     seen = 0
     for ids, before, after in zip(passes, [[[[]] * 2] * 2, *sets], sets, strict=False):
         new = set(range(seen, seen + len(ids)))
@@ -78,7 +59,7 @@ def test_u3_size_after_the_first_eviction(model: Any, case: Case) -> None:
     """The budget, and what decode has added since it evicted last; where kv heads share it, on average over them."""
     policy: Any = case.policy
     passes = [prompt(24), *([token] for token in prompt(STEPS, 1))]
-    _, sets, _ = run(model, policy, passes)
+    _, sets = run(model, policy, passes)
     totals = [policy.quota(24, layer, 2).total for layer in range(2)]
     for step, layers in enumerate(sets[1:], 1):
         more = step % policy.evict_every if policy.drops_in_decode else step
@@ -194,10 +175,10 @@ def test_u6_permuting_heads_permutes_results(case: Case, monkeypatch: pytest.Mon
         ):
             projection.weight.copy_(projection.weight.roll(width, dims=0))
         attention.o_proj.weight.copy_(attention.o_proj.weight.roll(size * group, dims=1))
-    logits, sets, _ = run(one, case.policy, conversation())
+    logits, sets = run(one, case.policy, conversation(STEPS))
     places = gumbel_noise.gumbel_offsets
     monkeypatch.setattr(gumbel_noise, "gumbel_offsets", lambda *args: places(*args).roll(group, dims=1))
-    swapped_logits, swapped_sets, _ = run(two, case.policy, conversation())
+    swapped_logits, swapped_sets = run(two, case.policy, conversation(STEPS))
     for a, b in zip(logits, swapped_logits, strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
     assert [[layer[::-1] for layer in step] for step in sets] == swapped_sets
@@ -223,8 +204,8 @@ def test_u7_chunks_keep_what_one_shot_keeps(model: Any, case: Case, sizes: tuple
     waits: Any = case.policy
     if not waits.row_by_row:
         waits = dataclasses.replace(waits, evict="after_prompt")
-    logits, sets, _ = run(model, case.policy, [text, *steps])
-    chunk_logits, chunk_sets, _ = run(model, waits, [*chunks, *steps])
+    logits, sets = run(model, case.policy, [text, *steps])
+    chunk_logits, chunk_sets = run(model, waits, [*chunks, *steps])
     assert sets[1:] == chunk_sets[len(chunks) :]
     for a, b in zip(logits[1:], chunk_logits[len(chunks) :], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
@@ -234,8 +215,8 @@ def test_u7_chunks_keep_what_one_shot_keeps(model: Any, case: Case, sizes: tuple
 def test_same_run_twice_is_the_same(model: Any, case: Case) -> None:
     """Bitwise repeatable, and the global random state is not touched."""
     state = torch.random.get_rng_state()
-    one, sets, _ = run(model, case.policy, conversation())
-    two, again, _ = run(model, case.policy, conversation())
+    one, sets = run(model, case.policy, conversation(STEPS))
+    two, again = run(model, case.policy, conversation(STEPS))
     assert sets == again
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
     assert torch.equal(torch.random.get_rng_state(), state)

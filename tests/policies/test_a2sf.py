@@ -12,7 +12,7 @@ from kvpress.policy import Quota
 from layers import attended, kept, prompt, random_mass, rows_that_give
 from matrix import kept as held
 from matrix import prompt as text
-from matrix import sharp_llama
+from matrix import run, sharp_llama
 
 H2_ROWS = [1, 0, 0], [0.6, 0.4, 0], [0.1, 0.6, 0.3]
 ALPHAS = pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 0.95, 1.0], ids="alpha-{}".format)
@@ -36,16 +36,6 @@ def closed_form(query, key, alpha):
     return total
 
 
-@torch.no_grad()
-def run(model, policy, passes):
-    """Logits and kept positions after each pass."""
-    cache, found = DynamicCache(config=model.config), []
-    with kvpress.patch(model, policy):
-        for ids in passes:
-            found.append((model(torch.tensor([ids]), past_key_values=cache).logits[0], held(cache)))
-    return found
-
-
 TURNS = [text(24), [5], [6], [7], text(6, 1), [8], [9]]
 
 
@@ -53,10 +43,10 @@ TURNS = [text(24), [5], [6], [7], text(6, 1), [8], [9]]
 def test_a1_without_forgetting_it_is_h2o(heavy, recent):
     """A1: the same sets and outputs with the same split."""
     model = sharp_llama()
-    one = run(model, A2SF(alpha=1, budget=heavy + recent, recent=recent), TURNS)
-    two = run(model, H2O(budget=heavy + recent, recent=recent), TURNS)
-    for (logits, sets), (other, others) in zip(one, two, strict=True):
-        assert sets == others
+    one, sets = run(model, A2SF(alpha=1, budget=heavy + recent, recent=recent), TURNS)
+    two, others = run(model, H2O(budget=heavy + recent, recent=recent), TURNS)
+    assert sets == others
+    for logits, other in zip(one, two, strict=True):
         torch.testing.assert_close(logits, other, atol=1e-5, rtol=1e-5)
 
 
@@ -151,28 +141,28 @@ def test_a_sequential_prompt_is_its_tokens_one_by_one(alpha):
         cache = DynamicCache(config=model.config)
         logits = model(torch.tensor([ids]), past_key_values=cache).logits[0]
     assert all(layer.keys.shape[2] <= 7 for layer in cache.layers)
-    steps = run(model, A2SF(**fields), [[token] for token in ids])
-    torch.testing.assert_close(logits, torch.cat([step for step, _ in steps]), atol=1e-4, rtol=1e-4)
-    assert held(cache) == steps[-1][1]
-    dense = run(model, A2SF(**fields), [ids])
-    assert (logits - dense[0][0]).abs().max() > 1e-2
+    steps, sets = run(model, A2SF(**fields), [[token] for token in ids])
+    torch.testing.assert_close(logits, torch.cat(steps), atol=1e-4, rtol=1e-4)
+    assert held(cache) == sets[-1]
+    [dense], _ = run(model, A2SF(**fields), [ids])
+    assert (logits - dense).abs().max() > 1e-2
 
 
 def test_a_sequential_prompt_without_forgetting_or_groups_is_tova():
     """With alpha=0 and one kv head a sequential prompt is TOVA, fed one token at a time."""
     model, ids = sharp_llama(kv_heads=1), text(30)
-    [(logits, sets)] = run(model, A2SF(alpha=0, budget=6, prefill="sequential"), [ids])
-    steps = run(model, TOVA(budget=6), [[token] for token in ids])
-    torch.testing.assert_close(logits, torch.cat([step for step, _ in steps]), atol=1e-4, rtol=1e-4)
-    assert sets == steps[-1][1]
+    [logits], [kept_at_once] = run(model, A2SF(alpha=0, budget=6, prefill="sequential"), [ids])
+    steps, sets = run(model, TOVA(budget=6), [[token] for token in ids])
+    torch.testing.assert_close(logits, torch.cat(steps), atol=1e-4, rtol=1e-4)
+    assert kept_at_once == sets[-1]
 
 
 def test_a_sequential_share_is_of_the_whole_prompt():
     """The budget is known before the first row: a share of the prompt, not of what was seen so far."""
     model, ids = sharp_llama(), text(30)
-    share = run(model, A2SF(budget=0.2, prefill="sequential"), [ids])
-    entries = run(model, A2SF(budget=6, prefill="sequential"), [ids])
-    assert torch.equal(share[0][0], entries[0][0]) and share[0][1] == entries[0][1]
+    [share], share_sets = run(model, A2SF(budget=0.2, prefill="sequential"), [ids])
+    [entries], entry_sets = run(model, A2SF(budget=6, prefill="sequential"), [ids])
+    assert torch.equal(share, entries) and share_sets == entry_sets
 
 
 @pytest.mark.parametrize(

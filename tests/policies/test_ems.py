@@ -17,7 +17,7 @@ from kvpress.policies import EMS, H2O
 from kvpress.policies.ems import global_local_score
 from kvpress.policy import Entries, Merging, Quota
 from layers import kept as held
-from matrix import Case, check, expect, kept, prompt, sharp_llama
+from matrix import Case, check, conversation, expect, prompt, run, sharp_llama
 from oracles import ems as oracle
 
 BATCH, KV_HEADS, DIM = 2, 3, 8
@@ -27,21 +27,6 @@ INF = math.inf
 @pytest.fixture(scope="module")
 def model():
     return sharp_llama()
-
-
-@torch.no_grad()
-def run(model, policy, passes):
-    """Logits and kept positions after each pass."""
-    cache, logits, sets = DynamicCache(config=model.config), [], []
-    with kvpress.patch(model, policy):
-        for ids in passes:
-            logits.append(model(torch.tensor([ids]), past_key_values=cache).logits[0])
-            sets.append(kept(cache))
-    return logits, sets
-
-
-def conversation(steps=7):
-    return [prompt(24), *([token] for token in prompt(steps, 1)), prompt(7, 2), *([token] for token in prompt(3, 3))]
 
 
 # ---------------------------------------------------------------------------------------------------- one layer by hand
@@ -382,7 +367,7 @@ def test_short_prompts_fill_up_first(model):
 
 def test_merging_matters(model):
     """The logits after merging are not those after dropping, and both agree with the oracle."""
-    passes = conversation()
+    passes = conversation(7)
     outcomes = []
     for tau in (0.0, 2.0):
         fields: dict[str, Any] = {"budget": 9, "window": 3, "tau": tau, "evict_every": 3}

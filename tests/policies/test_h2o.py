@@ -11,7 +11,7 @@ from kvpress.policy import Quota
 from layers import kept, prompt, random_mass, row, step
 from matrix import kept as held
 from matrix import prompt as text
-from matrix import sharp_llama
+from matrix import run, sharp_llama
 from models import tiny_opt
 
 ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0], [0.1, 0.6, 0.3]])
@@ -216,16 +216,6 @@ def test_quota_is_never_empty(budget):
         assert quota.total >= 1 and 0 <= quota.recent <= quota.total
 
 
-@torch.no_grad()
-def logits_of(model, policy, passes):
-    """Logits of each pass and what was kept after it."""
-    cache, found = DynamicCache(config=model.config), []
-    with kvpress.patch(model, policy):
-        for ids in passes:
-            found.append((model(torch.tensor([ids]), past_key_values=cache).logits[0], held(cache)))
-    return found
-
-
 TURNS = [text(20), [5], [6], [7], text(5, 1), [8], [9]]
 
 
@@ -234,9 +224,8 @@ def test_reindex_is_a_fresh_prompt_of_what_is_kept():
     model = sharp_llama(layers=1, kv_heads=1)
     ids = [token for turn in TURNS for token in turn]
     before, seen = [], 0
-    for turn, (logits, [[positions]]) in zip(
-        TURNS, logits_of(model, H2O(heavy=4, recent=3, rope="reindex"), TURNS), strict=True
-    ):
+    passes = run(model, H2O(heavy=4, recent=3, rope="reindex"), TURNS)
+    for turn, logits, [[positions]] in zip(TURNS, *passes, strict=True):
         new = list(range(seen, seen + len(turn)))
         seen += len(turn)
         with torch.no_grad():
@@ -251,10 +240,10 @@ def test_rope_modes_differ_once_something_is_dropped():
     model = sharp_llama()
     for heavy, same in ((4, False), (0, True)):
         (one, *then), (two, *other) = (
-            logits_of(model, H2O(heavy=heavy, recent=6, rope=rope), TURNS) for rope in ("original", "reindex")
+            run(model, H2O(heavy=heavy, recent=6, rope=rope), TURNS)[0] for rope in ("original", "reindex")
         )
-        torch.testing.assert_close(one[0], two[0], atol=1e-5, rtol=1e-5)
-        far = max((a[0] - b[0]).abs().max() for a, b in zip(then, other, strict=True))
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+        far = max((a - b).abs().max() for a, b in zip(then, other, strict=True))
         assert far < 1e-4 if same else far > 1e-2
 
 

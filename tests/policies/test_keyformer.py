@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
 
 import kvpress
 from kvpress import PolicyError
@@ -15,28 +14,13 @@ from kvpress.policy import Quota
 from layers import kept as held
 from layers import prompt as prompt_pass
 from layers import row
-from matrix import Case, check, expect, kept, prompt, sharp_llama
+from matrix import Case, check, conversation, expect, prompt, run, sharp_llama
 from oracles import keyformer as oracle
 
 
 @pytest.fixture(scope="module")
 def model():
     return sharp_llama()
-
-
-@torch.no_grad()
-def run(model, policy, passes):
-    """Logits and kept positions after each pass."""
-    cache, logits, sets = DynamicCache(config=model.config), [], []
-    with kvpress.patch(model, policy):
-        for ids in passes:
-            logits.append(model(torch.tensor([ids]), past_key_values=cache).logits[0])
-            sets.append(kept(cache))
-    return logits, sets
-
-
-def conversation(steps=6):
-    return [prompt(24), *([token] for token in prompt(steps, 1)), prompt(7, 2), *([token] for token in prompt(3, 3))]
 
 
 @pytest.fixture
@@ -92,8 +76,8 @@ def test_k1_without_noise_it_is_h2o(model, kind, budget, recent):
     """K1: no noise and temperature 1 throughout is H2O with heavy = k - w and recent = w."""
     window = int(budget * recent + 1e-9)
     plain = kind(budget=budget, recent=recent, tau_init=1.0, tau_end=1.0, noise="none")
-    logits, sets = run(model, plain, conversation())
-    expected, expected_sets = run(model, H2O(heavy=budget - window, recent=window), conversation())
+    logits, sets = run(model, plain, conversation(6))
+    expected, expected_sets = run(model, H2O(heavy=budget - window, recent=window), conversation(6))
     assert sets == expected_sets
     for got, want in zip(logits, expected, strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
@@ -182,7 +166,7 @@ def test_k4_a_hot_softmax_keeps_the_oldest(model, noise):
 @pytest.mark.parametrize("seed", [0, 1, 2**40])
 def test_k5_room_for_everything_is_full_attention(model, seed):
     """K5: noise never reaches the output; with room for everything it is full attention, whatever the seed."""
-    passes = conversation()
+    passes = conversation(6)
     logits, sets = run(model, Keyformer(budget=100, seed=seed), passes)
     expected, _ = run(model, "full", passes)
     for got, want in zip(logits, expected, strict=True):
@@ -192,17 +176,17 @@ def test_k5_room_for_everything_is_full_attention(model, seed):
 
 def test_k5_seeds(model):
     """K5: the same seed gives the same sets, another seed others; the state of the global generator does not matter."""
-    first = run(model, Keyformer(budget=8, seed=1), conversation())[1]
+    first = run(model, Keyformer(budget=8, seed=1), conversation(6))[1]
     with torch.random.fork_rng():
         torch.manual_seed(99)
-        assert run(model, Keyformer(budget=8, seed=1), conversation())[1] == first
-    assert run(model, Keyformer(budget=8, seed=2), conversation())[1] != first
+        assert run(model, Keyformer(budget=8, seed=1), conversation(6))[1] == first
+    assert run(model, Keyformer(budget=8, seed=2), conversation(6))[1] != first
 
 
 def test_noise_matters(model):
     """The three kinds of noise keep different sets."""
     kinds = [
-        run(model, Keyformer(budget=8, noise=noise), conversation())[1] for noise in ("fresh", "per_token", "none")
+        run(model, Keyformer(budget=8, noise=noise), conversation(6))[1] for noise in ("fresh", "per_token", "none")
     ]
     assert kinds[0] != kinds[1] != kinds[2] != kinds[0]
 

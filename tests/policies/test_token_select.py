@@ -9,6 +9,7 @@ from transformers import DynamicCache
 
 import kvpress
 import kvpress.attention as attention
+import reads
 from kvpress.errors import PolicyError
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.layer import KVLayer
@@ -69,13 +70,10 @@ def model() -> Any:
     return sharp_llama()
 
 
-@torch.no_grad()
 def run(model: Any, policy: Any, passes: list[list[int]]) -> tuple[list[torch.Tensor], Any, Any]:
     """Logits of each pass, the cache and the report."""
-    cache = DynamicCache(config=model.config)
-    with kvpress.patch(model, policy) as handle:
-        logits = [model(torch.tensor([ids]), past_key_values=cache).logits[0] for ids in passes]
-        return logits, cache, handle.report()
+    logits, cache, report = reads.run(model, policy, passes)
+    return [of_batch[0] for of_batch in logits], cache, report
 
 
 @pytest.fixture
