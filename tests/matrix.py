@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
 import kvpress
 from kvpress.policies import (
@@ -27,11 +27,10 @@ from kvpress.policies import (
     TokenSelect,
 )
 from kvpress.policy import EvictionPolicy, Policy
+from models import VOCAB, tiny_llama
 from oracles import accumulated, ada_kv, ems, keyformer, selecting, token_select
 from oracles import policies as oracle
 from oracles.llama import Oracle
-
-VOCAB = 97
 
 
 @dataclass(frozen=True)
@@ -292,26 +291,7 @@ EVICTING = [case for case in CASES if case.policy.role == "eviction"]
 
 def sharp_llama(layers: int = 2, heads: int = 4, kv_heads: int = 2, seed: int = 1) -> LlamaForCausalLM:
     """A random GQA Llama in float32 whose attention is far from uniform, so that rankings are clear."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
-        pad_token_id=0,
-        eos_token_id=None,
-        bos_token_id=1,
-    )
-    with torch.random.fork_rng():
-        model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.25 * noise)
-    return model
+    return tiny_llama(layers, heads, kv_heads, seed, head_dim=32 // heads)
 
 
 def prompt(count: int, seed: int = 0) -> list[int]:

@@ -21,6 +21,7 @@ from transformers import (
 VOCAB = 97
 # No token ends a sequence, so that `generate` makes exactly as many as it is asked for.
 SPECIAL = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
+WIDTHS = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 512}
 
 
 def token_ids(batch, count, seed=0):
@@ -44,14 +45,11 @@ def build(model_class, config, seed=0):
 def tiny_llama(layers=2, heads=4, kv_heads=2, seed=0, head_dim=8, attention="sdpa", **fields):
     """A Llama: grouped-query attention, rotary halves. `fields` go to its config."""
     config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
+        **WIDTHS,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
-        max_position_embeddings=512,
         attn_implementation=attention,
         **SPECIAL,
         **fields,
@@ -115,13 +113,10 @@ def tiny_t5(layers=2, heads=4, seed=0):
 def tiny_mistral_sliding(layers=2, heads=4, kv_heads=2, seed=0, sliding_window=8):
     """A Mistral whose layers all have sliding-window attention."""
     config = MistralConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
+        **WIDTHS,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        max_position_embeddings=512,
         sliding_window=sliding_window,
         **SPECIAL,
     )
@@ -131,9 +126,7 @@ def tiny_mistral_sliding(layers=2, heads=4, kv_heads=2, seed=0, sliding_window=8
 def tiny_deepseek_v3(layers=2, heads=4, seed=0):
     """A DeepSeek-V3: multi-head latent attention, dense feed-forward layers only."""
     config = DeepseekV3Config(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
+        **WIDTHS,
         moe_intermediate_size=16,
         num_hidden_layers=layers,
         num_attention_heads=heads,
@@ -148,7 +141,6 @@ def tiny_deepseek_v3(layers=2, heads=4, seed=0):
         n_group=2,
         topk_group=1,
         first_k_dense_replace=layers,
-        max_position_embeddings=512,
         **SPECIAL,
     )
     return build(DeepseekV3ForCausalLM, config, seed)

@@ -4,8 +4,8 @@ from itertools import chain
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+import models
 from oracles.llama import Oracle
 from oracles.policies import (
     H2O,
@@ -22,35 +22,15 @@ from oracles.policies import (
     top,
 )
 
-VOCAB = 97
 
-
-def tiny_llama(layers=2, tied=False, heads=4, kv_heads=2, attention="eager"):
+def tiny_llama(tied=False, attention="eager", **sizes):
     """A random GQA Llama whose attention is far from uniform; its norms are not ones."""
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        attn_implementation=attention,
-    )
-    with torch.random.fork_rng():
-        model = LlamaForCausalLM(config).eval()
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if parameter.dim() == 1 else 0.25 * noise)
-    return model
+    return models.tiny_llama(seed=1, attention=attention, tie_word_embeddings=tied, **sizes)
 
 
 def tokens(count, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randint(VOCAB, (count,), generator=generator).tolist()
+    return torch.randint(models.VOCAB, (count,), generator=generator).tolist()
 
 
 def split(ids, sizes):
