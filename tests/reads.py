@@ -53,6 +53,13 @@ def run(model, policies, passes, mask=None):
         return logits, cache, handle.report()
 
 
+def check_oracle(oracle, passes, logits, log):
+    """The last row's logits of each pass, and what every decode step of a sequence reads, are the oracle's."""
+    for got, step in zip(logits, oracle.run(passes), strict=True):
+        torch.testing.assert_close(got[0, -1], step.logits[-1], atol=1e-4, rtol=1e-4)
+    assert log == oracle.log
+
+
 @torch.no_grad()
 def dense(model, passes):
     """Logits [1, all, vocab] and the K and V of an unpatched run, token by token after the first pass."""

@@ -9,7 +9,7 @@ from kvpress.policies import Full, TidalDecode
 from kvpress.registry import make_policies
 from matrix import prompt, sharp_llama
 from oracles import selecting
-from reads import dense, run, watch
+from reads import check_oracle, dense, run, watch
 
 LAYERS = 7
 PASSES = [prompt(24), *([token] for token in prompt(6, 1)), prompt(5, 2), *([token] for token in prompt(3, 3))]
@@ -39,11 +39,7 @@ SETTINGS = [
 def test_reads_and_logits_are_the_oracles(model, fields, monkeypatch):
     log = watch(monkeypatch, TidalDecode)
     logits, _, _ = run(model, TidalDecode(**fields), PASSES)
-    oracle = selecting.Tidal(model, selecting.TidalDecode(**fields))
-    steps = oracle.run(PASSES)
-    for got, step in zip(logits, steps, strict=True):
-        torch.testing.assert_close(got[0, -1], step.logits[-1], atol=1e-4, rtol=1e-4)
-    assert log == oracle.log
+    check_oracle(selecting.Tidal(model, selecting.TidalDecode(**fields)), PASSES, logits, log)
     assert {at for at, _ in log} == set(STEPS if "correct_every" not in fields else (24, 25, 27, 28, 35, 36))
 
 
