@@ -3,19 +3,14 @@
 import pytest
 import torch
 
+from attention_inputs import BATCH, KV_HEADS
+from attention_inputs import prompt_inputs as inputs
 from kvpress.kernels import block_lists, block_sparse_attention
 from kvpress.kernels.block_sparse_attention import block_sparse_attention as attend
 from kvpress.kernels.block_sparse_attention import block_sparse_attention_reference, listed_keys
 
-BATCH, KV_HEADS, HEAD_DIM, SIZE = 2, 2, 16, 16
+SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def inputs(rows, past, group, dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(BATCH, KV_HEADS * group, rows, HEAD_DIM, generator=generator).to(dtype)
-    key, value = torch.randn(2, BATCH, KV_HEADS, past + rows, HEAD_DIM, generator=generator).to(dtype)
-    return query, key, value
 
 
 def random_blocks(rows, past, lists, share=0.5):
@@ -60,7 +55,7 @@ def test_equals_the_definition(rows, past, group, per_head, tile, monkeypatch):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("sink", [False, True], ids=["plain", "sinks"])
 def test_dtypes_and_sinks(dtype, sink):
-    tensors = inputs(90, 40, 3, dtype)
+    tensors = inputs(90, 40, 3, dtype=dtype)
     sinks = torch.randn(3 * KV_HEADS, generator=torch.Generator().manual_seed(2)) if sink else None
     options = {"scale": 0.3, "blocks": random_blocks(90, 40, KV_HEADS), "block_size": SIZE, "sinks": sinks}
     output, lse = attend(*tensors, **options)

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from attention_inputs import BATCH, KV_HEADS
+from attention_inputs import prompt_inputs as inputs
 from brute import attend, causal, eager
 from kvpress.kernels.block_sparse_attention import (
     block_sparse_attention,
@@ -11,18 +13,10 @@ from kvpress.kernels.block_sparse_attention import (
 )
 from kvpress.kernels.prompt_attention import prompt_attention
 
-BATCH, KV_HEADS = 2, 2
 GROUPS = pytest.mark.parametrize("group", [1, 3], ids="group-{}".format)
 SHAPES = pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 62), (63, 0), (37, 74)], ids=str)
 FORMS = [("blocks",), ("columns",), ("diagonals",), ("columns", "diagonals"), ("blocks", "columns", "diagonals")]
 ALL_FORMS = pytest.mark.parametrize("forms", [(), *FORMS], ids=lambda names: "+".join(names) or "none")
-
-
-def inputs(rows, past, group, head_dim=16, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(BATCH, KV_HEADS * group, rows, head_dim, generator=generator).to(dtype)
-    key, value = torch.randn(2, BATCH, KV_HEADS, past + rows, head_dim, generator=generator).to(dtype)
-    return query, key, value
 
 
 def lists(forms, rows, past, heads, block_size=16, seed=1):

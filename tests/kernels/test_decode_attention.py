@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from attention_inputs import BATCH, KV_HEADS, options
+from attention_inputs import step_inputs as inputs
 from brute import attend, eager
 from kvpress.kernels import decode_attention as module
 from kvpress.kernels import decode_scores as scores_module
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
 
-BATCH, KV_HEADS = 2, 2
 SIZES = pytest.mark.parametrize("slots", [1, 63, 111], ids="{}-slots".format)
 GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [16, 64, 80], ids="d-{}".format)
@@ -16,32 +17,6 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=[
 WITH_MASS = pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
 FEATURES = [(), ("valid",), ("softcap",), ("sinks",), ("moved",), ("valid", "softcap", "sinks", "moved")]
 ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
-
-
-def inputs(slots, group, head_dim, dtype=torch.float32, seed=0, spare=0):
-    """A query and the first `slots` of a buffer with `spare` more that hold NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(BATCH, KV_HEADS * group, 1, head_dim, generator=generator).to(dtype)
-    buffers = torch.randn(2, BATCH, KV_HEADS, slots + spare, head_dim, generator=generator).to(dtype)
-    buffers[..., slots:, :] = float("nan")
-    return query, buffers[0, :, :, :slots], buffers[1, :, :, :slots]
-
-
-def options(features, slots, query, seed=1):
-    """Keyword arguments for the named features; the last sequence's last kv head has no valid slot at all."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = {}
-    if "valid" in features:
-        chosen["valid"] = torch.rand(BATCH, KV_HEADS, slots, generator=generator) < 0.6
-        chosen["valid"][-1, -1] = False
-    if "softcap" in features:
-        chosen["softcap"] = 1.5
-    if "sinks" in features:
-        chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
-    if "moved" in features:
-        other = torch.randn(query.shape, generator=generator).to(query.dtype)
-        chosen["moved"] = other, torch.rand(BATCH, KV_HEADS, slots, generator=generator) < 0.3
-    return chosen
 
 
 def brute(query, key, value, valid=None, **chosen):

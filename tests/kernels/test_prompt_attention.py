@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from attention_inputs import BATCH, KV_HEADS, options
+from attention_inputs import prompt_inputs as inputs
 from brute import attend, causal, eager
 from kvpress.kernels import backend
 from kvpress.kernels import prompt_attention as module
 from kvpress.kernels.backend import use_flash_attn
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
 
-BATCH, KV_HEADS = 2, 2
 ROWS = pytest.mark.parametrize("rows", [1, 63, 111], ids="{}-rows".format)
 PAST = pytest.mark.parametrize("past", [0, 1, 47], ids="{}-past".format)
 GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
@@ -36,32 +37,6 @@ ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "
 def small_tiles(monkeypatch):
     """Tiles of 16 rows, the fewest there are."""
     monkeypatch.setattr(module, "TILE_SCORES", 1)
-
-
-def inputs(rows, past, group, head_dim, dtype=torch.float32, seed=0, spare=0):
-    """Queries and the first past + rows entries of a buffer with `spare` more that hold NaN."""
-    generator = torch.Generator().manual_seed(seed)
-    query = torch.randn(BATCH, KV_HEADS * group, rows, head_dim, generator=generator).to(dtype)
-    buffers = torch.randn(2, BATCH, KV_HEADS, past + rows + spare, head_dim, generator=generator).to(dtype)
-    buffers[..., past + rows :, :] = float("nan")
-    return query, buffers[0, :, :, : past + rows], buffers[1, :, :, : past + rows]
-
-
-def options(features, past, query, seed=1):
-    """Keyword arguments for the named features; the last sequence's last kv head held nothing before."""
-    generator = torch.Generator().manual_seed(seed)
-    chosen = {}
-    if "valid" in features:
-        chosen["valid"] = torch.rand(BATCH, KV_HEADS, past, generator=generator) < 0.6
-        chosen["valid"][-1, -1] = False
-    if "softcap" in features:
-        chosen["softcap"] = 1.5
-    if "sinks" in features:
-        chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
-    if "moved" in features:
-        other = torch.randn(query.shape, generator=generator).to(query.dtype)
-        chosen["moved"] = other, torch.rand(BATCH, KV_HEADS, past, generator=generator) < 0.3
-    return chosen
 
 
 def brute(query, key, value, valid=None, **chosen):
