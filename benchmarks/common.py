@@ -6,7 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from transformers import DynamicCache
+
 import kvpress
+from kvpress.layer import KVLayer
 from kvpress.policy import Policy
 
 RESULTS = Path(__file__).parent / "results"
@@ -51,6 +54,15 @@ def ratios(times: dict[str, list[float]], baseline: str) -> dict[str, dict[str, 
             "ratio_high": round(shares[-1], 3),
         }
     return found
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of the tensors that a cache holds."""
+    return sum(
+        layer.nbytes if isinstance(layer, KVLayer) else layer.keys.nbytes + layer.values.nbytes
+        for layer in cache.layers
+        if layer.keys is not None
+    )
 
 
 class Rows:

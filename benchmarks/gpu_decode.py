@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from common import cache_bytes
 from gpu_kernels import first_line
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import kvpress
-from kvpress.layer import KVLayer
 from kvpress.passes import Scores, plain_tokens
 from kvpress.policy import EvictionPolicy, Policy
 
@@ -127,15 +127,6 @@ def policy_cache(model: Any, handle: kvpress.Handle, entries: Entries) -> Dynami
             layer.observe(entries.mass)
         layer.finish_prompt(entries.query, entries.tokens, entries.scores, None, 0, mass_known=True)
     return cache
-
-
-def cache_bytes(cache: DynamicCache) -> int:
-    """Bytes of the tensors that a cache holds."""
-    return sum(
-        layer.nbytes if isinstance(layer, KVLayer) else layer.keys.nbytes + layer.values.nbytes
-        for layer in cache.layers
-        if layer.keys is not None
-    )
 
 
 def finish(device: torch.device) -> None:

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import RESULTS, Rows
-from gpu_decode import LLAMA, PLAIN, Entries, Settings, cache_bytes, finish, fitting_context, plain_cache, policy_cache
+from common import RESULTS, Rows, cache_bytes
+from gpu_decode import LLAMA, PLAIN, Entries, Settings, finish, fitting_context, plain_cache, policy_cache
 from gpu_decode import random_model as build_model
 from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
