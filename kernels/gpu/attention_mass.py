@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress.kernels.gpu.decode_attention import multiprocessors
+from kvpress.kernels.gpu.decode_attention import capped, multiprocessors
 from kvpress.kernels.gumbel_noise import TABLE, gumbel_offsets, gumbel_table_on
 from kvpress.kernels.launch_shapes import launch_shape
 
@@ -85,10 +85,7 @@ def tile_scores(b_query, b_key, b_offsets, b_positions, p_noise, scale, softcap,
     noise table p_noise to read.
     """
     # Three products of TF32 numbers are as exact as one of float32; other types are multiplied exactly as they are.
-    b_scores = tl.dot(b_query, b_key.to(b_query.dtype), input_precision="tf32x3") * scale
-    if softcap is not None:
-        # tanh by its definition: Triton has none of its own. Where exp overflows it gives 1.
-        b_scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * b_scores / softcap) + 1.0))
+    b_scores = capped(tl.dot(b_query, b_key.to(b_query.dtype), input_precision="tf32x3") * scale, softcap)
     if p_noise is not None:
         b_scores += tl.load(p_noise + ((b_offsets[:, None] + b_positions[None, :]) & (TABLE - 1)))
     if temperature is not None:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpress.kernels.gpu.decode_attention import capped
 from kvpress.kernels.launch_shapes import launch_shape
 
 
@@ -69,10 +70,7 @@ def attend(
     # [BLOCK_D, BLOCK_N]
     b_key = tl.load(p_key[:, None] + b_slot[None, :] * stride_kn, mask=m_d[:, None] & m_read[None, :], other=0.0)
     # [BLOCK_M, BLOCK_N]
-    b_scores = tl.dot(b_query, b_key.to(b_query.dtype), input_precision="tf32x3") * scale
-    if softcap is not None:
-        # tanh by its definition: Triton has none of its own. Where exp overflows it gives 1.
-        b_scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * b_scores / softcap) + 1.0))
+    b_scores = capped(tl.dot(b_query, b_key.to(b_query.dtype), input_precision="tf32x3") * scale, softcap)
     b_scores = tl.where(m_read[None, :] & (b_entry[None, :] < b_at[:, None]), b_scores, float("-inf"))
     b_new = tl.maximum(b_max, tl.max(b_scores, axis=1))
     b_weights = tl.exp(b_scores - b_new[:, None])
@@ -159,9 +157,7 @@ def block_sparse_kernel(
     # The row itself.
     b_own = b_at.to(tl.int64)[:, None]
     b_key = tl.load(p_key[None, :] + b_own * stride_kn, mask=m_tile, other=0.0).to(b_query.dtype).to(tl.float32)
-    b_max = tl.sum(b_query.to(tl.float32) * b_key, axis=1) * scale
-    if softcap is not None:
-        b_max = softcap * (1.0 - 2.0 / (tl.exp(2.0 * b_max / softcap) + 1.0))
+    b_max = capped(tl.sum(b_query.to(tl.float32) * b_key, axis=1) * scale, softcap)
     b_sum = tl.full((BLOCK_M,), 1.0, tl.float32)
     b_acc = tl.load(p_value[None, :] + b_own * stride_vn, mask=m_tile, other=0.0).to(tl.float32)
 
