@@ -118,6 +118,19 @@ def test_defaults():
     assert policy.quota(1000, 0, 32) == Quota(2048, 8)
 
 
+def test_fields_are_listed_as_of_a_method_of_its_own():
+    """Those that it has from SnapKV, too, come before those of all eviction policies; the defaults are its own."""
+    listed = {field.name: field.default for field in PyramidKV.parameters()}
+    assert listed == {"budget": 2048, "window": 8, "kernel_size": 7, "pooling": "max", "beta": 20, "evict": "each_pass"}
+    assert list(listed) == ["budget", "window", "kernel_size", "pooling", "beta", "evict"]
+    policy = PyramidKV(budget=0.5, window=4, beta=5, evict="after_prompt")
+    assert policy.describe() == "pyramid_kv(budget=0.5, window=4, beta=5, evict='after_prompt')"
+    assert kvpress.make_policy({"name": "pyramid_kv", "budget": 0.5, "window": 4, "beta": 5}) == PyramidKV(
+        budget=0.5, window=4, beta=5
+    )
+    assert SnapKV(budget=0.5, window=4, kernel_size=7, pooling="max") != PyramidKV(budget=0.5, window=4)
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
