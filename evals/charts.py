@@ -13,7 +13,7 @@ CORNERS: dict[str, list[tuple[float, float]]] = {
     "upside-down": [(0, 5.4), (5.2, -4), (-5.2, -4)],
 }
 SHAPES = ("circle", *CORNERS)
-CHAR = 6.1  # width of a label's letter
+CHAR = 8.3  # width of a label's letter where it is largest, on a phone
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _free_place(
             if dx == 0 and dy == 4:
                 continue  # on the mark itself
             left = x + dx - {"start": 0.0, "end": width, "middle": width / 2}[anchor]
-            box = (left, y + dy - 10, left + width, y + dy + 3)
+            box = (left, y + dy - 13, left + width, y + dy + 4)
             outside = max(0.0, LEFT - box[0]) + max(0.0, box[2] - WIDTH + 2) + max(0.0, -box[1])
             covered = sum(_overlap(box, other) for other in taken)
             cost = 50 * outside + covered + abs(dy) + abs(dx)

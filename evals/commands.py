@@ -28,7 +28,7 @@ def ablate(
         export: also write the runs' results there, as `kvpress.evals.leaderboard.write_leaderboard` does.
     """
     if dry_run:
-        console.print(grid(plan))
+        _show(console, grid(plan))
         for line in cost(plan):
             console.print(line, highlight=False, soft_wrap=True)
         return 0
@@ -57,27 +57,24 @@ def said(outcome: Outcome, out: Path) -> str:
 
 def grid(plan: Plan) -> Table:
     """A plan's points and how far they are."""
-    table = _table("run", "policy", "model", "task", "length", "question", "state")
+    rows = []
     for point in plan.points:
         folder = plan.out / point.id
         mark = PointStore(folder).finished
-        rows = 0 if mark else len(read_rows(folder))
-        state = "finished" if mark else f"{rows} answered" if rows else "new"
-        length = "" if point.fields.length is None else str(point.fields.length)
-        table.add_row(
-            point.id,
-            escape(label(point.policy)),
-            escape(point.fields.model),
-            point.task.label,
-            length,
-            _question(point.fields.query_aware),
-            state,
+        answered = 0 if mark else len(read_rows(folder))
+        state = "finished" if mark else f"{answered} answered" if answered else "new"
+        fields = point.fields
+        rows.append(
+            {
+                **_who(point.id, point.policy, fields.model, point.task.label, fields.length, fields.query_aware),
+                "state": state,
+            }
         )
-    return table
+    return _table(rows)
 
 
 def cost(plan: Plan) -> Iterable[str]:
-    """What the points that are not finished will compute, in lines."""
+    """What is still to be computed, in lines."""
     by_model: dict[ModelSpec, list[Point]] = {}
     for point in plan.points:
         if PointStore(plan.out / point.id).finished is None:
@@ -94,27 +91,24 @@ def cost(plan: Plan) -> Iterable[str]:
         alike: dict[str, list[Point]] = {}
         for point in points:
             alike.setdefault(point.samples_id, []).append(point)
-        samples = passes = alone = tokens = tokens_alone = steps = 0
+        answers = passes = tokens = tokens_alone = steps = 0
         for group in alike.values():
-            questions = list(make_questions(group[0], tokenizer))
-            sharing = (
-                sum(all(p.leaves_prompts_exact for p in point.policies) for point in group) if plan.share_prompts else 0
-            )
-            runs = len(group) - (sharing - 1 if sharing > 1 else 0)
-            length = sum(len(question.prompt) for question in questions)
-            fed = sum(len(question.steps) + max(0, question.sample.max_new_tokens - 1) for question in questions)
-            samples += len(questions) * len(group)
-            passes += runs * len(questions)
-            alone += len(group) * len(questions)
-            tokens += runs * length
-            tokens_alone += len(group) * length
-            steps += len(group) * fed
-        shared = f" (without sharing: {alone:,} of {tokens_alone:,})" if alone > passes else ""
-        yield f"{what}, {samples:,} answers: {passes:,} prompt passes of {tokens:,} tokens{shared}, at most {steps:,} decode steps"
+            rows = [read_rows(plan.out / point.id) for point in group]
+            for question in make_questions(group[0], tokenizer):
+                missing = [p for p, held in zip(group, rows, strict=True) if question.sample.index not in held]
+                exact = [point for point in missing if all(policy.leaves_prompts_exact for policy in point.policies)]
+                runs = len(missing) - (max(0, len(exact) - 1) if plan.share_prompts else 0)
+                answers += len(missing)
+                passes += runs
+                tokens += runs * len(question.prompt)
+                tokens_alone += len(missing) * len(question.prompt)
+                steps += len(missing) * (len(question.steps) + max(0, question.sample.max_new_tokens - 1))
+        shared = f" (without sharing: {answers:,} of {tokens_alone:,})" if answers > passes else ""
+        yield f"{what}, {answers:,} answers: {passes:,} prompt passes of {tokens:,} tokens{shared}, at most {steps:,} decode steps"
         speed = _speed(plan)
         if speed is not None:
             minutes = (tokens * speed[0] + steps * speed[1]) / 60e3
-            yield f"about {minutes:.0f} minutes or less at the median speed of the answers that are in {plan.out}"
+            yield f"about {minutes:.0f} minutes at the median speed of the answers that are in {plan.out}"
 
 
 def _speed(plan: Plan) -> tuple[float, float] | None:
@@ -127,31 +121,48 @@ def _speed(plan: Plan) -> tuple[float, float] | None:
 
 def ls(folders: Sequence[Path], console: Console) -> None:
     """List the runs in and below folders."""
-    table = _table("run", "policy", "task", "length", "question", "n", "score", "state")
+    rows = []
     for result in load_results(list(folders)):
         figures, config = result.figures, result.config
         state = "finished" if result.finished else "running" if is_locked(result.folder) else "unfinished"
         failed = f", {figures.failed} failed" if figures.failed else ""
-        table.add_row(
-            result.id,
-            escape(label(config["policy"])),
-            config["task"],
-            "" if config["length"] is None else str(config["length"]),
-            _question(result.query_aware),
-            str(len(figures.samples)),
-            "–" if figures.estimate is None else f"{figures.estimate.mean:.3f}",
-            state + failed,
+        model = config["definition"]["model"]
+        rows.append(
+            {
+                **_who(result.id, config["policy"], model, config["task"], config["length"], result.query_aware),
+                "n": str(len(figures.samples)),
+                "score": "–" if figures.estimate is None else f"{figures.estimate.mean:.3f}",
+                "state": state + failed,
+            }
         )
-    console.print(table)
+    _show(console, _table(rows))
 
 
-def _question(query_aware: bool) -> str:
-    return "seen" if query_aware else "unseen"
+def _who(run: str, policy: str, model: str, task: str, length: int | None, query_aware: bool) -> dict[str, str]:
+    """The cells that say which run it is."""
+    return {
+        "run": run,
+        "policy": label(policy),
+        "model": model,
+        "task": task,
+        "length": "" if length is None else str(length),
+        "question": "seen" if query_aware else "unseen",
+    }
 
 
-def _table(*columns: str) -> Table:
+def _table(rows: Sequence[dict[str, str]]) -> Table:
+    """A column per name; without lengths if there are none, and without models if there is only one."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in columns:
+    kinds = {name: {row[name] for row in rows} for name in (rows[0] if rows else ())}
+    shown = [name for name, kind in kinds.items() if kind != {""} and (name != "model" or len(kind) > 1)]
+    for name in shown:
         right = name in ("length", "n", "score")
         table.add_column(name, justify="right" if right else "left", overflow="fold", no_wrap=name == "run")
+    for row in rows:
+        table.add_row(*(escape(row[name]) for name in shown))
     return table
+
+
+def _show(console: Console, table: Table) -> None:
+    """As wide as the terminal; where there is none, as wide as it is: no search finds a name that is broken in two."""
+    (console if console.is_terminal else Console(file=console.file, width=1000)).print(table)

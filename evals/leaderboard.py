@@ -1,13 +1,11 @@
 """One line per policy, task family and length, as leaderboards of KV-cache compression have it, in a CSV file."""
 
-import csv
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvpress.evals.results import Arm, Result, Setting, load_results, settings
-from kvpress.evals.store import CONFIG, StoreError, write_whole
+from kvpress.evals.store import CONFIG, StoreError, csv_text, make_folder, write_whole
 
 
 def write_leaderboard(folders: Sequence[Path], path: Path) -> int:
@@ -37,15 +35,8 @@ def write_leaderboard(folders: Sequence[Path], path: Path) -> int:
     rows = rows_of(load_results(there)) if there else []
     if not rows:
         raise StoreError(f"no sample has an answer yet, so that there is nothing to write to {path}")
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot make the folder {path.parent} ({error.strerror}); choose another") from error
-    write_whole(path, file.getvalue())
+    make_folder(path.parent)
+    write_whole(path, csv_text(rows))
     return len(rows)
 
 

@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 
 from kvpress.evals.charts import SHAPES, Mark, heat_map, scatter, shape
-from kvpress.evals.results import Arm, Figures, Result, Row, Setting, label, length_of
+from kvpress.evals.results import Arm, Figures, Result, Row, Setting, differences, label, length_of
 from kvpress.evals.statistics import Difference, Estimate, pareto
 
 NONE = "–"
@@ -242,16 +242,11 @@ def heat_maps(setting: Setting, task: str) -> str:
 
 def runs_table(found: Sequence[Setting], results: Sequence[Result], links: dict[str, str]) -> str:
     """One row per point, with its directory."""
-    references = {
-        result.config["samples_id"]: result.figures for result in results if result.config["policy_names"] == ["full"]
-    }
     columns = ("policy", "run", "task", "length", "question", "seed", "n", "failed", "score", "to full", *MEASURES, "model",
                "commit")  # fmt: skip
     rows, ids = [], []
-    for result in results:
+    for result, apart in zip(results, differences(results), strict=True):
         config, figures = result.config, result.figures
-        full = config["policy_names"] == ["full"]
-        apart = None if full else figures.difference(references.get(config["samples_id"]))
         percent = config["metric"] != "perplexity"
         state = "" if result.finished else " (unfinished)"
         rows.append(

@@ -1,7 +1,5 @@
 """A report of what runs left on disk: report.html, report.md and report.csv."""
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +7,8 @@ from typing import Any
 from urllib.parse import quote
 
 from kvpress.evals.page import page
-from kvpress.evals.results import Result, Setting, load_results, settings
-from kvpress.evals.store import StoreError, write_whole
+from kvpress.evals.results import Result, Setting, differences, load_results, settings
+from kvpress.evals.store import StoreError, csv_text, make_folder, write_whole
 
 
 def write_report(folders: Sequence[Path], out: Path, title: str = "kvpress evaluation") -> list[Path]:
@@ -25,16 +23,13 @@ def write_report(folders: Sequence[Path], out: Path, title: str = "kvpress evalu
         raise StoreError(
             f"no sample has an answer yet in {', '.join(map(str, folders))}; run kvpress ablate or eval first"
         )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StoreError(f"cannot make the folder {out} ({error.strerror}); choose another") from error
+    make_folder(out)
     # Relative paths: a folder of results stays whole when it is moved.
     links = {r.id: quote(Path(os.path.relpath(r.folder, out)).as_posix()) + "/" for r in results}
     written = {
         "report.html": page(title, found, results, notes(results), links),
         "report.md": markdown(title, found, notes(results)),
-        "report.csv": csv_text(results, links),
+        "report.csv": csv_text(rows_of(results, links)),
     }
     for name, text in written.items():
         write_whole(out / name, text)
@@ -57,14 +52,10 @@ def notes(results: Sequence[Result]) -> list[str]:
 
 def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, Any]]:
     """One flat row per point, with numbers as they were measured."""
-    references = {r.config["samples_id"]: r.figures for r in results if r.config["policy_names"] == ["full"]}
     rows = []
-    for result in results:
+    for result, apart in zip(results, differences(results), strict=True):
         config, figures, last = result.config, result.figures, result.sessions[-1]
         mean = figures.estimate
-        apart = figures.difference(references.get(config["samples_id"]))
-        if config["policy_names"] == ["full"]:
-            apart = None
         rows.append(
             {
                 "run": result.id,
@@ -104,15 +95,6 @@ def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, 
             }
         )
     return rows
-
-
-def csv_text(results: Sequence[Result], links: dict[str, str]) -> str:
-    """`rows_of` as comma-separated values."""
-    rows, file = rows_of(results, links), io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return file.getvalue()
 
 
 def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> str:

@@ -1,7 +1,7 @@
 """What runs left on disk, gathered for a report: settings, arms, and figures of any part of their samples."""
 
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +10,8 @@ from typing import Any
 from kvpress.evals.statistics import Difference, Estimate, difference, estimate
 from kvpress.evals.store import CONFIG, FINISHED, find_points, read_json, read_rows, read_sessions
 
+REFERENCE = ["full"]
+"""The policies' names of what the others are compared with."""
 Row = dict[str, Any]
 Key = tuple[str, int]
 """A sample: `samples_id` and index."""
@@ -38,6 +40,11 @@ class Result:
         """Where the latest session ran."""
         last = self.sessions[-1]
         return f"{last['dtype']} on {last['hardware']}"
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether full attention answered."""
+        return bool(self.config["policy_names"] == REFERENCE)
 
     @property
     def answered(self) -> list[Row]:
@@ -131,7 +138,7 @@ class Arm:
 
     @property
     def is_reference(self) -> bool:
-        return self.names == ["full"]
+        return self.names == REFERENCE
 
 
 @dataclass(frozen=True)
@@ -205,6 +212,15 @@ def load_results(folders: list[Path]) -> list[Result]:
     return sorted(found.values(), key=_order)
 
 
+def differences(results: Sequence[Result]) -> list[Difference | None]:
+    """Of each point to full attention on the same samples; None for full attention, and where it did not run."""
+    references = {result.config["samples_id"]: result.figures for result in results if result.is_reference}
+    return [
+        None if result.is_reference else result.figures.difference(references.get(result.config["samples_id"]))
+        for result in results
+    ]
+
+
 def settings(results: Iterable[Result]) -> list[Setting]:
     """The results that have answers, by what can be compared and averaged."""
     by_setting: dict[tuple[str, str, bool, str], list[Result]] = {}
@@ -234,5 +250,5 @@ def settings(results: Iterable[Result]) -> list[Setting]:
 def _order(result: Result) -> tuple[Any, ...]:
     budget = result.config["budget"]
     names = result.config["policy_names"]
-    return (names != ["full"], names, budget is None, isinstance(budget, int), budget or 0, result.config["policy"],
+    return (not result.is_reference, names, budget is None, isinstance(budget, int), budget or 0, result.config["policy"],
             result.config["task"], result.config["length"] or 0, not result.query_aware)  # fmt: skip

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from kvpress.evals import draw
 from kvpress.evals.fit import exact
-from kvpress.evals.metrics import words_found
 from kvpress.evals.rows import haystack_sentences
-from kvpress.evals.task import Sample, Task, check_choice, check_count, check_counts, check_depths
+from kvpress.evals.task import Sample, check_choice
+from kvpress.evals.tasks.grid import GridTask
 from kvpress.haystack import CITIES, Haystack
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ SANDWICH = ("eat a sandwich", "Dolores Park", "sunny day")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Needle(Task):
+class Needle(GridTask):
     """Prompts of exactly each of `lengths` tokens, with one needle at each of `depths`, `repeats` times.
 
     Source: G. Kamradt's needle in a haystack, and RULER (arXiv 2404.06654) for the sentences of all kinds but "sandwich",
@@ -74,32 +74,21 @@ class Needle(Task):
     """
 
     name: ClassVar[str] = "needle"
-    metric = "words_found"
 
-    lengths: tuple[int, ...] = (1000, 2000, 4000)
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    repeats: int = 1
     needle: str = "numbers"
     haystack: str = "books"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self.lengths, "lengths", 1)
-        check_depths(self.depths)
-        check_count(self.repeats, "repeats", 1)
         check_choice(self.needle, "needle", list(KINDS))
 
     def samples(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
         hay = Haystack(tokenizer, haystack_sentences(self.haystack))
-        grid = [(length, depth) for _ in range(self.repeats) for length in self.lengths for depth in self.depths]
-        for index, (length, depth) in enumerate(grid):
+        for index, (length, depth) in enumerate(self.grid()):
             rng = self.rng(index)
             first = rng.randrange(len(hay.sentences))
             build = _Builder(self.needle, rng, index, {"length": length, "depth": depth})
             yield exact(self, tokenizer, hay, length, first, depth, build)
-
-    def score(self, sample: Sample, answer: str) -> float:
-        return words_found(answer, sample.answers)
 
 
 class _Builder:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, ClassVar
 
 from kvpress.evals import draw
 from kvpress.evals.fit import exact
-from kvpress.evals.metrics import words_found
 from kvpress.evals.rows import NOISE
-from kvpress.evals.task import Sample, Task, check_count, check_counts, check_depths
+from kvpress.evals.task import Sample, check_count
+from kvpress.evals.tasks.grid import GridTask
 from kvpress.haystack import Haystack
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ INTRODUCTION = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Passkey(Task):
+class Passkey(GridTask):
     """Prompts of exactly each of `lengths` tokens, with a pass key at each of `depths`, `repeats` times.
 
     Source: Mohtashami and Jaggi, "Landmark Attention", arXiv 2305.16300. Deviation: the text goes on in single sentences,
@@ -38,24 +38,16 @@ class Passkey(Task):
     """
 
     name: ClassVar[str] = "passkey"
-    metric = "words_found"
 
-    lengths: tuple[int, ...] = (1000, 2000, 4000)
-    depths: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    repeats: int = 1
     digits: int = 5
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_counts(self.lengths, "lengths", 1)
-        check_depths(self.depths)
-        check_count(self.repeats, "repeats", 1)
         check_count(self.digits, "digits", 1)
 
     def samples(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
         hay = Haystack(tokenizer, NOISE)
-        grid = [(length, depth) for _ in range(self.repeats) for length in self.lengths for depth in self.depths]
-        for index, (length, depth) in enumerate(grid):
+        for index, (length, depth) in enumerate(self.grid()):
             key = draw.number(self.rng(index), self.digits)
 
             def build(
@@ -73,6 +65,3 @@ class Passkey(Task):
                 )
 
             yield exact(self, tokenizer, hay, length, 0, depth, build)
-
-    def score(self, sample: Sample, answer: str) -> float:
-        return words_found(answer, sample.answers)

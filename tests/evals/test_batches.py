@@ -13,7 +13,7 @@ from kvpress.evals import runner
 from kvpress.evals.runner import run
 from kvpress.evals.store import read_rows
 from kvpress.models import load_model
-from plans import plan, tiny_folder
+from plans import plan
 
 POLICIES = [
     "full",
@@ -53,9 +53,9 @@ SAME = (
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory):
+def loaded(folder):
     """A model whose attention is far from uniform, so that each sample has an answer of its own."""
-    model, tokenizer = load_model(tiny_folder(tmp_path_factory.mktemp("tiny")), "cpu", "float32")
+    model, tokenizer = load_model(folder, "cpu", "float32")
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from kvpress.cli import app
 from kvpress.evals.leaderboard import write_leaderboard
 from kvpress.evals.store import StoreError
-from plans import tiny_folder, tree, write
+from plans import tree, write
 from saved import MIB, row, save
 
 
@@ -83,9 +83,9 @@ def test_a_place_that_cannot_be_written(results, tmp_path):
         write_leaderboard([results], tmp_path / "file" / "a.csv")
 
 
-def test_each_command_exports(tmp_path):
+def test_each_command_exports(folder, tmp_path):
     """eval and ablate what they ran, not what else lies in the folder; report all."""
-    folder, out = tiny_folder(tmp_path / "tiny"), tmp_path / "out"
+    out = tmp_path / "out"
 
     def call(*arguments):
         result = CliRunner().invoke(app, [*map(str, arguments)])

@@ -19,14 +19,9 @@ from kvpress.evals.config import make_plan
 from kvpress.evals.runner import Outcome, RunError, run
 from kvpress.evals.store import read_rows
 from kvpress.models import ModelLoadError, load_model
-from plans import plan, tiny_folder, tree, write
+from plans import plan, tree, write
 
 SWEEP = {"policy": ["full", "h2o", "snapkv"], "budget": [0.25]}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 def torchrun(*arguments):

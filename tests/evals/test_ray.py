@@ -16,7 +16,7 @@ from kvpress.evals.config import RayOptions
 from kvpress.evals.runner import RunError, run
 from kvpress.evals.store import read_rows
 from kvpress.models import load_model
-from plans import plan, tiny_folder
+from plans import plan
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -24,11 +24,6 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 TASK = {"name": "needle", "lengths": [400], "depths": [0.2, 0.5, 0.8], "repeats": 8}
 SWEEP = {"policy": ["full", "h2o", "snapkv", "streaming_llm"], "budget": [0.5]}
 ANSWERS = ("index", "prompt_hash", "answer", "score", "new_tokens", "seen", "kept", "bytes", "full_bytes", "read_share")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"))
 
 
 @pytest.fixture(scope="module")

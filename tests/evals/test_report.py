@@ -12,11 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from kvpress.cli import app
-from kvpress.evals.charts import ticks
+from kvpress.evals.charts import Mark, scatter, ticks
+from kvpress.evals.config import read_plan
 from kvpress.evals.report import write_report
 from kvpress.evals.results import load_results, settings
 from kvpress.evals.store import StoreError
-from plans import tiny_folder, tree, write
+from plans import tree, write
 from saved import MIB, SESSION, row, save
 
 
@@ -264,12 +265,28 @@ def test_in_a_browser(out, tmp_path, width):
     assert not found["wide"]
 
 
+def test_labels_do_not_meet_on_a_phone():
+    """There a letter is largest: 14 units high, and eight wide in bold."""
+    marks = [
+        Mark(x, y, 0.1, 0.45, f"{name}(0.25)", "", name, 0, True, False, [])
+        for name, x, y in (("snapkv", 42.7, 0.276), ("quest", 68.5, 0.291))
+    ]
+    boxes = []
+    for x, y, anchor, name in re.findall(
+        r'<text class="name"[^>]* x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)<',
+        scatter(marks, "ms", "score", percent=True),
+    ):
+        left = float(x) - 8 * len(name) * {"start": 0, "middle": 0.5, "end": 1}[anchor]
+        boxes.append((left, left + 8 * len(name), float(y) - 11, float(y) + 3))
+    (left, right, top, bottom), other = boxes
+    assert right <= other[0] or other[1] <= left or bottom <= other[2] or other[3] <= top
+
+
 def invoke(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "150", "TERM": "dumb"})
 
 
-def test_the_commands(tmp_path):
-    folder = tiny_folder(tmp_path / "model")
+def test_the_commands(folder, tmp_path):
     out = tmp_path / "out"
     config = write(tmp_path / "a.yaml", tree(folder, out, sweep={"policy": ["full", "h2o", "snapkv"], "budget": [0.5]}))
     shown = invoke("ablate", config, "--dry-run")
@@ -306,6 +323,32 @@ def test_the_commands(tmp_path):
     ]
     again = invoke("eval", *options, "--set", "task.lengths=[400]", "--set", "task.depths=[0.2, 0.8]")
     assert "1 finished before" in again.output
+    # what is answered is not counted again
+    _, h2o, _ = (point.id for point in read_plan(config).points)
+    first, _ = (out / h2o / "samples.jsonl").read_text().splitlines(keepends=True)
+    (out / h2o / "samples.jsonl").write_text(first)
+    (out / h2o / "finished.json").unlink()
+    shown = invoke("ablate", config, "--dry-run").output
+    assert "1 runs, 1 answers: 1 prompt passes of 400 tokens, at most 15 decode steps\nabout 0 minutes" in shown
+    assert "1 answered" in shown and shown.count("finished") == 2
+
+
+def test_a_table_in_a_pipe(tmp_path):
+    """Names stay whole, and a column that says nothing is left out."""
+    task = {"name": "longbench", "dataset": "multifieldqa_en"}
+    for model in ("a-model", "another-model"):
+        for policy in ({"name": "full"}, {"name": "streaming_llm", "budget": 0.25}):
+            save(tmp_path / model, {"model": model, "task": task, "policy": policy}, [row(0, 1.0)])
+    named = [["full()", "longbench/multifieldqa_en"], ["streaming_llm(0.25)", "longbench/multifieldqa_en"]]
+    for folder, columns in (
+        (tmp_path / "a-model", ["run", "policy", "task", "question", "n", "score", "state"]),
+        (tmp_path, ["run", "policy", "model", "task", "question", "n", "score", "state"]),
+    ):
+        listed = CliRunner().invoke(app, ["ls", str(folder)], env={"COLUMNS": "40", "TERM": "dumb"})
+        lines = [line.split() for line in listed.output.splitlines() if line.strip() and "─" not in line]
+        assert lines[0] == columns
+        found = [[line[columns.index("policy")], line[columns.index("task")]] for line in lines[1:]]
+        assert sorted(found) == sorted(named * (2 if "model" in columns else 1))
 
 
 @pytest.mark.parametrize(

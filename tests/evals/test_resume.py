@@ -15,21 +15,10 @@ from rich.console import Console
 import kvpress
 from kvpress.evals.runner import run
 from kvpress.evals.store import PointStore, StoreError, append, find_points, is_locked, read_rows, write_whole
-from kvpress.models import load_model
-from plans import plan, tiny_folder, tree, write
+from plans import plan, tree, write
 
 SWEEP = {"policy": ["full", "h2o"], "budget": [0.5]}
 MANY = {"name": "needle", "lengths": [400], "depths": [0.1, 0.3, 0.5, 0.7, 0.9], "repeats": 8}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_model(folder, "cpu", "float32")
 
 
 def start(config, **options):

@@ -14,18 +14,7 @@ from kvpress.evals import answer as answering
 from kvpress.evals import runner
 from kvpress.evals.runner import RunError, run
 from kvpress.evals.store import StoreError
-from kvpress.models import load_model
-from plans import plan, tiny_folder
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return tiny_folder(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def loaded(folder):
-    return load_model(folder, "cpu", "float32")
+from plans import plan
 
 
 @pytest.fixture
