@@ -32,6 +32,7 @@ def compact_slots(
     chosen: Tensor,
     capacity: int,
     *,
+    out: tuple[Tensor, Tensor, Tensor] | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Copy the indexed slots to the front of fresh buffers; what is not chosen, and what is behind them, is empty.
@@ -42,6 +43,7 @@ def compact_slots(
         index: int64 [batch, kv_heads, k] with values in [0, m).
         chosen: bool [batch, kv_heads, k]; a slot that is not chosen is copied and gets position -1.
         capacity: number of slots of the result, at least k.
+        out: the result's tensors, contiguous, to be written into (torch only); None to make them.
         backend: "triton" and "auto" on CUDA move all three in one launch of the Triton kernel.
 
     Returns:
@@ -55,9 +57,16 @@ def compact_slots(
 
         return gpu.compact_slots(keys, values, positions, index, chosen, capacity)
     k = index.shape[2]
-    new_keys, new_values = (gather_slots(x, index, capacity, backend="torch") for x in (keys, values))
+    if out is None:
+        new_keys, new_values = (gather_slots(x, index, capacity, backend="torch") for x in (keys, values))
+        new_positions = positions.new_empty(*index.shape[:2], capacity)
+    else:
+        new_keys, new_values, new_positions = out
+        for new, old in ((new_keys, keys), (new_values, values)):
+            for row, source, target in zip(index.flatten(0, 1), old.flatten(0, 1), new.flatten(0, 1), strict=True):
+                torch.index_select(source, 0, row, out=target[:k])
     new_keys[:, :, k:].zero_()
     new_values[:, :, k:].zero_()
-    new_positions = torch.full((*index.shape[:2], capacity), -1, dtype=positions.dtype, device=positions.device)
+    new_positions[:, :, k:] = -1
     new_positions[:, :, :k] = positions.gather(2, index).masked_fill_(~chosen, -1)
     return new_keys, new_values, new_positions

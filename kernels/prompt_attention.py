@@ -21,6 +21,9 @@ from kvpress.kernels.backend import use_flash_attn
 TILE_SCORES = 1 << 22
 # And its rows at most: the scores of more rows at 1k to 4k entries leave the caches, and take a fifth to a third longer.
 TILE_ROWS = 64
+# oneDNN, which multiplies lower precisions on a CPU, keeps a third of a MiB or more for every shape that it has met, up to
+# 1024 of them: there a tile's entries are rounded up to a multiple of this.
+TILE_STEP = 512
 
 
 def prompt_attention_reference(
@@ -126,7 +129,9 @@ def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     # Each kv head is one "batch" whose G heads share K and V through a stride of zero: nothing is repeated in memory.
     keys, values = (x.flatten(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for x in (key, value))
     output = functional.scaled_dot_product_attention(rows, keys, values, is_causal=True, scale=scale)
-    return output.reshape(query.shape[:3] + value.shape[-1:])
+    # The one copy makes the layout that the model goes on with, [batch, rows, heads, head_dim].
+    output = output.unflatten(0, (query.shape[0], -1)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return output.transpose(1, 2)
 
 
 def _in_parts(
@@ -200,14 +205,16 @@ def _in_tiles(
     empty = None if valid is None else ~valid.reshape(batch * kv_heads, 1, 1, past)
     column = None if sinks is None else sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, -1, -1)
 
-    output = torch.empty(batch * kv_heads, group, q, value.shape[-1], dtype=query.dtype, device=query.device)
+    # In the layout that the model goes on with, so that it copies nothing.
+    output = torch.empty(batch, q, kv_heads, group, value.shape[-1], dtype=query.dtype, device=query.device)
     mass = torch.zeros(batch * kv_heads, entries, dtype=torch.float32, device=query.device)
     lse = output.new_empty(batch * kv_heads, group, q, dtype=torch.float32) if with_lse else None
     tile = max(16, min(TILE_ROWS, TILE_SCORES // (batch * heads * entries)))
-    future = torch.ones(tile, tile, dtype=torch.bool, device=query.device).triu_(1)
+    step = 1 if value.dtype == torch.float32 or value.device.type != "cpu" else TILE_STEP
+    future = torch.ones(tile, tile + step - 1, dtype=torch.bool, device=query.device).triu_(1)
     for start in range(0, q, tile):
         stop = min(q, start + tile)
-        seen = past + stop  # entries that any row of the tile may see
+        seen = min(entries, -(-(past + stop) // step) * step)  # what any row of the tile may see, and what fills the shape
         tile_rows = (
             rows[:, :, start:stop].float().mul_(scale)
             if rows.dtype != torch.float32
@@ -221,7 +228,7 @@ def _in_tiles(
             scores[..., :past] = torch.where(moved_slots, other, scores[..., :past])  # type: ignore[arg-type]
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
-        scores[..., past + start :].masked_fill_(future[: stop - start, : stop - start], lowest)
+        scores[..., past + start :].masked_fill_(future[: stop - start, : seen - past - start], lowest)
         if empty is not None and past:
             scores[..., :past].masked_fill_(empty, lowest)
         if column is not None:
@@ -232,8 +239,7 @@ def _in_tiles(
             lse[:, :, start:stop] = scores.logsumexp(dim=-1)
         mass[:, :seen] += weights.sum(dim=(1, 2))
         tile_weights = weights.to(values.dtype).flatten(1, 2)
-        output[:, :, start:stop] = torch.bmm(tile_weights, values[:, :seen]).view(
-            batch * kv_heads, group, stop - start, -1
-        )
+        tile_output = torch.bmm(tile_weights, values[:, :seen]).view(batch, kv_heads, group, stop - start, -1)
+        output[:, start:stop] = tile_output.permute(0, 3, 1, 2, 4)
     lse = None if lse is None else lse.view(batch, heads, q)
-    return output.view(batch, heads, q, -1), mass.view(batch, kv_heads, entries), lse
+    return output.flatten(2, 3).transpose(1, 2), mass.view(batch, kv_heads, entries), lse

@@ -183,6 +183,9 @@ def _prompt(
     if layer.policy is not None and layer.policy.row_by_row:
         return _row_by_row(layer, tokens, query, key, value, scores, current)
     past = layer.length
+    if layer is current.layers[0]:
+        for one in current.layers:
+            one.prepare(key, value, tokens)
     layer.state.clear()
     layer.append(key, value, tokens)
     chunk = None if layer.selection is None else layer.selection.prompt_chunk

@@ -245,6 +245,26 @@ class KVLayer(Slots):
 
     # ------------------------------------------------------------------ eviction
 
+    def prepare(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
+        """Before a prompt pass fills any layer: make what its eviction will leave, by the first layer's key and value.
+
+        Args:
+            key, value: [batch, kv_heads, count, head_dim].
+            tokens: the tokens of the pass.
+        """
+        self.made = None
+        if self.policy is None or self.policy.evict != "each_pass" or key.device.type != "cpu":
+            return
+        self.set_quotas(tokens)
+        new = tokens.count if tokens.columns is None else max(len(columns) for columns in tokens.columns)
+        assert self.largest is not None
+        self.make_buffers(key, value, self._capacity(min(self.largest, self.length + new)))
+
+    def _capacity(self, width: int) -> int:
+        """Slots to make for `width` entries that a prompt leaves."""
+        assert self.policy is not None
+        return width + (self.policy.evict_every if self.policy.drops_in_decode else spare_slots(width))
+
     def take_over(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
         """Store what a layer without policy held; the policy acts at the end of the next pass, which still sees it all."""
         self.append(key, value, tokens)
@@ -289,10 +309,12 @@ class KVLayer(Slots):
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
         assert self.policy is not None
-        self.set_quotas(tokens)
+        if self.made is None:
+            self.set_quotas(tokens)
         self.pending = self.policy.evict == "after_prompt"
         if not self.pending:
             self._evict_prompt()
+        self.made = None
         self._held_changed()
 
     def settle(self) -> None:
@@ -319,8 +341,7 @@ class KVLayer(Slots):
             index = index if order is None else order.gather(2, index)
             if self.policy.merges:
                 self._merge_rest(index, chosen)
-            period = self.policy.evict_every if self.policy.drops_in_decode else spare_slots(width)
-            self.compact(index, chosen, width + period)
+            self.compact(index, chosen, self._capacity(width))
         self.window = self.window_positions = None
 
     def quotas(self, priority: Tensor) -> tuple[Tensor, int]:

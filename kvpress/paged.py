@@ -111,6 +111,9 @@ class PagedLayer(KVLayer):
         totals = self.policy.head_totals(priority, self.totals)
         return totals, max(1, int(totals.max()))
 
+    def make_buffers(self, key: Tensor, value: Tensor, capacity: int) -> None:
+        """Nothing: how many pages there will be depends on the scores."""
+
     def compact(self, index: Tensor, chosen: Tensor, capacity: int) -> None:
         """Keep the chosen slots at index, [batch, kv_heads, k], in pages: at least one slot is left free in each head's last."""
         batch, kv_heads, k = index.shape

@@ -25,6 +25,16 @@ def spare_slots(length: int) -> int:
 
 
 @dataclass
+class Buffers:
+    """What an eviction fills: shapes as in `Slots`, statistics zero, the rest uninitialised."""
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    stats: dict[str, Tensor]
+
+
+@dataclass
 class Facts:
     """What a report needs of a layer; outlives the layer's keys and values.
 
@@ -88,6 +98,7 @@ class Slots(CacheLayerMixin):
         self.entries = 0  # that number, while uniform
         self.ordered = True  # slots in use are in position order
         self.free: Tensor | None = None  # int64 [batch, kv_heads], the slot that the last step emptied
+        self.made: Buffers | None = None  # for the eviction at the end of the pass in progress
         self.tokens: list[int] | None = None  # real tokens seen per sequence, if the host knows; else see facts.tokens
         self.facts = Facts()
 
@@ -211,17 +222,43 @@ class Slots(CacheLayerMixin):
 
     def compact(self, index: Tensor, chosen: Tensor, capacity: int) -> None:
         """Keep the slots at index, int64 [batch, kv_heads, k], in new buffers; those not `chosen` become empty."""
-        k = index.shape[2]
+        k, out, made = index.shape[2], None, self.made
+        if made is not None and self._fit(made, capacity):
+            out, stats = (made.keys, made.values, made.positions), made.stats
+        else:
+            stats = self.new_stats((*index.shape[:2], capacity), index.device)
         self.keys, self.values, self.positions = compact_slots(
-            self.keys, self.values, self.positions, index, chosen, capacity
+            self.keys, self.values, self.positions, index, chosen, capacity, out=out
         )
         for name, stat in self.stats.items():
             where = index.view(*index.shape[:2], *(1,) * (stat.ndim - 3), k).expand(*stat.shape[:-1], k)
-            self.stats[name] = torch.nn.functional.pad(stat.gather(-1, where), (0, capacity - k))
+            stats[name][..., :k] = stat.gather(-1, where)
+        self.stats = stats
         self.length = self.entries = self.facts.length = k
         self.ordered = True
         self.free = None
         self.state.clear()
+
+    def make_buffers(self, key: Tensor, value: Tensor, capacity: int) -> None:
+        """Make what `compact` fills before the pass of key and value [batch, kv_heads, count, head_dim] needs its memory.
+
+        A layer that makes lasting tensors, however small, in the midst of a pass has malloc cut them off the memory that the
+        pass's hidden states were in. What is left is just too small for the next layer's, which take new memory: after
+        30 layers the process holds several times what is in use.
+        """
+        shape = (*key.shape[:2], capacity)
+        keys, values = key.new_empty(*shape, key.shape[-1]), value.new_empty(*shape, value.shape[-1])
+        positions = torch.empty(shape, dtype=torch.int32, device=key.device)
+        self.made = Buffers(keys, values, positions, self.new_stats(shape, key.device))
+
+    def _fit(self, made: Buffers, capacity: int) -> bool:
+        """Whether the buffers are such as this layer needs; they were made by the first layer's keys and values."""
+        return all(
+            new.shape == (*held.shape[:2], capacity, held.shape[3])
+            and new.dtype == held.dtype
+            and new.device == held.device
+            for new, held in ((made.keys, self.keys), (made.values, self.values))
+        )
 
     # ------------------------------------------------------------------ bookkeeping
 

@@ -139,6 +139,39 @@ def test_report_is_what_is_left_after_a_crop(model: Any, policy: Any) -> None:
         check_truth(handle, cache, "cropped")
 
 
+@pytest.mark.parametrize(
+    "policy",
+    [
+        case.policy
+        for case in CASES
+        if case.policy.role == "eviction"
+        and case.policy.evict == "each_pass"
+        and not case.policy.row_by_row
+        and not case.policy.shares_heads
+        # EMS also keeps the positions of the last rows, a few numbers a layer, made where they are known.
+        and not (case.policy.observes == "every row" and case.policy.observed_window)
+    ],
+    ids=str,
+)
+def test_what_a_prompt_leaves_is_made_before_its_second_layer(model: Any, policy: Any) -> None:
+    """Lasting tensors in between hidden states are what keeps malloc from using their memory again, layer after layer."""
+    made: set[int] = set()
+
+    def note(*_: Any) -> None:
+        tensors = [thing for thing in gc.get_objects() if issubclass(type(thing), torch.Tensor)]
+        made.update(tensor.untyped_storage()._cdata for tensor in tensors)
+
+    with kvpress.patch(model, policy) as handle:
+        cache = DynamicCache(config=model.config)
+        for turn in range(2):
+            made.clear()
+            hook = model.model.layers[1].register_forward_pre_hook(note)
+            feed(model, texts(PROMPT, seed=turn), cache)
+            hook.remove()
+            left = {key for layer in cache.layers for key in reachable(layer, beside=tuple(handle._rotary))}
+            assert left and left <= made, f"turn {turn}"
+
+
 def test_a_view_that_keeps_a_buffer_alive_is_seen(model: Any) -> None:
     """The count itself: a small view in a layer's closure or list counts with all that it holds."""
     with kvpress.patch(model, Full()) as handle:
