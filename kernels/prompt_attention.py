@@ -214,7 +214,9 @@ def _in_tiles(
     future = torch.ones(tile, tile + step - 1, dtype=torch.bool, device=query.device).triu_(1)
     for start in range(0, q, tile):
         stop = min(q, start + tile)
-        seen = min(entries, -(-(past + stop) // step) * step)  # what any row of the tile may see, and what fills the shape
+        seen = min(
+            entries, -(-(past + stop) // step) * step
+        )  # what any row of the tile may see, and what fills the shape
         tile_rows = (
             rows[:, :, start:stop].float().mul_(scale)
             if rows.dtype != torch.float32
