@@ -24,6 +24,8 @@ from kvpress.policy import EvictionPolicy, Policy
 PLAIN, FLOOR = "transformers", "floor"
 # Those that goals are about come first; then the rest of what there is.
 FIRST = ["full", "tidal_decode", "h2o", "snapkv", "streaming_llm"]
+# Those with compiled steps, too, at last: compiling takes a minute or more, and the time may be over.
+COMPILED = ["full", "tidal_decode", "h2o"]
 WARM_UP = 3
 
 
@@ -182,13 +184,15 @@ def measured(step: Callable[[], Any], cache: DynamicCache, device: torch.device,
 
 
 @torch.inference_mode()
-def one(model: Any, policy: Policy | str, entries: Entries, settings: Settings) -> dict[str, Any]:
-    """Decode with one policy, with transformers' cache, or with an empty one."""
+def one(
+    model: Any, policy: Policy | str, entries: Entries, settings: Settings, compiled: bool = False
+) -> dict[str, Any]:
+    """Decode with one policy, perhaps with compiled steps, with transformers' cache, or with an empty one."""
     batch, device = entries.key.shape[0], model.device
     if isinstance(policy, str):
         cache = plain_cache(model, entries if policy == PLAIN else None)
         return measured(run_step(model, cache, batch), cache, device, settings)
-    with kvpress.patch(model, policy) as handle:
+    with kvpress.patch(model, policy, compile=compiled) as handle:
         cache = policy_cache(model, handle, entries)
         figures = measured(run_step(model, cache, batch), cache, device, settings)
         return {**figures, "read_share": handle.report().total.read_share}
@@ -227,11 +231,23 @@ def rows(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
                 row: dict[str, Any] = {"context": context, "batch": batch, "policy": name}
                 if isinstance(policy, Policy):
                     row |= {"as": policy.describe(), "evicts": isinstance(policy, EvictionPolicy)}
-                try:
-                    yield {**row, **one(model, policy, entries, settings)}
-                except Exception as error:
-                    yield {**row, "failed": first_line(error)}
-                gc.collect()
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
+                yield attempt(row, model, policy, entries, settings)
             del entries
+    context, batch = min(seen)
+    entries = Entries(model, batch, context)
+    for policy in policies(settings):
+        if policy.name in COMPILED:
+            row = {"context": context, "batch": batch, "policy": f"{policy.name} compiled", "as": policy.describe()}
+            yield attempt(row, model, policy, entries, settings, compiled=True)
+
+
+def attempt(row: dict[str, Any], model: Any, *case: Any, **options: Any) -> dict[str, Any]:
+    """The row with what `one` measured, or with why it failed."""
+    try:
+        figures = one(model, *case, **options)
+    except Exception as error:
+        figures = {"failed": first_line(error)}
+    gc.collect()
+    if model.device.type == "cuda":
+        torch.cuda.empty_cache()
+    return {**row, **figures}
