@@ -56,7 +56,7 @@ def tiny(tmp_path_factory):
     """A tiny run of every part, where rich and typer cannot be imported."""
     folder = tmp_path_factory.mktemp("gpu_check")
     (folder / "sitecustomize.py").write_text("import sys\nsys.modules['rich'] = sys.modules['typer'] = None\n")
-    return run(folder / "out.json", "--interpret", "--minutes", "7", PYTHONPATH=str(folder))
+    return run(folder / "out.json", "--interpret", "--minutes", "20", PYTHONPATH=str(folder))
 
 
 def test_every_part_runs(tiny):
