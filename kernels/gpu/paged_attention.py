@@ -135,7 +135,7 @@ def pages_kernel(
         b_max = b_new
 
     b_out = b_acc / tl.where(b_sum > 0, b_sum, 1.0)[:, None]
-    m_out = m_m & (first < last)
+    m_out = o_m < tl.where(first < last, group, 0)
     o_part = (i_batch * splits + i_split) * group + o_m
     tl.store(p_output + o_part[:, None] * HEAD_DIM + o_d[None, :], b_out, mask=m_out[:, None] & m_d[None, :])
     tl.store(p_lse + o_part, b_max + tl.log(b_sum), mask=m_out)
