@@ -255,7 +255,7 @@ def test_an_evicting_policy_stays_flat(policy: Any) -> None:
     """2000 tokens later, not a byte and not a tensor more."""
     watch = soak(policy)
     assert len(set(watch.held)) == 1
-    assert len(set(watch.tensors)) == 1
+    assert max(watch.tensors) == watch.tensors[0]  # fewer: what an earlier test left was collected
     slots = 40 + policy.evict_every
     # K, V, the position, and for H2O and EMS statistics: what 2000 tokens would hold is 30 times as much.
     assert watch.held[0] < 2 * slots * (2 * 16 * 4 + 4 + 4 * (1 + policy.observed_window)) * 1.1
