@@ -267,7 +267,7 @@ def test_an_evicting_policy_stays_flat(policy: Any) -> None:
 def test_a_selecting_policy_grows_by_its_entries(policy: Any) -> None:
     """Bytes follow the tokens, with a 32nd to spare; the number of tensors does not."""
     watch = soak(policy)
-    assert len(set(watch.tensors)) == 1
+    assert max(watch.tensors) == watch.tensors[0]
     for tokens, held in zip((200, 800, 1400, 2000), watch.held, strict=True):
         entries = 100 + tokens
         needed = 2 * entries * (2 * 16 * 4 + 4)  # kv heads, K and V in float32 with a position
