@@ -7,7 +7,7 @@
 All policies of one setting run interleaved with transformers' DynamicCache (sdpa) in one process: a round gives every one
 of them the same decode steps, and the ratio is the median over rounds of (policy / transformers in that round). The prompt
 is text of novels, run once and given to all, because what a selecting policy reads depends on how far its query heads agree.
-`floor` is the model with an empty cache: no policy can be faster than that. With --compile every policy is there twice, the
+`floor` is the patched model with an empty cache: no policy can be faster than that. With --compile every policy is there twice, the
 second time with `kvpress.patch(..., compile=True)`.
 """
 
@@ -22,10 +22,11 @@ from transformers import DynamicCache
 import kvpress
 from kvpress.haystack import book_text
 from kvpress.models import load_model
+from kvpress.policies import Full
 from kvpress.policy import Policy
 from kvpress.sharing import SharedPrompt
 
-PLAIN = "transformers"
+PLAIN, FLOOR = "transformers", "floor"
 COMPILED = " compiled"
 
 
@@ -71,11 +72,12 @@ def compare(
     """Time every policy against transformers in one setting."""
     ids = text(tokenizer, batch, context + (rounds + 1) * steps)
     prompt = kvpress.record_prompt(model, ids[:, :context])
-    caches = {PLAIN: plain_cache(model, prompt), "floor": DynamicCache(config=model.config)}
+    caches = {PLAIN: plain_cache(model, prompt), FLOOR: DynamicCache(config=model.config)}
     endings = ["", COMPILED] if compiled else [""]
     by_name = {policy.describe() + ending: policy for policy in policies for ending in endings}
     for name, policy in by_name.items():
         caches[name] = policy_cache(model, policy, prompt)
+    by_name[FLOOR] = Full()
     del prompt
 
     def step_ms(name: str, at: int) -> float:

@@ -8,7 +8,7 @@ Weights, caches and tokens are random: what matters here is sizes, and no prompt
 policies keep `--budget` entries, so that their time must not depend on the context; all selecting ones read `--budget`
 entries per query head and scan something to find them.
 
-The line beside a policy is floor + bytes / bandwidth. The floor is the model with an empty cache; the bytes are the K and V
+The line beside a policy is floor + bytes / bandwidth. The floor is the patched model with an empty cache; the bytes are the K and V
 entries that the policy's report counts as read (scans are in it), and the bandwidth is what this machine reached when it
 only read. A cache that fits the processor's own can be faster than its line.
 
@@ -131,8 +131,11 @@ def entries_read(cache: DynamicCache) -> float:
 @torch.inference_mode()
 def measure(model: Any, policy: Policy | str, entries: Entries, rounds: int) -> dict[str, Any]:
     """Decode with one policy, with transformers' cache, or with an empty one."""
+    if policy == FLOOR:
+        with kvpress.patch(model, "full"):
+            return _measure(model, lambda: plain_cache(model, None), entries, rounds)
     if isinstance(policy, str):
-        return _measure(model, lambda: plain_cache(model, entries if policy == PLAIN else None), entries, rounds)
+        return _measure(model, lambda: plain_cache(model, entries), entries, rounds)
     with kvpress.patch(model, policy) as handle:
         return _measure(model, lambda: policy_cache(model, handle, entries), entries, rounds)
 

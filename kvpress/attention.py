@@ -129,7 +129,8 @@ def attention(
     return output.transpose(1, 2).contiguous(), None
 
 
-@torch.library.custom_op("kvpress::attend_step", mutates_args=())
+# A CUDA graph would replay the numbers of entries that it was captured with: the tag keeps the operation out of one.
+@torch.library.custom_op("kvpress::attend_step", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def attend_step(
     query: Tensor,
     key: Tensor,

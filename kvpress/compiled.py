@@ -26,12 +26,12 @@ class CompiledSteps:
 
     Args:
         forward: the bound `forward` of the decoder.
-        backend: as in `torch.compile`.
+        backend, mode: as in `torch.compile`.
     """
 
-    def __init__(self, forward: Any, backend: Any) -> None:
+    def __init__(self, forward: Any, backend: Any, mode: str | None) -> None:
         self.forward = forward
-        self._step = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend)
+        self._step = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, mode=mode)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         current = active_pass()
@@ -68,11 +68,11 @@ def step_inputs(current: Pass, kwargs: dict[str, Any]) -> dict[str, Tensor] | No
     return inputs
 
 
-def check_compiles(model: Any, decoder: Any, backend: Any = "inductor") -> None:
+def check_compiles(model: Any, decoder: Any, backend: Any = "inductor", mode: str | None = None) -> None:
     """Raise an error if a step of the model cannot be one graph, or `backend` could not build it.
 
     Raises:
-        PolicyError: there is no compiler for the backend.
+        PolicyError: there is no compiler for the backend, or it has no such mode.
         UnsupportedModelError: there are layers that the policies leave alone, or the model is spread over devices.
     """
     name = type(model).__name__
@@ -86,6 +86,10 @@ def check_compiles(model: Any, decoder: Any, backend: Any = "inductor") -> None:
         raise UnsupportedModelError(
             f"{name} is spread over devices or processes (device_map, tp_plan), which is not one graph; leave compile out"
         )
+    if mode is not None:
+        known = [*torch._inductor.list_mode_options()]
+        if backend != "inductor" or mode not in known:
+            raise PolicyError(f"mode={mode!r} with backend={backend!r}: 'inductor' alone has modes, {', '.join(known)}")
     wanted = os.environ.get("CXX")
     names = [wanted] if wanted else ["g++", "clang++"]
     on_cpu = next(decoder.parameters()).device.type == "cpu"
@@ -101,11 +105,11 @@ def is_compiled(decoder: Any) -> bool:
     return isinstance(decoder.__dict__.get("forward"), CompiledSteps)
 
 
-def compile_steps(decoder: Any, backend: Any) -> None:
+def compile_steps(decoder: Any, backend: Any, mode: str | None = None) -> None:
     """Make the decode steps of a patched decoder run in a compiled graph."""
     for index, module in enumerate(find_attention(decoder).values()):
         setattr(module, COMPILED_LAYER, index)
-    decoder.forward = CompiledSteps(decoder.forward, backend)
+    decoder.forward = CompiledSteps(decoder.forward, backend, mode)
 
 
 def undo_compile(decoder: Any) -> None:

@@ -17,6 +17,7 @@ from transformers.utils import ModelOutput
 from kvpress.attention import NAME, originals, register
 from kvpress.compiled import check_compiles, compile_steps, is_compiled, undo_compile
 from kvpress.errors import PolicyError, UnsupportedModelError
+from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
 from kvpress.paged import PagedLayer
 from kvpress.passes import (
@@ -167,6 +168,7 @@ class Handle:
             decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
             decoder.register_forward_hook(self._after_pass, always_call=True),
         ]
+        replace_forwards(model, decoder)
         self._wraps_generate = hasattr(model, "generate")
         if self._wraps_generate:
             model.generate = _watched(self, model)
@@ -204,6 +206,8 @@ class Handle:
         for config in self._configs:
             originals.restore(config)
         model, decoder = self._model(), self._decoder()
+        if model is not None:
+            restore_forwards(model)
         if model is not None and self._wraps_generate:
             model.__dict__.pop("generate", None)
         with _handles_lock:
@@ -211,7 +215,7 @@ class Handle:
                 undo_compile(decoder)
                 _handles.pop(decoder, None)
 
-    def compile(self, backend: Any = "inductor") -> "Handle":
+    def compile(self, backend: Any = "inductor", mode: str | None = None) -> "Handle":
         """Run decode steps as one graph, compiled at the first of them (which takes a minute or so) and used from then on.
 
         A step has the same shapes however much the cache holds, so there is one graph for each batch size. Prompts are not
@@ -219,12 +223,15 @@ class Handle:
 
         Args:
             backend: as in `torch.compile`.
+            mode: as in `torch.compile`, for the backend "inductor". With "reduce-overhead" all between the attentions
+                becomes CUDA graphs; the attention itself does not, as it counts entries.
 
         Returns:
             This handle.
 
         Raises:
-            PolicyError: it is unpatched or compiled already, generating right now, or there is no C++ compiler.
+            PolicyError: there is no such mode, or it is for another backend, or the handle is unpatched or compiled
+                already, or the model is generating right now, or there is no C++ compiler.
             UnsupportedModelError: some of the model's layers are not the policies', or it is spread over devices. In a
                 first step: torch cannot make one graph of it.
         """
@@ -238,8 +245,8 @@ class Handle:
                 )
             if is_compiled(decoder):
                 raise PolicyError(f"this handle ({self.describe()}) is compiled already")
-            check_compiles(self._model(), decoder, backend)
-            compile_steps(decoder, backend)
+            check_compiles(self._model(), decoder, backend, mode)
+            compile_steps(decoder, backend, mode)
         return self
 
     def report(self) -> Report:

@@ -45,14 +45,13 @@ def build(model_class, config, seed=0):
 def tiny_llama(layers=2, heads=4, kv_heads=2, seed=0, head_dim=8, attention="sdpa", **fields):
     """A Llama: grouped-query attention, rotary halves. `fields` go to its config."""
     config = LlamaConfig(
-        **WIDTHS,
+        **(WIDTHS | fields),
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         attn_implementation=attention,
         **SPECIAL,
-        **fields,
     )
     return build(LlamaForCausalLM, config, seed)
 

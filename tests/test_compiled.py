@@ -28,13 +28,13 @@ def generate(model, inputs):
     )
 
 
-def assert_same(model, policy, inputs, backend="eager"):
+def assert_same(model, policy, inputs, backend="eager", mode=None):
     with kvpress.patch(model, policy) as handle:
         plain = generate(model, inputs)
         told = handle.report().to_dict()
     counter = CompileCounter()
     with kvpress.patch(model, policy) as handle:
-        handle.compile(counter if backend == "eager" else backend)
+        handle.compile(counter if backend == "eager" else backend, mode)
         compiled = generate(model, inputs)
         if backend == "eager":
             assert counter.frame_count == 1, "a step was compiled again, or in parts, or never"
@@ -58,6 +58,13 @@ def test_every_family_in_one_graph(family):
 
 def test_with_inductor():
     assert_same(tiny_llama(), SnapKV(budget=0.5, window=4), {"input_ids": token_ids(1, 24)}, backend="inductor")
+
+
+def test_in_a_mode_of_inductor_attention_stays_out_of_cuda_graphs():
+    """A graph would replay how many entries there were."""
+    policy = SnapKV(budget=0.5, window=4)
+    assert_same(tiny_llama(), policy, {"input_ids": token_ids(1, 24)}, backend="inductor", mode="reduce-overhead")
+    assert torch.Tag.cudagraph_unsafe in torch.ops.kvpress.attend_step.default.tags
 
 
 def test_nothing_is_compiled_again_for_longer_prompts_or_bare_steps():
@@ -113,7 +120,11 @@ def test_refused_before_anything_is_changed(monkeypatch):
     with pytest.raises(PolicyError, match="no-such-compiler"):
         kvpress.patch(model, Full(), compile=True)
     monkeypatch.delenv("CXX")
-    handle = kvpress.patch(model, Full(), compile=True)
+    handle = kvpress.patch(model, Full())
+    for backend, mode in (("inductor", "fastest"), ("eager", "reduce-overhead")):
+        with pytest.raises(PolicyError, match=f"mode='{mode}' with backend='{backend}'.*max-autotune"):
+            handle.compile(backend, mode)
+    handle.compile()
     with pytest.raises(PolicyError, match="compiled already"):
         handle.compile()
     handle.unpatch()

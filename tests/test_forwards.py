@@ -1,0 +1,153 @@
+"""Linear layers of few rows and MLPs of long prompts: the same results as torch's and transformers', by other work."""
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import kvpress
+from kernel_calls import Largest
+from kvpress import forwards
+from models import tiny_llama, token_ids
+from test_families import FAMILIES, build
+
+HIDDEN, INTERMEDIATE = 64, 2048
+
+
+class Calls(TorchDispatchMode):
+    """Counts the products, by name and shape of the result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "bmm", "linear"):
+            self.seen[name, tuple(result.shape)] += 1
+        return result
+
+
+@pytest.fixture
+def model() -> Any:
+    """MLPs that are worth splitting, attention that is not."""
+    return tiny_llama(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, max_position_embeddings=2048)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 32), (1, 33), (7,), (), (0, 1), (2, 0)], ids=str)
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 1024), (700, 100), (1100, 77), (130, 576)])
+def test_few_rows_are_multiplied_as_in_float64(inputs: int, outputs: int, shape: tuple[int, ...], bias: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(inputs, outputs, bias=bias)
+    for parameter in layer.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    rows = torch.randn(*shape, inputs, generator=generator)
+    expected = torch.nn.functional.linear(
+        *(None if x is None else x.double() for x in (rows, layer.weight, layer.bias))
+    )
+    found = forwards.linear_of_few_rows(layer, rows)
+    assert found.shape == expected.shape and found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, atol=1e-3, rtol=1e-5)
+
+
+def test_weights_of_other_types_are_torchs_matter() -> None:
+    layer = torch.nn.Linear(256, 512).to(torch.bfloat16)
+    rows = torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    assert torch.equal(forwards.linear_of_few_rows(layer, rows), layer(rows))
+
+
+@torch.no_grad()
+def test_a_step_splits_large_weights_over_threads(model: Any) -> None:
+    """Gate and up of 2048 outputs in 64 parts, down of 64 outputs in 2; the small attention projections are torch's."""
+    with kvpress.patch(model, "full"), Calls() as calls:
+        cache = model(token_ids(1, 50)).past_key_values
+        calls.seen.clear()
+        model(token_ids(1, 1), past_key_values=cache)
+    layers = model.config.num_hidden_layers
+    assert calls.seen["bmm", (64, 1, INTERMEDIATE // 64)] == 2 * layers
+    assert calls.seen["bmm", (2, 1, HIDDEN // 2)] == layers
+    whole = [shape for name, shape in calls.seen if name != "bmm"]
+    assert whole and all(shape[-1] != INTERMEDIATE for shape in whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_long_prompt_goes_through_the_mlp_in_tiles(model: Any, batch: int) -> None:
+    ids = token_ids(batch, 1300)
+    with Largest() as unpatched:
+        dense = model(ids, logits_to_keep=1).logits
+    with kvpress.patch(model, "full"), Largest() as patched:
+        logits = model(ids, logits_to_keep=1).logits
+    assert unpatched.numbers == batch * 1300 * INTERMEDIATE
+    assert patched.numbers <= 512 * INTERMEDIATE
+    assert torch.allclose(logits, dense, atol=1e-4)
+
+
+@torch.no_grad()
+def test_who_looks_inside_an_mlp_sees_all_tokens_at_once(model: Any) -> None:
+    widths = []
+    mlp = model.model.layers[0].mlp
+    with kvpress.patch(model, "full"):
+        model(token_ids(1, 1300))
+        hook = mlp.act_fn.register_forward_hook(lambda module, args, output: widths.append(output.shape[1]))
+        model(token_ids(1, 1300))
+        hook.remove()
+    assert widths == [1300]
+
+
+def test_training_sees_whole_mlps_and_gets_its_gradients(model: Any) -> None:
+    ids = token_ids(1, 600)
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    with kvpress.patch(model, "full"):
+        found = gradients()
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, expected, strict=True))
+
+
+def test_a_forward_that_somebody_wrapped_stays(model: Any) -> None:
+    mlp = model.model.layers[0].mlp
+
+    def wrapped(hidden: torch.Tensor) -> torch.Tensor:
+        return type(mlp).forward(mlp, hidden)
+
+    mlp.forward = wrapped
+    with kvpress.patch(model, "full"):
+        assert mlp.forward is wrapped
+        assert model.model.layers[1].mlp.forward.__func__ is forwards.mlp_in_tiles
+    assert mlp.forward is wrapped
+    assert "forward" not in vars(model.model.layers[1].mlp)
+
+
+TILED = {"qwen3-moe": 0, "gpt-oss-sinks": 0, "opt": 0}
+"""How many layers of a family have an MLP that acts on each token, where not all three: experts, and OPT has no module."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_small_tiles_and_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"SPLIT_SIZE": 1, "PART_OUTPUTS": 4, "MLP_TOKENS": {"cpu": 7}}.items():
+        monkeypatch.setattr(forwards, name, value)
+    model = build(family)
+    ids = torch.randint(3, 97, (2, 41), generator=torch.Generator().manual_seed(2))
+
+    def logits() -> list[torch.Tensor]:
+        first = model(ids[:, :40])
+        return [first.logits, model(ids[:, 40:], past_key_values=first.past_key_values).logits]
+
+    dense = logits()
+    with kvpress.patch(model, "full"):
+        functions = [getattr(vars(module).get("forward"), "__func__", None) for module in model.modules()]
+        assert functions.count(forwards.mlp_in_tiles) == TILED.get(family, 3)
+        assert functions.count(forwards.linear_of_few_rows) > 3
+        found = logits()
+    assert all(torch.allclose(one, other, atol=2e-5) for one, other in zip(found, dense, strict=True))
