@@ -4,6 +4,7 @@
     python benchmarks/peers/run.py --contexts 8192 --dtypes bfloat16 --batches 1 4 --rounds 1
     python benchmarks/peers/run.py --contestants "transformers DynamicCache" "ours h2o" "NVIDIA ObservedAttention"
     python benchmarks/peers/run.py --contestants "transformers StaticCache compiled" "ours h2o compiled"   # they compile first
+    python benchmarks/peers/run.py --model random-llama --contexts 32768   # 6 layers, random weights: sizes are what counts
     python benchmarks/peers/run.py --only-report --out benchmarks/results/2026-11-21-peers.csv
 
 NVIDIA's package has the same import name as this one, so it gets an environment of its own (in the cache folder, made once,
@@ -26,7 +27,9 @@ from pathlib import Path
 from typing import Any
 
 import results
+import torch
 from contestants import BY_NAME, COMPILED, CONTESTANTS, Contestant
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import kvpress
@@ -36,6 +39,15 @@ from kvpress.models import cache_folder, load_model
 ROOT = Path(__file__).resolve().parents[2]
 CONSTRAINTS = ROOT / "constraints.txt"
 NVIDIA = "kvpress==0.5.5"
+RANDOM = "random-llama"
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 131072,
+}
 # The warm-up's length. NVIDIA's SnapKV refuses prompts that its window of 64 covers.
 SHORTEST = 256
 
@@ -69,6 +81,16 @@ def measure(python: str | Path, job: dict[str, Any], limit_s: float) -> dict[str
         return {"failed": said[-1][:200]}
     answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return answer
+
+
+def load(name: str) -> tuple[Any, Any]:
+    """Model and tokenizer; the random model gets SmolLM2's."""
+    if name != RANDOM:
+        return load_model(name, device="cpu", dtype="float32")
+    _, tokenizer = load_model("smollm2", device="cpu", dtype="float32")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE)), tokenizer
 
 
 def prompts(haystack: Haystack, context: int, batch: int, round_: int) -> list[Needle]:
@@ -109,7 +131,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     usual = [one.name for one in CONTESTANTS if one.name != COMPILED and not one.compiled]
     today = datetime.date.today().isoformat()
-    parser.add_argument("--model", default="smollm2", help="hub name or folder of a causal LM")
+    parser.add_argument("--model", default="smollm2", help=f"hub name or folder of a causal LM, or {RANDOM}")
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048], help=f"tokens, at least {SHORTEST}")
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--batches", type=int, nargs="+", default=[1])
@@ -150,7 +172,7 @@ def main() -> int:
     started, failures = datetime.datetime.now().isoformat(timespec="seconds"), 0
     with tempfile.TemporaryDirectory() as folder:
         # Saved once, so that both environments read the same weights.
-        model, tokenizer = load_model(given.model, device="cpu", dtype="float32")
+        model, tokenizer = load(given.model)
         disable_progress_bar()
         model.save_pretrained(folder)
         del model

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from demo.tiny import save_tiny_model
 
@@ -213,6 +214,16 @@ def test_a_prompt_too_short_for_the_tokenizer(tiny, tmp_path):
     done = run("--model", tiny, "--contexts", 256, "--contestants", PLAIN, "--out", tmp_path / "x.csv")
     assert done.returncode == 1 and "--contexts 256: a needle prompt" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "x.csv").exists()
+
+
+def test_the_random_model_is_always_the_same(results):
+    import run as script
+
+    before = torch.get_rng_state()
+    (one, tokenizer), (other, _) = script.load("random-llama"), script.load("random-llama")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert one.config.vocab_size == len(tokenizer) and one.config.max_position_embeddings == 131072
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
 def test_the_environment_is_made_once(results, tmp_path, monkeypatch):
