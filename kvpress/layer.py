@@ -360,7 +360,9 @@ class KVLayer(Slots):
         if not self.policy.drops_in_decode or (self.uniform and self.entries < self.largest + every):
             return
         positions = self.positions[:, :, : self.length]
-        priority = self._priority(positions, *self._observed()).masked_fill_(positions < 0, float("inf"))
+        priority = self._priority(positions, *self._observed())
+        if self.valid(self.length) is not None:
+            priority.masked_fill_(positions < 0, float("inf"))
         if every == 1:
             lowest = priority.amin(dim=-1, keepdim=True)
             victims = torch.where(priority == lowest, positions, -1).argmax(dim=-1, keepdim=True)
@@ -396,20 +398,21 @@ class KVLayer(Slots):
     def _entries(self, positions: Tensor, mass: Tensor | None, last: Tensor | None) -> Entries:
         assert self.recents is not None and self.facts.tokens is not None
         tokens = self.facts.tokens.to(positions.device)
-        recent = positions >= (tokens - self.recents)[:, None, None]
-        return Entries(positions, (positions >= 0) & ~recent, mass, last, tokens)
+        candidates = positions < (tokens - self.recents)[:, None, None]
+        if self.valid(self.length) is not None:
+            candidates &= positions >= 0
+        return Entries(positions, candidates, mass, last, tokens)
 
     def _priority(self, positions: Tensor, mass: Tensor | None, last: Tensor | None) -> Tensor:
         """The policy's scores, with the newest entries on top at +inf and empty slots at -inf."""
         assert self.policy is not None
         entries = self._entries(positions, mass, last)
-        valid = positions >= 0
-        recent = valid & ~entries.candidates
         score = self.policy.score(entries).float()
         # A score that is not finite must neither protect its entry nor poison the comparison.
         limit = torch.finfo(torch.float32).max
         score = torch.nan_to_num(score, nan=-limit, posinf=limit, neginf=-limit)
-        return score.masked_fill_(recent, float("inf")).masked_fill_(~valid, float("-inf"))
+        score.masked_fill_(~entries.candidates, float("inf"))
+        return score if self.valid(self.length) is None else score.masked_fill_(positions < 0, float("-inf"))
 
     # ------------------------------------------------------------------ merging
 
