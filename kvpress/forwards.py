@@ -68,7 +68,8 @@ def linear_of_few_rows(self: nn.Linear, input: Tensor) -> Tensor:
     """
     weight = self.weight
     rows = input.numel() // weight.shape[1]
-    if not 0 < rows <= FEW_ROWS or weight.device.type != "cpu" or weight.dtype != torch.float32:
+    splits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    if not splits or not 0 < rows <= FEW_ROWS:
         return functional.linear(input, weight, self.bias)
     parts = math.gcd(weight.shape[0], PARTS)
     while parts > 1 and weight.shape[0] // parts < PART_OUTPUTS:

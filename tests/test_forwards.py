@@ -55,10 +55,14 @@ def test_few_rows_are_multiplied_as_in_float64(inputs: int, outputs: int, shape:
     assert torch.allclose(found.double(), expected, atol=1e-3, rtol=1e-5)
 
 
-def test_weights_of_other_types_are_torchs_matter() -> None:
-    layer = torch.nn.Linear(256, 512).to(torch.bfloat16)
-    rows = torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
-    assert torch.equal(forwards.linear_of_few_rows(layer, rows), layer(rows))
+def test_other_weights_are_torchs_matter() -> None:
+    rows = torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(0))
+    low = torch.nn.Linear(256, 512).to(torch.bfloat16)
+    turned = torch.nn.Linear(256, 512)
+    turned.weight = torch.nn.Parameter(turned.weight.detach().T.contiguous().T)
+    for layer in (low, turned):
+        given = rows.to(layer.weight.dtype)
+        assert torch.equal(forwards.linear_of_few_rows(layer, given), layer(given))
 
 
 @torch.no_grad()
