@@ -189,16 +189,15 @@ def one(
     policy: Policy | str,
     entries: Entries,
     settings: Settings,
-    compiled: bool = False,
     mode: str | None = None,
 ) -> dict[str, Any]:
-    """Decode with one policy, perhaps with compiled steps, with transformers' cache, or with an empty one."""
+    """Decode with one policy (in a mode of torch.compile, or not compiled), with transformers' cache, or with an empty one."""
     batch, device = entries.key.shape[0], model.device
     if isinstance(policy, str):
         cache = plain_cache(model, entries if policy == PLAIN else None)
         return measured(run_step(model, cache, batch), cache, device, settings)
     with kvpress.patch(model, policy) as handle:
-        if compiled:
+        if mode is not None:
             handle.compile(mode=mode)
         cache = policy_cache(model, handle, entries)
         figures = measured(run_step(model, cache, batch), cache, device, settings)
@@ -244,9 +243,9 @@ def rows(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
     entries = Entries(model, batch, context)
     for policy in policies(settings):
         if policy.name in COMPILED:
-            for mode, label in (None, "compiled"), ("reduce-overhead", "compiled, CUDA graphs"):
+            for mode, label in ("default", "compiled"), ("reduce-overhead", "compiled, CUDA graphs"):
                 row = {"context": context, "batch": batch, "policy": f"{policy.name} {label}", "as": policy.describe()}
-                yield attempt(row, model, policy, entries, settings, compiled=True, mode=mode)
+                yield attempt(row, model, policy, entries, settings, mode=mode)
 
 
 def attempt(row: dict[str, Any], model: Any, *case: Any, **options: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from transformers import DynamicCache
 from kvpress.attention import COMPILED_LAYER
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.passes import Pass, active_pass
-from kvpress.support import find_attention
+from kvpress.support import find_attention, is_spread
 
 # What a call may bring beside ids or embeddings and positions: none of it matters to the graph of a step.
 LEFT_OUT = {"attention_mask", "past_key_values", "use_cache", "cache_position", "return_dict"}
@@ -82,7 +82,7 @@ def check_compiles(model: Any, decoder: Any, backend: Any = "inductor", mode: st
             f"{name} has {others} layers that the policies leave alone, and a compiled step knows no cache but theirs; leave "
             "compile out"
         )
-    if any(hasattr(module, "_hf_hook") for module in decoder.modules()) or (getattr(model, "tp_size", None) or 1) > 1:
+    if is_spread(model, decoder):
         raise UnsupportedModelError(
             f"{name} is spread over devices or processes (device_map, tp_plan), which is not one graph; leave compile out"
         )

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# On a CPU torch multiplies so few float32 rows by a weight matrix on one thread (MKL). Measured up to here.
+from kvpress.support import is_spread
+
+# On a CPU torch multiplies so few float32 rows by a weight matrix on one thread (MKL). See benchmarks/forwards.py.
 FEW_ROWS = 32
 # Outputs of one part of a split matrix, at least; parts, at most; and numbers of a matrix that is worth splitting.
 PART_OUTPUTS, PARTS, SPLIT_SIZE = 32, 64, 1 << 16
-# Tokens of a prompt that go through an MLP at a time. On a CPU their intermediate states then fit into caches.
+# Tokens of a prompt that go through an MLP at a time.
 MLP_TOKENS = {"cpu": 512}
 MLP_TOKENS_ELSEWHERE = 8192
 
@@ -24,9 +26,9 @@ MLP_TOKENS_ELSEWHERE = 8192
 def replace_forwards(model: nn.Module, decoder: nn.Module) -> None:
     """Let the model's linear layers and MLPs run through this file, until `restore_forwards`.
 
-    Modules that accelerate moves weights for, or that a process group splits, stay as they are.
+    A model that is spread over devices or processes stays as it is.
     """
-    if any(hasattr(module, "_hf_hook") for module in model.modules()) or (getattr(model, "tp_size", None) or 1) > 1:
+    if is_spread(model, decoder):
         return
     for module in model.modules():
         if type(module) is nn.Linear and module.weight.numel() >= SPLIT_SIZE:

@@ -361,7 +361,7 @@ class KVLayer(Slots):
             return
         positions = self.positions[:, :, : self.length]
         priority = self._priority(positions, *self._observed())
-        if self.valid(self.length) is not None:
+        if not self.is_full:
             priority.masked_fill_(positions < 0, float("inf"))
         if every == 1:
             lowest = priority.amin(dim=-1, keepdim=True)
@@ -399,7 +399,7 @@ class KVLayer(Slots):
         assert self.recents is not None and self.facts.tokens is not None
         tokens = self.facts.tokens.to(positions.device)
         candidates = positions < (tokens - self.recents)[:, None, None]
-        if self.valid(self.length) is not None:
+        if not self.is_full:
             candidates &= positions >= 0
         return Entries(positions, candidates, mass, last, tokens)
 
@@ -412,7 +412,7 @@ class KVLayer(Slots):
         limit = torch.finfo(torch.float32).max
         score = torch.nan_to_num(score, nan=-limit, posinf=limit, neginf=-limit)
         score.masked_fill_(~entries.candidates, float("inf"))
-        return score if self.valid(self.length) is None else score.masked_fill_(positions < 0, float("-inf"))
+        return score if self.is_full else score.masked_fill_(positions < 0, float("-inf"))
 
     # ------------------------------------------------------------------ merging
 

@@ -214,11 +214,14 @@ class Slots(CacheLayerMixin):
         stop = self.length if stop is None else stop
         return self.keys[rows, :, :stop], self.values[rows, :, :stop]
 
+    @property
+    def is_full(self) -> bool:
+        """Whether every slot in use is known to hold an entry."""
+        return self.uniform and self.entries == self.length
+
     def valid(self, stop: int) -> Tensor | None:
         """Bool [batch, kv_heads, stop], which of the first `stop` slots hold an entry; None when all are known to."""
-        if self.uniform and self.entries == self.length:
-            return None
-        return self.positions[:, :, :stop] >= 0
+        return None if self.is_full else self.positions[:, :, :stop] >= 0
 
     def compact(self, index: Tensor, chosen: Tensor, capacity: int) -> None:
         """Keep the slots at index, int64 [batch, kv_heads, k], in new buffers; those not `chosen` become empty."""

@@ -83,6 +83,12 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
     return dict(sorted(found.items()))
 
 
+def is_spread(model: Any, decoder: Any) -> bool:
+    """Whether the model lies on several devices (accelerate's hooks) or is split over processes (tp_plan)."""
+    hooked = any(hasattr(module, "_hf_hook") for module in decoder.modules())
+    return hooked or (getattr(model, "tp_size", None) or 1) > 1
+
+
 def check_cache(cache: Any) -> None:
     """Raise `PolicyError` unless the cache is one that can be taken over."""
     remedy = "pass DynamicCache(config=model.config), or none"

@@ -155,8 +155,8 @@ def goals(rows: list[Row]) -> list[str]:
     lines = []
     for setting in settings(rows):
         here = of_setting(rows, setting)
-        _, dtype, context, batch = setting
-        where = f"({context} tokens, batch {batch}, {dtype})"
+        model, dtype, context, batch = setting
+        where = f"({model}, {context} tokens, batch {batch}, {dtype})"
 
         def judge(metric: str, limit: float, what: str, name: str, other: str, here=here, where=where) -> None:  # type: ignore[no-untyped-def]
             share = ratio(here, metric, name, other)
@@ -212,10 +212,10 @@ def picture(rows: list[Row], path: Path) -> None:
                 middle = statistics.median(found)
                 panel.barh(at, middle, color=COLORS[contestant.side], height=0.7)
                 panel.plot([found[0], found[-1]], [at, at], color="black", linewidth=1)
-                panel.text(middle, at, f" {middle:.4g}", va="center", fontsize=7)
+                panel.text(found[-1], at, f" {middle:.4g}", va="center", fontsize=7)
             panel.set_yticks(range(len(ran)), labels=[""] * len(ran))
             panel.set_title(title, fontsize=9)
-            panel.margins(x=0.15)
+            panel.margins(x=0.2)
             panel.set_xlim(left=0)
             panel.invert_yaxis()
             panel.spines[["top", "right"]].set_visible(False)
@@ -225,7 +225,7 @@ def picture(rows: list[Row], path: Path) -> None:
             for contestant, (found, asked) in zip(ran, counts, strict=True)
         ]
         line[0].set_yticks(range(len(ran)), labels=labels, fontsize=8)
-        line[0].set_ylabel(f"{setting[2]} tokens, batch {setting[3]}\n{setting[1]}", fontsize=9)
+        line[0].set_ylabel(f"{setting[0]}, {setting[1]}\n{setting[2]} tokens, batch {setting[3]}", fontsize=9)
     figure.suptitle(
         "Each contestant with the needles it found; grey: transformers, green: NVIDIA, blue: ours", fontsize=10
     )
