@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.haystack import book_text
 from kvpress.models import load_model
 from kvpress.policies import Full
@@ -83,7 +84,7 @@ def compare(
     def step_ms(name: str, at: int) -> float:
         start = time.perf_counter()
         for step in range(at, at + steps):
-            model(input_ids=ids[:, step : step + 1], past_key_values=caches[name], use_cache=True)
+            model(input_ids=ids[:, step : step + 1], **{CACHE: caches[name]}, use_cache=True)
         return (time.perf_counter() - start) / steps * 1e3
 
     times: dict[str, list[float]] = {name: [] for name in caches}

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.passes import Scores, plain_tokens
 from kvpress.policy import EvictionPolicy, Policy
 
@@ -168,7 +169,7 @@ def busy_ms(step: Callable[[], Any], device: torch.device) -> float:
 def run_step(model: Any, cache: DynamicCache, batch: int) -> Callable[[], Any]:
     """A decode step with this cache."""
     inputs = torch.full((batch, 1), 5, device=model.device)
-    return lambda: model(input_ids=inputs, past_key_values=cache, use_cache=True)
+    return lambda: model(input_ids=inputs, **{CACHE: cache}, use_cache=True)
 
 
 def measured(step: Callable[[], Any], cache: DynamicCache, device: torch.device, settings: Settings) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from common import RESULTS, Rows, arguments, cache_bytes, chosen_policies
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.models import load_model
 
 
@@ -47,7 +48,7 @@ def peak_memory(options: argparse.Namespace) -> dict[str, Any]:
         kvpress.patch(model, policy)
     cache = DynamicCache(config=model.config)
     chunk = {"prefill_chunk_size": options.chunk} if options.chunk else {}
-    model.generate(ids, past_key_values=cache, max_new_tokens=16, do_sample=False, pad_token_id=0, **chunk)
+    model.generate(ids, **{CACHE: cache}, max_new_tokens=16, do_sample=False, pad_token_id=0, **chunk)
     peak = resident_mib("VmHWM")
     name = "transformers" if policy is None else policy.describe()
     row = {"policy": name, "loaded_mib": round(loaded), "peak_mib": round(peak)}

@@ -40,6 +40,7 @@ from memory import resident_mib
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
 from kvpress.policy import Policy
@@ -154,7 +155,7 @@ def _measure(model: Any, fill: Any, entries: Entries, rounds: int) -> dict[str, 
         finish(device)
         start = time.perf_counter()
         for token in ids[round_ * STEPS : (round_ + 1) * STEPS]:
-            model(input_ids=token, past_key_values=cache, use_cache=True)
+            model(input_ids=token, **{CACHE: cache}, use_cache=True)
         finish(device)
         times.append((time.perf_counter() - start) / STEPS * 1e3)
     if isinstance(cache.layers[0], KVLayer):

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.haystack import book_text
 from kvpress.models import load_model
 from kvpress.policy import Policy
@@ -25,7 +26,7 @@ POLICIES = ["h2o", "h2o_prefill", "pyramid_kv", "quest", "snapkv", "streaming_ll
 def decode(model: Any, cache: Any, logits: torch.Tensor, new: int) -> None:
     """Write `new` tokens, of which the first is the prompt pass's."""
     for _ in range(new - 1):
-        logits = model(logits.argmax(-1, keepdim=True), past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        logits = model(logits.argmax(-1, keepdim=True), **{CACHE: cache}, logits_to_keep=1).logits[:, -1]
 
 
 def alone(model: Any, policy: Policy, ids: torch.Tensor, new: int) -> float:
@@ -33,7 +34,7 @@ def alone(model: Any, policy: Policy, ids: torch.Tensor, new: int) -> float:
     start = time.perf_counter()
     with kvpress.patch(model, policy):
         output = model(ids, use_cache=True, logits_to_keep=1)
-        decode(model, output.past_key_values, output.logits[:, -1], new)
+        decode(model, output[CACHE], output.logits[:, -1], new)
     return time.perf_counter() - start
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.evals.task import Prompt, Sample
 
 if TYPE_CHECKING:
@@ -134,14 +135,14 @@ def answer_batch(
             cache, logits = handle.adopt_prompt(shared.prompt), shared.prompt.logits
         else:
             output = model(_ids(model, questions), use_cache=True, logits_to_keep=1)
-            cache, logits = output.past_key_values, output.logits[:, -1]
+            cache, logits = output[CACHE], output.logits[:, -1]
         prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
         times: list[float] = []
 
         def step(tokens: list[int]) -> torch.Tensor:
             started = now(model)
             ids = torch.tensor(tokens, device=model.device)[:, None]
-            logits: torch.Tensor = model(ids, past_key_values=cache, use_cache=True).logits[:, -1]
+            logits: torch.Tensor = model(ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
             times.append((now(model) - started) * 1e3)
             return logits
 

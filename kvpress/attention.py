@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface, causal_mask_function
 
+from kvpress.compat import AttentionInterface, AttentionMaskInterface, causal_mask_function
 from kvpress.errors import PolicyError
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
@@ -23,6 +22,20 @@ from kvpress.policy import Selected, View
 NAME = "kvpress"
 COMPILED_LAYER = "_kvpress_layer"
 """Attribute of an attention module in a compiled step: which of the layers that the policies act on it is."""
+
+
+class Switched(str):
+    """Our name as a config's attention implementation. A copy of the config gets the name that was there before."""
+
+    original: str
+
+    def __new__(cls, original: str) -> "Switched":
+        switched = super().__new__(cls, NAME)
+        switched.original = original
+        return switched
+
+    def __reduce__(self) -> Any:
+        return str, (self.original,)
 
 
 class Originals:
@@ -39,7 +52,7 @@ class Originals:
             name,
             users + 1,
         )  # holding the config keeps its id from being reused
-        config._attn_implementation = NAME
+        config._attn_implementation = Switched(name)
 
     def restore(self, config: Any) -> None:
         """Undo one `switch`; the last one puts the implementation back."""

@@ -9,6 +9,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.patching import Handle, patch
 from kvpress.policy import Policy
@@ -88,7 +89,7 @@ def _answer(model: Any, handle: Handle, prompt: SharedPrompt, question: Question
     cache = handle.adopt_prompt(prompt)
     fed = question.prompt[-TAIL:] + question.answer[:-1]
     device = prompt.logits.device
-    logits = [model(torch.tensor([[token]], device=device), past_key_values=cache).logits[0, -1] for token in fed]
+    logits = [model(torch.tensor([[token]], device=device), **{CACHE: cache}).logits[0, -1] for token in fed]
     log_probabilities = torch.stack(logits[-len(question.answer) :]).float().log_softmax(-1)
     answer = torch.tensor(question.answer, device=device)
     return log_probabilities.gather(1, answer[:, None])[:, 0], log_probabilities.argmax(-1) == answer

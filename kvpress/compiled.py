@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 from kvpress.attention import COMPILED_LAYER
+from kvpress.compat import CACHE, DynamicCache
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.passes import Pass, active_pass
 from kvpress.support import find_attention, is_spread
 
 # What a call may bring beside ids or embeddings and positions: none of it matters to the graph of a step.
-LEFT_OUT = {"attention_mask", "past_key_values", "use_cache", "cache_position", "return_dict"}
+LEFT_OUT = {"attention_mask", "use_cache", "cache_position", "return_dict"}
 
 
 class CompiledSteps:
@@ -26,27 +26,30 @@ class CompiledSteps:
 
     Args:
         forward: the bound `forward` of the decoder.
+        cache: the name under which it takes its cache.
         backend, mode: as in `torch.compile`.
     """
 
-    def __init__(self, forward: Any, backend: Any, mode: str | None) -> None:
+    def __init__(self, forward: Any, cache: str, backend: Any, mode: str | None) -> None:
         self.forward = forward
+        self._cache = cache
         self._step = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, mode=mode)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        current = active_pass()
-        inputs = None if args or current is None else step_inputs(current, kwargs)
+    def __call__(self, **kwargs: Any) -> Any:
+        current, cache = active_pass(), kwargs.get(self._cache)
+        others = {name: value for name, value in kwargs.items() if name != self._cache}
+        inputs = None if current is None else step_inputs(current, others)
         if inputs is None:
-            return self.forward(*args, **kwargs)
+            return self.forward(**kwargs)
         try:
-            output = self._step(**inputs, past_key_values=None, use_cache=False)
+            output = self._step(**inputs, use_cache=False, **{self._cache: None})
         except torch._dynamo.exc.Unsupported as error:
             reason = str(error).strip().splitlines()[0]
             raise UnsupportedModelError(
                 f"a step of {type(self.forward.__self__).__name__} is not one graph for torch.compile ({reason}); patch the model "
                 "without compile=True"
             ) from error
-        output.past_key_values = kwargs["past_key_values"]
+        output[CACHE] = cache
         return output
 
 
@@ -100,21 +103,13 @@ def check_compiles(model: Any, decoder: Any, backend: Any = "inductor", mode: st
         )
 
 
-def is_compiled(decoder: Any) -> bool:
-    """Whether `compile_steps` was called on the decoder."""
-    return isinstance(decoder.__dict__.get("forward"), CompiledSteps)
-
-
-def compile_steps(decoder: Any, backend: Any, mode: str | None = None) -> None:
-    """Make the decode steps of a patched decoder run in a compiled graph."""
+def mark_layers(decoder: Any) -> None:
+    """Tell each attention module which of the layers that the policies act on it is: what is compiled cannot look it up."""
     for index, module in enumerate(find_attention(decoder).values()):
         setattr(module, COMPILED_LAYER, index)
-    decoder.forward = CompiledSteps(decoder.forward, backend, mode)
 
 
-def undo_compile(decoder: Any) -> None:
-    """Undo `compile_steps`, if it was called."""
-    if is_compiled(decoder):
-        del decoder.forward
-        for module in find_attention(decoder).values():
-            delattr(module, COMPILED_LAYER)
+def unmark_layers(decoder: Any) -> None:
+    """Undo `mark_layers`, if it was called."""
+    for module in decoder.modules():
+        vars(module).pop(COMPILED_LAYER, None)

@@ -124,8 +124,7 @@ _thread = threading.local()
 
 def active_pass() -> Pass | None:
     """The pass in progress on this thread, if any."""
-    stack: list[Pass] = getattr(_thread, "passes", [])
-    return stack[-1] if stack else None
+    return getattr(_thread, "current", None)
 
 
 def current_record() -> list[Any] | None:
@@ -158,17 +157,6 @@ def expecting(new_tokens: int | None) -> Iterator[None]:
         _thread.expected = before
 
 
-def enter_pass(current: Pass) -> None:
-    """Make `current` the pass in progress on this thread."""
-    if not hasattr(_thread, "passes"):
-        _thread.passes = []
-    _thread.passes.append(current)
-
-
-def leave_pass(modules: dict[int, int]) -> bool:
-    """End the pass in progress if it is one over `modules`; whether it was."""
-    stack: list[Pass] = getattr(_thread, "passes", [])
-    if not stack or stack[-1].modules is not modules:
-        return False
-    stack.pop()
-    return True
+def set_pass(current: Pass | None) -> None:
+    """Make `current` the pass in progress on this thread; None when there is none."""
+    _thread.current = current

@@ -2,41 +2,26 @@
 
 import copy
 import functools
-import inspect
 import threading
 import weakref
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.utils import ModelOutput
 
-from kvpress.attention import NAME, originals, register
-from kvpress.compiled import check_compiles, compile_steps, is_compiled, undo_compile
+from kvpress.attention import originals, register
+from kvpress.compat import DynamicCache, check_decoder, check_transformers
+from kvpress.compiled import CompiledSteps, check_compiles, mark_layers, unmark_layers
+from kvpress.decoder import PatchedForward
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
-from kvpress.paged import PagedLayer
-from kvpress.passes import (
-    Pass,
-    Tokens,
-    active_pass,
-    current_record,
-    enter_pass,
-    expected_tokens,
-    expecting,
-    leave_pass,
-    masked_tokens,
-    plain_tokens,
-)
+from kvpress.passes import expecting
 from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary, find_rotary
-from kvpress.support import check_cache, find_attention, find_decoder
+from kvpress.support import find_attention, find_decoder
+from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
     from kvpress.sharing import SharedPrompt
@@ -71,7 +56,9 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
         ...     print(handle.report())
     """
     policies = make_policies(policy)
+    check_transformers(KVLayer)
     decoder = find_decoder(model)
+    check_decoder(decoder)
     attention = find_attention(decoder)
     split = getattr(model, "tp_size", None) or 1
     for one in policies:
@@ -145,16 +132,9 @@ class Handle:
         rotary: list[Rotary],
     ) -> None:
         self.policies = policies
-        self._eviction = next((one for one in policies if isinstance(one, EvictionPolicy)), None)
-        self._selection = next((one for one in policies if isinstance(one, SelectionPolicy)), None)
-        self._rotary = rotary
-        self._raw_keys = any(policy.raw_keys for policy in policies)
         self._model, self._decoder = weakref.ref(model), weakref.ref(decoder)
-        self._indices = list(attention)
-        self._modules = {id(module): ordinal for ordinal, module in enumerate(attention.values())}
-        self._parameters = list(inspect.signature(decoder.forward).parameters)
-        self._lock = threading.RLock()
-        self._busy = 0
+        self._lock = threading.Lock()
+        self._running: set[object] = set()
         self._patched = True
         self._facts: dict[int, Facts] = {}
         self._others: dict[int, tuple[int, int]] = {}
@@ -164,14 +144,9 @@ class Handle:
         self._configs = _configs(decoder)
         for config in self._configs:
             originals.switch(config)
-        self._hooks = [
-            decoder.register_forward_pre_hook(self._before_pass, with_kwargs=True),
-            decoder.register_forward_hook(self._after_pass, always_call=True),
-        ]
+        self._forward = weakref.ref(PatchedForward(decoder, self, policies, attention, rotary))
         replace_forwards(model, decoder)
-        self._wraps_generate = hasattr(model, "generate")
-        if self._wraps_generate:
-            model.generate = _watched(self, model)
+        self._generate = weakref.ref(PatchedGenerate(model, self)) if hasattr(model, "generate") else None
 
     def describe(self) -> str:
         """The policies with the fields that differ from their defaults."""
@@ -196,23 +171,24 @@ class Handle:
         with self._lock:
             if not self._patched:
                 raise PolicyError(f"this handle ({self.describe()}) is unpatched already")
-            if self._busy:
+            if self._running:
                 raise PolicyError(
                     "the model is generating right now; unpatch it when generate() or forward() has returned"
                 )
             self._patched = False
-        for hook in self._hooks:
-            hook.remove()
         for config in self._configs:
             originals.restore(config)
         model, decoder = self._model(), self._decoder()
         if model is not None:
             restore_forwards(model)
-        if model is not None and self._wraps_generate:
-            model.__dict__.pop("generate", None)
+        if decoder is not None:
+            unmark_layers(decoder)
+        for wrapper, owner in ((self._generate, model), (self._forward, decoder)):
+            held = None if wrapper is None else wrapper()
+            if held is not None and owner is not None:
+                held.remove(owner)
         with _handles_lock:
             if decoder is not None:
-                undo_compile(decoder)
                 _handles.pop(decoder, None)
 
     def compile(self, backend: Any = "inductor", mode: str | None = None) -> "Handle":
@@ -235,18 +211,19 @@ class Handle:
             UnsupportedModelError: some of the model's layers are not the policies', or it is spread over devices. In a
                 first step: torch cannot make one graph of it.
         """
-        decoder = self._decoder()
+        decoder, forward = self._decoder(), self._forward()
         with self._lock:
-            if not self._patched:
+            if not self._patched or forward is None:
                 raise PolicyError(f"this handle ({self.describe()}) is unpatched; patch the model first")
-            if self._busy:
+            if self._running:
                 raise PolicyError(
                     "the model is generating right now; compile it when generate() or forward() has returned"
                 )
-            if is_compiled(decoder):
+            if isinstance(forward.run, CompiledSteps):
                 raise PolicyError(f"this handle ({self.describe()}) is compiled already")
             check_compiles(self._model(), decoder, backend, mode)
-            compile_steps(decoder, backend, mode)
+            mark_layers(decoder)
+            forward.run = CompiledSteps(forward.inner, forward.cache_argument, backend, mode)
         return self
 
     def report(self) -> Report:
@@ -273,7 +250,7 @@ class Handle:
         )
         return Report(self.describe(), total, dict(sorted(layers.items())))
 
-    def _check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
         config = config or model.generation_config
         wanted = {
@@ -288,7 +265,8 @@ class Handle:
         assisted = kwargs.get("assistant_model") is not None or any(
             wanted[name] for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
         )
-        if self._eviction is not None and assisted:
+        evicts = any(isinstance(policy, EvictionPolicy) for policy in self.policies)
+        if evicts and assisted:
             raise PolicyError(
                 f"assisted decoding takes tokens back from the cache, and {self.describe()} evicts entries for good; leave the "
                 "assistant out, or use the policy Full"
@@ -299,7 +277,7 @@ class Handle:
                 "assistant_model or prompt_lookup_num_tokens, or leave it out"
             )
 
-    def _new_tokens(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    def new_tokens(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
         config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
         number = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
         return number if isinstance(number, int) else None
@@ -317,10 +295,10 @@ class Handle:
             raise PolicyError(
                 f"{self.describe()} does not leave the attention of a prompt exact, so that its prompt cannot be shared; run it"
             )
-        decoder = self._decoder()
+        forward = self._patched_forward()
         cache = copy.deepcopy(prompt.others)
-        layers = self._layers(decoder, cache, None, len(prompt.tokens.seen_tensor), prompt.tokens.count)
-        for ordinal, index in enumerate(self._indices):
+        layers = forward.layers(cache, None, len(prompt.tokens.seen_tensor), prompt.tokens.count)
+        for ordinal, index in enumerate(forward.indices):
             query, key, value, scores = prompt.layers[ordinal]
             layer = layers[index]
             layer.append(key, value, prompt.tokens)
@@ -336,7 +314,7 @@ class Handle:
             layer.finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=layer.fused_mass)
         cache.layers[:] = layers
         cache.layer_class_to_replicate = None
-        self._watch(cache, layers)
+        self.watch(cache)
         return cache
 
     @property
@@ -344,109 +322,32 @@ class Handle:
         """Whether the policies leave the attention of a prompt exact, so that one pass can serve several handles."""
         return all(policy.leaves_prompts_exact for policy in self.policies)
 
-    # ------------------------------------------------------------------ around a forward pass
+    def new_layers(self, cache: DynamicCache) -> list[Any]:
+        """The layers that an empty cache of this model gets: ours where the policies act, its own elsewhere."""
+        return self._patched_forward().layers(cache, None, 0, 0)
 
-    def _before_pass(
-        self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        inputs = self._check_call(decoder, kwargs)
-        batch, count = inputs.shape[:2]
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        wants_cache = decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
-        if cache is None and not wants_cache:
-            self._check_no_checkpointing(decoder)
-            tokens = self._tokens(batch, count, mask, inputs.device, None)
-            current = Pass(self._modules, self._rotary, tokens, [], prompt=True)
-        else:
-            self._check_no_training(decoder)
-            if cache is None:
-                cache = kwargs["past_key_values"] = DynamicCache(config=decoder.config)
-            layers = self._layers(decoder, cache, mask, batch, count)
-            tokens = self._tokens(batch, count, mask, inputs.device, layers[self._indices[0]])
-            acted = [layers[index] for index in self._indices]
-            again = self._feed_again(kwargs, inputs, acted)
-            if again:
-                tokens = self._tokens(batch, again + count, mask, inputs.device, acted[0])
-            prompt = again + count > 1 or acted[0].facts.seen == 0
-            current = Pass(
-                self._modules,
-                self._rotary,
-                tokens,
-                acted,
-                prompt,
-                expected_tokens(),
-                record=current_record(),
-                again=again,
-            )
-            cache.layers[:] = layers  # only now that nothing can be refused any more
-            cache.layer_class_to_replicate = None
-            self._watch(cache, layers)
-        with self._lock:
-            self._busy += 1
-        enter_pass(current)
-        return (), kwargs
+    def _patched_forward(self) -> PatchedForward:
+        forward = self._forward()
+        if forward is None or not self._patched:
+            raise PolicyError(f"this handle ({self.describe()}) is unpatched; patch the model first")
+        return forward
 
-    def _watch(self, cache: Any, layers: list[Any]) -> None:
+    # ------------------------------------------------------------------ told by what runs
+
+    def begin(self, run: object) -> None:
+        """A pass or a `generate` begins: no unpatching until `end`."""
+        self._running.add(run)
+
+    def end(self, run: object) -> None:
+        """It has ended, however; `begin` may not have been reached."""
+        self._running.discard(run)
+
+    def watch(self, cache: Any) -> None:
         """Report on this cache from now on."""
-        self._facts = {index: layers[index].facts for index in self._indices}
+        self._facts = {index: layer.facts for index, layer in enumerate(cache.layers) if isinstance(layer, KVLayer)}
         self._cache = weakref.ref(cache)
 
-    def _feed_again(self, kwargs: dict[str, Any], inputs: Tensor, acted: list[KVLayer]) -> int:
-        """Feed decode steps once more, before this pass's tokens, where the policy wants what they stored exact.
-
-        Decode steps are remembered until there are as many as the policy corrects at a time, or a prompt pass follows. Then
-        they are taken back, and `kwargs` bring them again.
-
-        Returns:
-            How many there are.
-        """
-        every = 0 if self._selection is None else self._selection.correct_every
-        first, count = acted[0], inputs.shape[1]
-        if not every or first.facts.seen == 0:
-            return 0
-        places = kwargs.get("position_ids")
-        if places is None:
-            places = torch.arange(first.facts.seen, first.facts.seen + count, device=inputs.device)[None]
-        if places.ndim != 2:
-            raise PolicyError(
-                f"correct_every needs 2-D position_ids, and these have {places.ndim}; use correct_every=0"
-            )
-        places = places.expand(inputs.shape[0], -1)
-        decoded, decoded_at = first.decoded, first.decoded_at
-        if decoded is None or decoded_at is None or decoded.ndim != inputs.ndim:  # ids after embeddings start anew
-            decoded, decoded_at = inputs[:, :0], places[:, :0]
-        again, decoded = decoded.shape[1], torch.cat((decoded.to(inputs.device), inputs), dim=1)
-        decoded_at = torch.cat((decoded_at.to(places.device), places), dim=1)
-        if count == 1 and again < every:
-            first.decoded, first.decoded_at = decoded, decoded_at
-            return 0
-        if again:
-            kwargs["input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"] = decoded
-            kwargs["position_ids"] = decoded_at
-            kwargs.pop("cache_position", None)
-            for layer in acted:
-                layer.take_back(again)
-        first.decoded = first.decoded_at = None
-        return again
-
-    def _after_pass(self, decoder: Any, args: tuple[Any, ...], output: Any) -> Any:
-        current = active_pass()
-        if current is None or not leave_pass(self._modules):
-            return None  # the pass was refused before it began
-        with self._lock:
-            self._busy -= 1
-        self._note_others()
-        if not current.again or output is None:
-            return None
-        count = current.tokens.count - current.again
-        if count == 1:  # a decode step, which read everything
-            for facts in self._facts.values():
-                facts.readable += facts.seen
-                facts.read += facts.length
-        return _last_columns(output, count)
-
-    def _note_others(self) -> None:
+    def note_others(self) -> None:
         """Note for the report what the layers hold that the policies leave alone."""
         cache = self._cache() if self._cache is not None else None
         if cache is not None and len(cache.layers) > len(self._facts):
@@ -454,179 +355,38 @@ class Handle:
                 if index not in self._facts and getattr(layer, "keys", None) is not None:
                     self._others[index] = layer.keys.shape[-2], _nbytes(layer.keys) + _nbytes(layer.values)
 
-    def _check_call(self, decoder: Any, kwargs: dict[str, Any]) -> Tensor:
-        """The pass's input, [batch, count] ids or [batch, count, hidden] embeddings, or what is wrong with the call."""
-        if decoder.config._attn_implementation != NAME:
-            raise PolicyError(
-                f"the attention implementation was changed to {decoder.config._attn_implementation!r} while the model is patched; "
-                "unpatch it first, or change it before patching"
-            )
-        if kwargs.get("output_attentions"):
-            raise PolicyError(
-                "output_attentions=True is not possible on a patched model; unpatch it to look at attention weights"
-            )
-        mask = kwargs.get("attention_mask")
-        if isinstance(mask, Tensor) and mask.ndim != 2:
-            raise PolicyError(
-                f"a {mask.ndim}-D attention mask cannot be used on a patched model; pass a 2-D padding mask, or none"
-            )
-        if isinstance(mask, dict):
-            raise PolicyError(
-                "a mapping of attention masks cannot be used on a patched model; pass a 2-D padding mask, or none"
-            )
-        inputs: Tensor | None = kwargs.get("input_ids")
-        if inputs is None:
-            inputs = kwargs.get("inputs_embeds")
-        if inputs is None or inputs.shape[1] == 0:
-            raise PolicyError("the prompt is empty (no tokens); give at least one token")
-        if mask is not None and mask.shape[0] != inputs.shape[0]:
-            raise PolicyError(
-                f"attention_mask has {mask.shape[0]} rows and the input {inputs.shape[0]} sequences; give one row for each"
-            )
-        return inputs
 
-    def _check_no_training(self, decoder: Any) -> None:
-        if decoder.training and torch.is_grad_enabled():
-            raise PolicyError(
-                "the model is in training mode with gradients on, and a kvpress cache carries none; call model.eval() or use "
-                "torch.no_grad() to generate, or use_cache=False (exact attention) or unpatch to train"
-            )
+class PatchedGenerate(Wrapper):
+    """`model.generate` that refuses what cannot work before it starts, and holds off unpatching while it runs.
 
-    def _check_no_checkpointing(self, decoder: Any) -> None:
-        if not (decoder.training and torch.is_grad_enabled()):
-            return
-        if any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules()):
-            raise PolicyError(
-                "gradient checkpointing runs the layers again in backward, when the patched pass is over; switch it off, or "
-                "unpatch to train"
-            )
+    What the user has put on the instance, as a `functools.partial`, is wrapped as the class's own is.
+    """
 
-    def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, layer: KVLayer | None) -> Tokens:
-        before, before_tensor, seen = None, None, 0
-        if layer is not None and layer.is_initialized:
-            before, before_tensor, seen = layer.tokens, layer.facts.tokens, layer.facts.seen
-            assert before_tensor is not None
-            if before_tensor.shape[0] != batch:
-                raise PolicyError(
-                    f"the cache holds {before_tensor.shape[0]} sequences and the input has {batch}; give as many"
-                )
-            before_tensor = before_tensor.to(device)
-        prompt = count > 1 or seen == 0
-        if mask is None:
-            if prompt and before is None and before_tensor is not None:
-                before = before_tensor.tolist()
-            return plain_tokens(batch, count, before, before_tensor, device)
-        if mask.shape[1] != seen + count:
-            raise PolicyError(
-                f"attention_mask has {mask.shape[1]} columns; the cache has seen {seen} tokens and the input has {count}, so it "
-                f"must have {seen + count}"
-            )
-        mask = mask.to(device=device, dtype=torch.bool)
-        if prompt and before_tensor is not None:
-            known, told = before_tensor.tolist(), mask[:, :seen].sum(1).tolist()
-            if known != told:
-                raise PolicyError(
-                    f"attention_mask calls {told} of the tokens seen before real, and the cache took {known} for real; pass the "
-                    "mask of the earlier passes, extended"
-                )
-            before = known
-        return masked_tokens(mask[:, -count:], before, before_tensor, prompt)
+    def __init__(self, model: Any, handle: Handle) -> None:
+        super().__init__(model, "generate")
+        self.handle = handle
+        self._model = weakref.ref(model)
 
-    def new_layers(self, cache: DynamicCache) -> list[Any]:
-        """The layers that an empty cache of this model gets: ours where the policies act, its own elsewhere."""
-        return self._layers(self._decoder(), cache, None, 0, 0)
-
-    def _layers(self, decoder: Any, cache: Any, mask: Tensor | None, batch: int, count: int) -> list[Any]:
-        """The cache's layers, with ours in the place of the plain ones that the policies act on."""
-        held = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, KVLayer)]
-        if held:
-            owners = held[0].policy, held[0].selection
-            if owners != (self._eviction, self._selection) or len(held) != len(self._indices):
-                named = " + ".join(policy.describe() for policy in owners if policy is not None) or "full()"
-                raise PolicyError(f"this cache belongs to the policy {named}; start a new one for {self.describe()}")
-            return list(cache.layers)
-        check_cache(cache)
-        # A DynamicCache() without config has no layers yet: it adds plain ones as they are used.
-        layers = list(cache.layers) or [DynamicLayer() for _ in DynamicCache(config=decoder.config).layers]
-        if len(layers) <= self._indices[-1]:
-            raise PolicyError(
-                f"the cache has {len(layers)} layers and the model needs {self._indices[-1] + 1}; pass "
-                "DynamicCache(config=model.config), or none"
-            )
-        for ordinal, index in enumerate(self._indices):
-            plain = layers[index]
-            if type(plain) is not DynamicLayer:
-                raise PolicyError(
-                    f"layer {index} of the cache is a {type(plain).__name__}, not a plain DynamicLayer; pass "
-                    "DynamicCache(config=model.config), or none"
-                )
-            rotary = self._rotary[ordinal] if self._raw_keys else None
-            kind = PagedLayer if self._eviction is not None and self._eviction.shares_heads else KVLayer
-            layers[index] = kind(self._eviction, ordinal, len(self._indices), self._selection, rotary)
-            if plain.get_seq_length():
-                self._adopt(layers[index], plain, mask, batch, count)
-        return layers
-
-    def _adopt(self, layer: KVLayer, plain: Any, mask: Tensor | None, batch: int, count: int) -> None:
-        """Take over what an unpatched run left in a plain layer."""
-        if self._eviction is not None and self._eviction.observes == "every row":
-            raise PolicyError(
-                f"{self._eviction.describe()} needs the attention of every token, and this cache was filled by an unpatched run; "
-                "run the whole prompt on the patched model, or use a policy that looks at the last rows only"
-            )
-        if self._eviction is not None and self._eviction.observes == "window" and count == 1:
-            raise PolicyError(
-                f"{self._eviction.describe()} needs the attention of the prompt's last tokens, and this cache was filled by an "
-                "unpatched run; give several tokens in the next pass, or run the whole prompt on the patched model"
-            )
-        seen = plain.get_seq_length()
-        if plain.keys.shape[0] != batch:
-            raise PolicyError(
-                f"the cache holds {plain.keys.shape[0]} sequences and the input has {batch}; give as many"
-            )
-        earlier = None if mask is None or mask.shape[1] <= seen else mask[:, :seen].to(plain.keys.device, torch.bool)
-        if earlier is None:
-            tokens = plain_tokens(batch, seen, None, None, plain.keys.device)
-        else:
-            tokens = masked_tokens(earlier, None, None, prompt=True)
-        layer.take_over(plain.keys, plain.values, tokens)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.inner(*args, **kwargs)
+        told, known = args, kwargs
+        if isinstance(self.inner, functools.partial):
+            told, known = (*self.inner.args, *args), {**self.inner.keywords, **kwargs}
+        model, run = self._model(), object()
+        self.handle.check_generate(model, told, known)
+        try:
+            self.handle.begin(run)
+            with expecting(self.handle.new_tokens(model, told, known)):
+                return self.inner(*args, **kwargs)
+        finally:
+            self.handle.end(run)
 
 
 def _configs(decoder: Any) -> list[Any]:
     """The config objects that the decoder's modules read their attention implementation from, each once."""
     found = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
-
-
-def _watched(handle: Handle, model: Any) -> Callable[..., Any]:
-    """`model.generate` that refuses what cannot work before it starts, and holds off unpatching while it runs."""
-    generate = type(model).generate
-    reference = weakref.ref(model)
-
-    @functools.wraps(generate)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        handle._check_generate(reference(), args, kwargs)
-        with handle._lock:
-            handle._busy += 1
-        try:
-            with expecting(handle._new_tokens(reference(), args, kwargs)):
-                return generate(reference(), *args, **kwargs)
-        finally:
-            with handle._lock:
-                handle._busy -= 1
-
-    return watched
-
-
-def _last_columns(output: Any, count: int) -> Any:
-    """A decoder's output (hidden states, in whatever they are nested) of the last columns alone."""
-    if isinstance(output, Tensor):
-        return output[:, -count:]
-    if isinstance(output, ModelOutput):
-        for name, value in output.items():
-            output[name] = _last_columns(value, count)
-        return output
-    return tuple(_last_columns(item, count) for item in output) if isinstance(output, tuple) else output
 
 
 def _nbytes(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.patching import handle_of
 from kvpress.policy import EvictionPolicy, check_choice
@@ -138,8 +139,8 @@ class _Reader:
             options["attention_mask"] = (columns >= self.pads).long()
             if self.takes_positions:
                 options["position_ids"] = (columns - self.pads).clamp(min=0)[:, self.seen :]
-        output = self.model(ids, past_key_values=self.cache, use_cache=True, **options)
-        self.cache, self.seen = output.past_key_values, stop
+        output = self.model(ids, **{CACHE: self.cache}, use_cache=True, **options)
+        self.cache, self.seen = output.get(CACHE), stop
         if self.cache is None:
             raise PolicyError(f"{type(self.model).__name__} returned no cache; score() needs a causal LM with one")
         logits: Tensor = output.logits[:, -1]

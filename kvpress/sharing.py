@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
+from kvpress.compat import CACHE, DynamicCache
 from kvpress.errors import PolicyError
 from kvpress.passes import Tokens, recording
 from kvpress.patching import patch
@@ -64,7 +64,7 @@ def record_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
         >>> for policy in (H2O(budget=0.2), SnapKV(budget=0.2)):
         ...     with kvpress.patch(model, policy) as handle:
         ...         cache = handle.adopt_prompt(prompt)
-        ...         model(prompt.logits.argmax(-1, keepdim=True), past_key_values=cache)
+        ...         model(prompt.logits.argmax(-1, keepdim=True), cache=cache)
     """
     if input_ids.shape[1] < 2:
         raise PolicyError(f"a prompt of {input_ids.shape[1]} token(s) is not worth recording; give at least 2")
@@ -74,7 +74,7 @@ def record_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
         places["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with patch(model, "full"), recording() as record:
         output = model(input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1, **places)
-    cache = output.past_key_values
+    cache = output[CACHE]
     others = DynamicCache(config=model.config.get_text_config(decoder=True))
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, Slots):

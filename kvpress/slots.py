@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
+from kvpress.compat import CacheLayerMixin
 from kvpress.errors import PolicyError
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.rope_shift import rope_shift

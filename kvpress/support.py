@@ -3,14 +3,13 @@
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache
 
+from kvpress.compat import Cache, DynamicCache, DynamicLayer, EncoderDecoderCache, PreTrainedModel
 from kvpress.errors import PolicyError, UnsupportedModelError
 
 
 def find_decoder(model: Any) -> Any:
-    """The module of a causal LM that takes `past_key_values` and owns the layers.
+    """The module of a causal LM that takes the cache and owns the layers.
 
     Raises:
         UnsupportedModelError: the model is not one that kvpress can patch.
@@ -93,7 +92,7 @@ def check_cache(cache: Any) -> None:
     """Raise `PolicyError` unless the cache is one that can be taken over."""
     remedy = "pass DynamicCache(config=model.config), or none"
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
-        raise PolicyError(f"past_key_values of type {type(cache).__name__} cannot be taken over; {remedy}")
+        raise PolicyError(f"a cache of type {type(cache).__name__} cannot be taken over; {remedy}")
     if not isinstance(cache, DynamicCache):
         raise PolicyError(f"{type(cache).__name__} has storage of its own that a policy cannot evict from; {remedy}")
     if getattr(cache, "offloading", False):

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, LlamaForCausalLM
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.policies import (
     A2SF,
     EMS,
@@ -311,7 +312,7 @@ def run(model: Any, policy: Any, passes: list[list[int]]) -> tuple[list[torch.Te
     cache, logits, sets = DynamicCache(config=model.config), [], []
     with kvpress.patch(model, policy):
         for ids in passes:
-            logits.append(model(torch.tensor([ids]), past_key_values=cache).logits[0])
+            logits.append(model(torch.tensor([ids]), **{CACHE: cache}).logits[0])
             sets.append(kept(cache))
     return logits, sets
 

@@ -4,6 +4,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 
 
 def watch(monkeypatch, policy_type, row=0):
@@ -49,7 +50,7 @@ def run(model, policies, passes, mask=None):
             if mask is not None:
                 places = (mask[:, :seen].cumsum(1) - 1).clamp(min=0)[:, -rows.shape[1] :]
                 extra = {"attention_mask": mask[:, :seen], "position_ids": places}
-            logits.append(model(rows, past_key_values=cache, **extra).logits)
+            logits.append(model(rows, **{CACHE: cache}, **extra).logits)
         return logits, cache, handle.report()
 
 
@@ -64,5 +65,5 @@ def check_oracle(oracle, passes, logits, log):
 def dense(model, passes):
     """Logits [1, all, vocab] and the K and V of an unpatched run, token by token after the first pass."""
     cache = DynamicCache(config=model.config)
-    logits = [model(torch.tensor([ids]), past_key_values=cache).logits for ids in passes]
+    logits = [model(torch.tensor([ids]), **{CACHE: cache}).logits for ids in passes]
     return torch.cat(logits, dim=1), cache

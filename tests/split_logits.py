@@ -12,6 +12,7 @@ import torch
 import torch.distributed as distributed
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.models import load_model
 
 POLICIES = [
@@ -37,7 +38,7 @@ def logits(model, policy, ids, steps):
         found = [output.logits[0, -1]]
         for token in range(5, 5 + steps):
             step = torch.tensor([[token]])
-            found.append(model(step, past_key_values=output.past_key_values, use_cache=True).logits[0, -1])
+            found.append(model(step, **{CACHE: output[CACHE]}, use_cache=True).logits[0, -1])
     return torch.stack(found)
 
 

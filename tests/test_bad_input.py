@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 import kvpress
 import refusals
 from kvpress import PolicyError, UnsupportedModelError
+from kvpress.compat import CACHE
 from kvpress.layer import KVLayer
 from kvpress.policies import H2O, TOVA, Full, RecycledAttention, SnapKV, StreamingLLM, TokenSelect
 from models import (
@@ -617,7 +618,7 @@ def test_caches(model, policy, make, word):
         for run in (model, lambda ids, **kwargs: greedy(model, ids, **kwargs)):
             cache = make(model.config)
             with refused(word, "DynamicCache", model=model):
-                run(token_ids(1, 9), past_key_values=cache)
+                run(token_ids(1, 9), **{CACHE: cache})
             assert not any(isinstance(layer, KVLayer) for layer in getattr(cache, "layers", []))
 
 
@@ -625,7 +626,7 @@ def test_caches(model, policy, make, word):
 def test_what_is_no_cache(model, cache):
     """Old-style tuples and other objects."""
     with patched(model, "h2o"), refused(type(cache).__name__, "DynamicCache", model=model):
-        model(token_ids(1, 9), past_key_values=cache)
+        model(token_ids(1, 9), **{CACHE: cache})
 
 
 def test_cache_of_another_depth(model):
@@ -635,7 +636,7 @@ def test_cache_of_another_depth(model):
         patched(model, H2O(budget=4)),
         refused("layer", "1", "DynamicCache(config=model.config)", model=model),
     ):
-        model(token_ids(1, 9), past_key_values=cache)
+        model(token_ids(1, 9), **{CACHE: cache})
     assert len(cache.layers) == 1 and not isinstance(cache.layers[0], KVLayer)
 
 
@@ -694,7 +695,7 @@ def test_assisted_decoding_with_full(model, options):
 def test_crop_of_an_evicted_cache(model):
     """By hand, too, a cache that evicts gives nothing back."""
     with patched(model, H2O(budget=4)):
-        cache = model(token_ids(1, 9)).past_key_values
+        cache = model(token_ids(1, 9))[CACHE]
         with refused("take back 2 tokens", "h2o(budget=4)", "Full", model=model):
             cache.crop(-2)
 
@@ -750,15 +751,15 @@ def test_mask_of_a_later_pass(model, policy):
     ids, mask = token_ids(2, 9), torch.ones(2, 9, dtype=torch.long)
     mask[0, :3] = 0
     with patched(model, policy):
-        cache = model(ids, attention_mask=mask).past_key_values
+        cache = model(ids, attention_mask=mask)[CACHE]
         seen = cache.get_seq_length()
         with refused("4 columns", "seen 9", "must have 13", model=model):
-            model(ids[:, :4], attention_mask=torch.ones(2, 4), past_key_values=cache)
+            model(ids[:, :4], attention_mask=torch.ones(2, 4), **{CACHE: cache})
         with refused("[9, 9]", "[6, 9]", "extended", model=model):
-            model(ids[:, :4], attention_mask=torch.ones(2, 13), past_key_values=cache)
+            model(ids[:, :4], attention_mask=torch.ones(2, 13), **{CACHE: cache})
         assert cache.get_seq_length() == seen
         with torch.no_grad():
-            model(ids[:, :4], attention_mask=torch.cat((mask, torch.ones(2, 4)), dim=1), past_key_values=cache)
+            model(ids[:, :4], attention_mask=torch.cat((mask, torch.ones(2, 4)), dim=1), **{CACHE: cache})
         assert cache.get_seq_length() == 13
 
 
@@ -766,9 +767,9 @@ def test_mask_of_a_later_pass(model, policy):
 def test_another_batch_than_the_cache(model, policy):
     """Two sequences on the cache of one."""
     with patched(model, policy):
-        cache = model(token_ids(1, 9)).past_key_values
+        cache = model(token_ids(1, 9))[CACHE]
         with refused("holds 1 sequences", "has 2", "give as many", model=model):
-            model(token_ids(2, 1), past_key_values=cache)
+            model(token_ids(2, 1), **{CACHE: cache})
 
 
 @every_policy
@@ -872,7 +873,7 @@ def test_eval_without_no_grad(model, policy):
             torch.testing.assert_close(output.logits, model(ids).logits)
         with refused("no gradients", "use_cache=False", "unpatch", model=model):
             output.logits.sum().backward()
-        step = model(ids[:, :1], past_key_values=output.past_key_values)
+        step = model(ids[:, :1], **{CACHE: output[CACHE]})
         with refused("no gradients", "use_cache=False", "unpatch", model=model):
             step.logits.sum().backward()
 
@@ -885,14 +886,14 @@ def test_our_cache_without_a_patch(model, policy):
     """A cache that a policy filled is refused by the unpatched model, by forward and by generate."""
     ids = token_ids(1, 9)
     with patched(model, policy):
-        cache = model(ids).past_key_values
+        cache = model(ids)[CACHE]
     words = ("filled by a model patched with kvpress", "same policy", "new")
     with refused(*words, model=model):
-        model(ids[:, :1], past_key_values=cache)
+        model(ids[:, :1], **{CACHE: cache})
     with refused(*words, model=model):
-        greedy(model, ids.repeat(1, 2), past_key_values=cache)
+        greedy(model, ids.repeat(1, 2), **{CACHE: cache})
     with patched(model, policy), torch.no_grad():
-        model(ids[:, :1], past_key_values=cache)  # the same policy may go on
+        model(ids[:, :1], **{CACHE: cache})  # the same policy may go on
 
 
 @pytest.mark.parametrize(
@@ -910,13 +911,13 @@ def test_cache_of_another_policy(model, first, second, run):
     """A cache belongs to its policy, down to the fields."""
     ids = token_ids(1, 9)
     with patched(model, first):
-        cache = model(ids).past_key_values
+        cache = model(ids)[CACHE]
     words = ("belongs to the policy", first.describe(), "start a new", second.describe())
     with patched(model, second), refused(*words, model=model):
         if run == "forward":
-            model(ids[:, :1], past_key_values=cache)
+            model(ids[:, :1], **{CACHE: cache})
         else:
-            greedy(model, ids.repeat(1, 2), past_key_values=cache)
+            greedy(model, ids.repeat(1, 2), **{CACHE: cache})
 
 
 ADOPTING = {name: policy for name, policy in POLICIES.items() if name != "h2o"}
@@ -924,7 +925,7 @@ ADOPTING = {name: policy for name, policy in POLICIES.items() if name != "h2o"}
 
 def plain_cache(model, ids, mask=None):
     with torch.no_grad():
-        return model(ids, attention_mask=mask, past_key_values=DynamicCache(), use_cache=True).past_key_values
+        return model(ids, attention_mask=mask, **{CACHE: DynamicCache()}, use_cache=True)[CACHE]
 
 
 @pytest.mark.parametrize("policy", ADOPTING.values(), ids=ADOPTING.keys())
@@ -941,10 +942,10 @@ def test_cache_of_an_unpatched_run(model, policy, count, rows):
     with patched(model, policy):
         if isinstance(policy, SnapKV) and count == 1:  # no row of the prompt is there to score with
             with refused("snapkv", "unpatched run", "several tokens", "whole prompt", model=model):
-                model(new, attention_mask=mask, past_key_values=cache)
+                model(new, attention_mask=mask, **{CACHE: cache})
             assert cache.get_seq_length() == 9
             return
-        logits = model(new, attention_mask=mask, past_key_values=cache).logits
+        logits = model(new, attention_mask=mask, **{CACHE: cache}).logits
         if not getattr(policy, "reindexed_sinks", 0) and (policy == Full() or count > 1):
             torch.testing.assert_close(logits, dense)
         assert logits.isfinite().all()
@@ -960,12 +961,12 @@ def test_cache_of_an_unpatched_run(model, policy, count, rows):
 @torch.no_grad()
 def test_second_turn_on_the_cache_of_an_unpatched_run(model):
     """generate goes on where an unpatched generate ended; under Full with the same tokens."""
-    options = {"past_key_values": DynamicCache(), "return_dict_in_generate": True}
+    options = {CACHE: DynamicCache(), "return_dict_in_generate": True}
     first = greedy(model, token_ids(1, 9), **options)
     text = torch.cat((first.sequences, token_ids(1, 5, seed=2)), dim=1)
     expected = greedy(model, text)
     with patched(model, "full"):
-        assert torch.equal(greedy(model, text, past_key_values=first.past_key_values), expected)
+        assert torch.equal(greedy(model, text, **{CACHE: first[CACHE]}), expected)
 
 
 @pytest.mark.parametrize("count", [1, 4], ids=["step", "prompt"])
@@ -977,9 +978,9 @@ def test_h2o_needs_every_token(model, count):
         patched(model, H2O(budget=4)),
         refused("h2o(budget=4)", "every token", "unpatched run", "whole prompt", model=model),
     ):
-        model(ids[:, :count], past_key_values=cache)
+        model(ids[:, :count], **{CACHE: cache})
     with torch.no_grad():
-        model(ids[:, :count], past_key_values=cache)
+        model(ids[:, :count], **{CACHE: cache})
 
 
 @pytest.mark.parametrize("filled", [False, True], ids=["empty", "filled"])
@@ -991,10 +992,10 @@ def test_refused_call_leaves_the_cache(model, policy, filled):
     cache = plain_cache(model, ids) if filled else DynamicCache(config=model.config)
     seen = cache.get_seq_length()
     with patched(model, policy), refused("must have", model=model):
-        model(ids[:, :4], attention_mask=torch.ones(1, 2), past_key_values=cache)
+        model(ids[:, :4], attention_mask=torch.ones(1, 2), **{CACHE: cache})
     assert cache.get_seq_length() == seen
     assert not any(isinstance(layer, KVLayer) for layer in cache.layers)
-    model(ids[:, :4], past_key_values=cache)
+    model(ids[:, :4], **{CACHE: cache})
 
 
 @torch.no_grad()
@@ -1003,7 +1004,7 @@ def test_cache_of_a_smaller_model(model):
     small = tiny_llama(layers=1)
     cache = plain_cache(small, token_ids(1, 9))
     with patched(model, "full"), refused("cache has 1 layers", "model needs 2", "DynamicCache(config", model=model):
-        model(token_ids(1, 4), past_key_values=cache)
+        model(token_ids(1, 4), **{CACHE: cache})
 
 
 @pytest.mark.parametrize("policy", [TOVA(budget=8), TokenSelect(), RecycledAttention(query_stride=5, similarity=0.8)])

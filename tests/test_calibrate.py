@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 import kvpress
 from kvpress.calibrate import TAIL, Question, Trial, best, calibrate, write_policy
 from kvpress.cli import app
+from kvpress.compat import CACHE
 from kvpress.policies import H2O, TidalDecode
 from matrix import prompt, sharp_llama
 
@@ -26,8 +27,8 @@ def by_hand(model, policy, question):
     """Log-probabilities of the answer, with a prompt pass and decode steps of its own."""
     cache, fed = DynamicCache(config=model.config), question.prompt[-TAIL:] + question.answer[:-1]
     with torch.no_grad(), kvpress.patch(model, policy):
-        model(torch.tensor([question.prompt[:-TAIL]]), past_key_values=cache)
-        logits = [model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1] for token in fed]
+        model(torch.tensor([question.prompt[:-TAIL]]), **{CACHE: cache})
+        logits = [model(torch.tensor([[token]]), **{CACHE: cache}).logits[0, -1] for token in fed]
     rows = torch.stack(logits)[-len(question.answer) :].log_softmax(-1)
     right = [row.argmax().item() == token for row, token in zip(rows, question.answer, strict=True)]
     return [row[token].item() for row, token in zip(rows, question.answer, strict=True)], right

@@ -6,6 +6,7 @@ from torch._dynamo.testing import CompileCounter
 
 import kvpress
 from kvpress import PolicyError, UnsupportedModelError
+from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full, SnapKV
 from matrix import CASES
 from models import tiny_llama, token_ids
@@ -75,8 +76,8 @@ def test_nothing_is_compiled_again_for_longer_prompts_or_bare_steps():
             model.generate(token_ids(1, 57), max_new_tokens=30, do_sample=False)
             output = model(token_ids(1, 31))
             for _ in range(3):
-                output = model(output.logits[:, -1:].argmax(-1), past_key_values=output.past_key_values)
-            assert output.past_key_values.get_seq_length() == 34
+                output = model(output.logits[:, -1:].argmax(-1), **{CACHE: output[CACHE]})
+            assert output[CACHE].get_seq_length() == 34
 
 
 def test_steps_with_gradients_are_not_compiled():
@@ -84,7 +85,7 @@ def test_steps_with_gradients_are_not_compiled():
     with kvpress.patch(model, Full()) as handle:
         handle.compile(counter)
         output = model(token_ids(1, 9))
-        model(token_ids(1, 1), past_key_values=output.past_key_values)
+        model(token_ids(1, 1), **{CACHE: output[CACHE]})
     assert counter.frame_count == 0
 
 
@@ -105,7 +106,7 @@ def test_a_patched_model_that_the_user_compiles():
         for _ in range(5):
             new = output.logits[:, -1:].argmax(-1)
             tokens = torch.cat((tokens, new), dim=1)
-            output = compiled(new, past_key_values=output.past_key_values)
+            output = compiled(new, **{CACHE: output[CACHE]})
     assert torch.equal(tokens, plain)
 
 

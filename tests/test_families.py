@@ -5,6 +5,7 @@ import torch
 import transformers as hf
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
 
 COMMON: dict = dict(
@@ -131,10 +132,10 @@ def test_kept_entries_give_the_masked_dense_result(family: str, policy: kvpress.
     ids = torch.randint(3, 97, (1, 25), generator=torch.Generator().manual_seed(2))
     with torch.no_grad(), kvpress.patch(model, policy) as handle:
         first = model(ids[:, :24], use_cache=True)
-        cache = first.past_key_values
+        cache = first[CACHE]
         acted = [index for index, layer in enumerate(cache.layers) if hasattr(layer, "positions")]
         held = {index: cache.layers[index].positions.clone() for index in acted}
-        ours = model(ids[:, 24:], past_key_values=cache).logits[0, -1]
+        ours = model(ids[:, 24:], **{CACHE: cache}).logits[0, -1]
         assert handle.report().to_dict()["seen"] == 25
     expected = masked_dense(model, ids, held)
     torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
@@ -178,7 +179,7 @@ def test_sliding_layers_stay_as_they_are() -> None:
     """A hybrid's sliding layers keep transformers' cache layer, and the report says what they hold."""
     model = build("gemma3")
     with torch.no_grad(), kvpress.patch(model, H2O(budget=10)) as handle:
-        cache = model(batch()["input_ids"][:1], use_cache=True).past_key_values
+        cache = model(batch()["input_ids"][:1], use_cache=True)[CACHE]
         figures = handle.report().to_dict()
     assert type(cache.layers[0]).__name__ == "DynamicSlidingWindowLayer"
     assert [layer["kept"] for layer in figures["layers"]] == [7, 10, 10]

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import kvpress
 from kernel_calls import Largest
 from kvpress import forwards
+from kvpress.compat import CACHE
 from models import tiny_llama, token_ids
 from test_families import FAMILIES, build
 
@@ -69,9 +70,9 @@ def test_other_weights_are_torchs_matter() -> None:
 def test_a_step_splits_large_weights_over_threads(model: Any) -> None:
     """Gate and up of 2048 outputs in 64 parts, down of 64 outputs in 2; the small attention projections are torch's."""
     with kvpress.patch(model, "full"), Calls() as calls:
-        cache = model(token_ids(1, 50)).past_key_values
+        cache = model(token_ids(1, 50))[CACHE]
         calls.seen.clear()
-        model(token_ids(1, 1), past_key_values=cache)
+        model(token_ids(1, 1), **{CACHE: cache})
     layers = model.config.num_hidden_layers
     assert calls.seen["bmm", (64, 1, INTERMEDIATE // 64)] == 2 * layers
     assert calls.seen["bmm", (2, 1, HIDDEN // 2)] == layers
@@ -146,7 +147,7 @@ def test_every_family_in_small_tiles_and_parts(family: str, monkeypatch: pytest.
 
     def logits() -> list[torch.Tensor]:
         first = model(ids[:, :40])
-        return [first.logits, model(ids[:, 40:], past_key_values=first.past_key_values).logits]
+        return [first.logits, model(ids[:, 40:], **{CACHE: first[CACHE]}).logits]
 
     dense = logits()
     with kvpress.patch(model, "full"):

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.kernels import gumbel_noise
 from matrix import CASES, EVICTING, Case, conversation, prompt, run, sharp_llama
 
@@ -150,7 +151,7 @@ def test_u5_each_row_adds_the_group_size(model: Any, case: Case) -> None:
     policy = dataclasses.replace(case.roomy, evict="each_pass")
     with torch.no_grad(), kvpress.patch(model, policy):
         for rows, ids in ((24, prompt(24)), (25, [5]), (26, [6]), (33, prompt(7, 2))):
-            model(torch.tensor([ids]), past_key_values=cache)
+            model(torch.tensor([ids]), **{CACHE: cache})
             for layer in cache.layers:
                 group = model.config.num_attention_heads // layer.mass.shape[1]
                 sums = layer.mass[:, :, : layer.length].sum(-1)

@@ -18,6 +18,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.policies import EMS, H2O, Full, Quest, RecycledAttention, SnapKV, TidalDecode
 from matrix import CASES, prompt
 from models import tiny_llama
@@ -76,7 +77,7 @@ def check_truth(handle: kvpress.Handle, cache: DynamicCache, when: str) -> None:
 
 @torch.no_grad()
 def feed(model: Any, ids: torch.Tensor, cache: DynamicCache, mask: torch.Tensor | None = None) -> None:
-    model(ids, past_key_values=cache, attention_mask=mask, use_cache=True)
+    model(ids, **{CACHE: cache}, attention_mask=mask, use_cache=True)
 
 
 def texts(*lengths: int, seed: int = 0) -> torch.Tensor:
@@ -249,7 +250,7 @@ def soak(policy: Any) -> Watch:
         watch = Watch(handle, cache, at=(200, 800, 1400, 2000))
         ids = texts(100)
         output = model.generate(
-            ids, past_key_values=cache, max_new_tokens=2000, do_sample=False, streamer=watch, use_cache=True
+            ids, **{CACHE: cache}, max_new_tokens=2000, do_sample=False, streamer=watch, use_cache=True
         )
     assert output.shape == (1, 2100) and len(watch.held) == 4
     return watch
@@ -293,7 +294,7 @@ def test_fifty_rounds_leave_nothing() -> None:
     def round_(number: int) -> None:
         with kvpress.patch(model, names[number % len(names)]) as handle:
             cache = DynamicCache(config=model.config)
-            model.generate(ids, past_key_values=cache, max_new_tokens=4, do_sample=False)
+            model.generate(ids, **{CACHE: cache}, max_new_tokens=4, do_sample=False)
             handle.report()
             kept.extend((weakref.ref(handle), weakref.ref(cache.layers[0])))
 

@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
 from matrix import prompt, sharp_llama
 
@@ -127,7 +128,7 @@ def test_a_policy_of_ones_own_is_one_class(model: Any) -> None:
             return -entries.positions.float()
 
     with torch.no_grad(), kvpress.patch(model, {"name": "keep_oldest_of_test", "budget": 0.25}):
-        cache = model(torch.tensor([prompt(20)])).past_key_values
+        cache = model(torch.tensor([prompt(20)]))[CACHE]
     assert cache.layers[0].positions[0, 0].tolist()[:5] == [0, 1, 2, 3, 4]
 
 
@@ -151,7 +152,7 @@ def test_report_prints_and_counts(model: Any) -> None:
 def test_report_survives_the_cache(model: Any) -> None:
     """The keys and values of a finished run are not held for the report's sake."""
     with kvpress.patch(model, Full()) as handle:
-        layer = weakref.ref(model(torch.tensor([prompt(30)])).past_key_values.layers[0])
+        layer = weakref.ref(model(torch.tensor([prompt(30)]))[CACHE].layers[0])
         gc.collect()
         assert layer() is None
         assert handle.report().to_dict()["kept"] == 30
@@ -227,7 +228,7 @@ def test_without_a_cache_every_policy_is_exact(model: Any) -> None:
         dense = model(ids, attention_mask=mask, position_ids=places, use_cache=False).logits
         with kvpress.patch(model, H2O(budget=4)):
             ours = model(ids, attention_mask=mask, position_ids=places, use_cache=False)
-    assert ours.past_key_values is None
+    assert ours.get(CACHE) is None
     torch.testing.assert_close(ours.logits[mask.bool()], dense[mask.bool()], atol=1e-5, rtol=1e-4)
 
 
@@ -236,9 +237,9 @@ def test_a_cache_of_ones_own(model: Any) -> None:
     ids = torch.tensor([prompt(20)])
     with torch.no_grad(), kvpress.patch(model, H2O(budget=8)):
         for cache in (DynamicCache(), DynamicCache(config=model.config)):
-            assert model(ids, past_key_values=cache).past_key_values is cache
+            assert model(ids, **{CACHE: cache})[CACHE] is cache
             assert cache.layers[1].positions.shape[2] == 9
-        assert model(ids).past_key_values.get_seq_length() == 20
+        assert model(ids)[CACHE].get_seq_length() == 20
 
 
 def test_import_changes_nothing_and_patching_registers_one_name() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 import kvpress
+from kvpress.compat import CACHE
 from matrix import prompt, sharp_llama
 
 README = Path(__file__).parent.parent / "README.md"
@@ -21,7 +22,7 @@ def test_the_policy_of_the_readme() -> None:
     exec(blocks("python")[-1], scope)
     model = sharp_llama()
     with torch.no_grad(), kvpress.patch(model, {"name": "last_row", "budget": 0.25}):
-        cache = model(torch.tensor([prompt(40)])).past_key_values
+        cache = model(torch.tensor([prompt(40)]))[CACHE]
     assert [(layer.positions >= 0).sum(-1).tolist() for layer in cache.layers] == [[[10, 10]]] * 2
     assert all((layer.positions == 39).any(-1).all() for layer in cache.layers)
 

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress import PolicyError
+from kvpress.compat import CACHE
 from matrix import CASES, check, expect, kept, prompt, sharp_llama
 from models import token_ids
 from test_families import build
@@ -33,7 +34,7 @@ def test_equals_a_pass_of_its_own(model, case):
         cache = handle.adopt_prompt(shared)
         logits = [shared.logits[0]]
         for token in STEPS:
-            logits.append(model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1])
+            logits.append(model(torch.tensor([[token]]), **{CACHE: cache}).logits[0, -1])
         assert handle.report().total.seen == 23 + len(STEPS)
     check(expect(model, case, [text, *([token] for token in STEPS)]), logits, cache)
 
@@ -52,7 +53,7 @@ def test_padded_batch(model, case):
         cache = handle.adopt_prompt(shared)
         mask = torch.cat((mask, mask.new_ones(2, 1)), dim=1)
         at = torch.tensor([[9], [20]])
-        logits = model(torch.tensor([[5], [6]]), attention_mask=mask, position_ids=at, past_key_values=cache).logits
+        logits = model(torch.tensor([[5], [6]]), attention_mask=mask, position_ids=at, **{CACHE: cache}).logits
     for row, (text, token) in enumerate(zip(texts, (5, 6), strict=True)):
         check(expect(model, case, [text, [token]]), [shared.logits[row], logits[row, -1]], cache, row)
 
@@ -67,7 +68,7 @@ def test_the_order_of_policies_does_not_matter(model):
     def adopted(policy, shared):
         with kvpress.patch(model, policy) as handle:
             cache = handle.adopt_prompt(shared)
-            model(torch.tensor([[7]]), past_key_values=cache)
+            model(torch.tensor([[7]]), **{CACHE: cache})
         return [tensor.clone() for layer in cache.layers for tensor in (layer.positions, *layer.stats.values())]
 
     alone = [adopted(policy, kvpress.record_prompt(model, ids)) for policy in policies]
@@ -88,7 +89,7 @@ def test_forks_are_their_own(model):
         one, two = handle.adopt_prompt(shared), handle.adopt_prompt(shared)
         sets = kept(two)
         for token in STEPS:
-            model(torch.tensor([[token]]), past_key_values=one)
+            model(torch.tensor([[token]]), **{CACHE: one})
         assert kept(two) == sets != kept(one)
     for layer, old in zip(shared.layers, before, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(layer[:3], old, strict=True))
@@ -108,7 +109,7 @@ def test_layers_left_alone():
     with kvpress.patch(model, "full") as handle:
         for _ in range(2):
             cache = handle.adopt_prompt(shared)
-            found = model(ids[:, :1], past_key_values=cache).logits[:, -1]
+            found = model(ids[:, :1], **{CACHE: cache}).logits[:, -1]
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -118,4 +119,4 @@ def test_wrong_use(model):
     with pytest.raises(PolicyError, match="at least 2"):
         kvpress.record_prompt(model, torch.tensor([prompt(1)]))
     assert "generate" not in vars(model)
-    assert isinstance(model(torch.tensor([prompt(5)])).past_key_values, DynamicCache)
+    assert isinstance(model(torch.tensor([prompt(5)]))[CACHE], DynamicCache)

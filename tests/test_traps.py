@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import kvpress
+from kvpress.compat import CACHE
 from matrix import CASES, EVICTING, VOCAB, Case, check, expect, kept, prompt, sharp_llama
 
 NEW = 5  # tokens generated
@@ -43,7 +44,7 @@ def passes_of(text: list[int], output: Any, row: int, chunk: int | None = None) 
 
 def check_generated(model: Any, case: Case, text: list[int], output: Any, row: int, chunk: int | None = None) -> None:
     steps = expect(model, case, passes_of(text, output, row, chunk))
-    check(steps, [logits[row] for logits in output.logits], output.past_key_values, row)
+    check(steps, [logits[row] for logits in output.logits], output[CACHE], row)
 
 
 def padded(texts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -61,7 +62,7 @@ def padded(texts: list[list[int]], side: str) -> tuple[torch.Tensor, torch.Tenso
 def feed(model: Any, ids: list[list[int]], cache: Any, mask: Any = None, **options: Any) -> torch.Tensor:
     """One bare forward; logits [batch, q, vocab]."""
     mask = None if mask is None else torch.tensor(mask)
-    return model(torch.tensor(ids), past_key_values=cache, attention_mask=mask, use_cache=True, **options).logits
+    return model(torch.tensor(ids), **{CACHE: cache}, attention_mask=mask, use_cache=True, **options).logits
 
 
 # ---------------------------------------------------------------------------------------------------- ways to generate
@@ -256,10 +257,10 @@ def test_second_turn(model: Any, case: Case) -> None:
     first, question = prompt(20, 0), prompt(7, 1)
     with kvpress.patch(model, case.policy):
         cache = DynamicCache(config=model.config)
-        one = generate(model, torch.tensor([first]), past_key_values=cache)
-        assert one.past_key_values is cache
+        one = generate(model, torch.tensor([first]), **{CACHE: cache})
+        assert one[CACHE] is cache
         talk = one.sequences[0].tolist() + question
-        two = generate(model, torch.tensor([talk]), past_key_values=cache)
+        two = generate(model, torch.tensor([talk]), **{CACHE: cache})
     passes = passes_of(first, one, 0)
     passes.append([talk[len(first) + NEW - 1], *question])
     passes += [[token] for token in two.sequences[0, len(talk) : -1].tolist()]
@@ -486,8 +487,8 @@ def test_bfloat16(case: Case) -> None:
         with kvpress.patch(model, case.policy):
             output = generate(model, torch.tensor([text]))
         assert all(torch.isfinite(logits).all() for logits in output.logits)
-        held = [[len(head) for head in layer] for layer in kept(output.past_key_values)]
+        held = [[len(head) for head in layer] for layer in kept(output[CACHE])]
         sizes.append([sum(layer) for layer in held] if getattr(case.policy, "shares_heads", False) else held)
     assert sizes[0] == sizes[1]
-    assert output.past_key_values.layers[0].keys.dtype == torch.bfloat16
+    assert output[CACHE].layers[0].keys.dtype == torch.bfloat16
     assert output.logits[0].shape[-1] == VOCAB

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpress
+from kvpress.compat import CACHE
 from matrix import CASES
 from models import tiny_llama, token_ids
 
@@ -40,12 +41,12 @@ def test_steps(case):
     layers, steps = 3, 6
     model, ids = tiny_llama(layers=layers), token_ids(1, 24)
     with kvpress.patch(model, case.policy), torch.no_grad():
-        cache = model(ids[:, :16], use_cache=True).past_key_values
+        cache = model(ids[:, :16], use_cache=True)[CACHE]
         for _ in range(2):  # the first may still evict what the prompt left
-            model(ids[:, 16:17], past_key_values=cache)
+            model(ids[:, 16:17], **{CACHE: cache})
         with Waits() as waits:
             for step in range(17, 17 + steps):
-                model(ids[:, step : step + 1], past_key_values=cache)
+                model(ids[:, step : step + 1], **{CACHE: cache})
     # On a CPU, where nothing is waited for, the k best are found another way than on a GPU.
     found = [name for name in waits.found if name != "kvpress.kernels.topk_select"]
     assert len(found) <= WAITING.get(case.policy.name, 0) * layers * steps, found

@@ -21,7 +21,10 @@ from contestants import BY_NAME, COMPILED, Contestant
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, DynamicCache, StaticCache
 from transformers.generation.streamers import BaseStreamer
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
+# What this version of transformers calls the cache (kvpress.compat is not there in NVIDIA's environment).
+CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 WARM_UP = 256  # tokens of a first, unmeasured prompt
 Measure = Callable[[], tuple[float, int]]  # entries kept per layer, kv head and sequence, and bytes of the cache
 Prepare = Callable[[], tuple[dict[str, Any], Measure]]  # arguments for one `generate`, and how to measure its cache
@@ -103,14 +106,14 @@ def prepared(contestant: Contestant, model: Any, job: dict[str, Any]) -> Iterato
             """The same cache again, because what is compiled is compiled for it."""
             if static.layers[0].is_initialized:
                 static.reset()
-            return {"past_key_values": static, **more}, lambda: (float(tokens), held_bytes(static))
+            return {CACHE: static, **more}, lambda: (float(tokens), held_bytes(static))
 
         yield emptied
         return
 
     def fresh() -> tuple[dict[str, Any], Measure]:
         cache = DynamicCache(config=model.config)
-        return {"past_key_values": cache}, lambda: (kept_entries(model, cache), held_bytes(cache))
+        return {CACHE: cache}, lambda: (kept_entries(model, cache), held_bytes(cache))
 
     if not contestant.compresses:
         yield fresh

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.demo.needle import Needle, is_found
 from kvpress.demo.results import Record
 
@@ -74,7 +75,7 @@ class Answer:
         ids = torch.tensor([input_ids], device=model.device)
         output = model(ids, use_cache=True, logits_to_keep=1)
         first = output.logits[:, -1:].argmax(-1)
-        return cls(model, output.past_key_values, first, _now(model) - started)
+        return cls(model, output[CACHE], first, _now(model) - started)
 
     def copy(self) -> "Answer":
         """The same prompt with a cache of its own."""
@@ -86,7 +87,7 @@ class Answer:
         """Append one token per step; milliseconds per step."""
         started = _now(self.model)
         for _ in range(steps):
-            logits = self.model(self.tokens[-1], past_key_values=self.cache, use_cache=True).logits
+            logits = self.model(self.tokens[-1], **{CACHE: self.cache}, use_cache=True).logits
             self.tokens.append(logits[:, -1:].argmax(-1))
         return (_now(self.model) - started) / steps * 1e3
 

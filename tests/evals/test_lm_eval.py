@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpress
 from demo.tiny import byte_tokenizer
+from kvpress.compat import CACHE
 from kvpress.errors import PolicyError, UnsupportedModelError
 from models import build, tiny_bloom
 
@@ -89,7 +90,7 @@ def by_hand(lm, context, text):
         logits = output.logits[0, -1]
         found += logits.log_softmax(-1)[token].item()
         greedy &= int(logits.argmax()) == token
-        output = lm.model(torch.tensor([[token]]), past_key_values=output.past_key_values)
+        output = lm.model(torch.tensor([[token]]), **{CACHE: output[CACHE]})
     return found, greedy
 
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import models
+from kvpress.compat import CACHE
 from oracles.llama import Oracle
 from oracles.policies import (
     H2O,
@@ -78,8 +79,8 @@ def test_full_equals_transformers(sizes, options, attention):
     cache = None
     with torch.no_grad():
         for step, ids in zip(steps, passes, strict=True):
-            output = model(torch.tensor([ids]), past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(torch.tensor([ids]), **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             torch.testing.assert_close(step.logits, output.logits[0], atol=1e-4, rtol=0)
     everything = list(range(sum(sizes)))
     assert all(head == everything for layer in steps[-1].kept for head in layer)

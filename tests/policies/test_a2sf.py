@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import kvpress
 from brute import attend
+from kvpress.compat import CACHE
 from kvpress.policies import A2SF, H2O, TOVA
 from kvpress.policy import Quota
 from layers import attended, kept, prompt, random_mass, rows_that_give
@@ -139,7 +140,7 @@ def test_a_sequential_prompt_is_its_tokens_one_by_one(alpha):
     fields = {"alpha": alpha, "budget": 6, "recent": 1}
     with torch.no_grad(), kvpress.patch(model, A2SF(prefill="sequential", **fields)):
         cache = DynamicCache(config=model.config)
-        logits = model(torch.tensor([ids]), past_key_values=cache).logits[0]
+        logits = model(torch.tensor([ids]), **{CACHE: cache}).logits[0]
     assert all(layer.keys.shape[2] <= 7 for layer in cache.layers)
     steps, sets = run(model, A2SF(**fields), [[token] for token in ids])
     torch.testing.assert_close(logits, torch.cat(steps), atol=1e-4, rtol=1e-4)

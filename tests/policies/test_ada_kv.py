@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress import PolicyError, paged
+from kvpress.compat import CACHE
 from kvpress.paged import PagedLayer
 from kvpress.policies import (
     H2O,
@@ -52,7 +53,7 @@ def model():
 
 @torch.no_grad()
 def feed(model, rows, cache):
-    return model(torch.tensor(rows), past_key_values=cache).logits
+    return model(torch.tensor(rows), **{CACHE: cache}).logits
 
 
 def sizes(cache, row=0):
@@ -340,12 +341,12 @@ def test_padded_batch_over_turns(model, case, page, monkeypatch):
         columns = torch.tensor([[int(token != 0) for token in row] for row in rows])
         mask = torch.cat((mask, columns), dim=1)
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, -len(rows[0]) :]
-        return model(torch.tensor(rows), past_key_values=cache, attention_mask=mask, position_ids=places).logits
+        return model(torch.tensor(rows), **{CACHE: cache}, attention_mask=mask, position_ids=places).logits
 
     with torch.no_grad(), kvpress.patch(model, case.policy):
         cache = DynamicCache(config=model.config)
         places = (mask.cumsum(1) - 1).clamp(min=0)
-        model(ids, past_key_values=cache, attention_mask=mask, position_ids=places)
+        model(ids, **{CACHE: cache}, attention_mask=mask, position_ids=places)
         for token in tokens:
             masked([[token], [token]], cache)
         cache.reorder_cache(torch.tensor([1, 0]))

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.layer import KVLayer
 from kvpress.passes import plain_tokens
 from kvpress.policies import EMS, H2O
@@ -383,7 +384,7 @@ def test_local_score_is_that_of_the_last_rows(model):
         cache = DynamicCache(config=model.config)
         rows = 0
         for ids in ([5], prompt(3, 1), prompt(13, 2), [6], [7], prompt(2, 3), [8]):
-            model(torch.tensor([ids]), past_key_values=cache)
+            model(torch.tensor([ids]), **{CACHE: cache})
             rows += len(ids)
             for layer in cache.layers:
                 _, last = layer._observed()
@@ -409,7 +410,7 @@ def test_sequences_of_unlike_length_in_full_slots(model):
             ids = torch.tensor([one, two if len(two) == len(one) else [0, *two]])
             stop += len(one)
             places = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, -len(one) :]
-            out = model(ids, past_key_values=cache, attention_mask=mask[:, :stop], position_ids=places).logits
+            out = model(ids, **{CACHE: cache}, attention_mask=mask[:, :stop], position_ids=places).logits
             for index in range(2):
                 logits[index].append(out[index, -1])
     for index in range(2):

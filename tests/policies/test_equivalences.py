@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.policies import (
     A2SF,
     EMS,
@@ -163,7 +164,7 @@ def run(model: Any, policy: Any, passes: list[int], mask: torch.Tensor) -> list[
             ids = torch.tensor([prompt(count, 7 * index + row) for row in range(len(mask))])
             at = slice(start, start + count)
             start += count
-            got = model(ids, past_key_values=cache, attention_mask=mask[:, :start], position_ids=places[:, at])
+            got = model(ids, **{CACHE: cache}, attention_mask=mask[:, :start], position_ids=places[:, at])
             found.append((got.logits[:, -1], [kept(cache, row) for row in range(len(mask))]))
     return found
 
@@ -190,7 +191,7 @@ def test_token_select_without_votes_is_streaming_llm(padding: list[int]) -> None
     mask = torch.tensor([[0] * pad + [1] * (total - pad) for pad in padding])
     places = (mask.cumsum(1) - 1).clamp(min=0)
     plain = DynamicCache(config=model.config)
-    model(ids[:, :24], past_key_values=plain, attention_mask=mask[:, :24], position_ids=places[:, :24])
+    model(ids[:, :24], **{CACHE: plain}, attention_mask=mask[:, :24], position_ids=places[:, :24])
     found: list[list[torch.Tensor]] = []
     policies: list[tuple[Policy, DynamicCache, int]] = [
         (TokenSelect(n_init=3, k=0, n_local=6, chunk=1), plain, 24),
@@ -200,9 +201,9 @@ def test_token_select_without_votes_is_streaming_llm(padding: list[int]) -> None
         found.append([])
         with kvpress.patch(model, policy):
             if start == 0:
-                model(ids[:, :24], past_key_values=cache, attention_mask=mask[:, :24], position_ids=places[:, :24])
+                model(ids[:, :24], **{CACHE: cache}, attention_mask=mask[:, :24], position_ids=places[:, :24])
             for at in range(24, total):
                 options: dict[str, Any] = {"attention_mask": mask[:, : at + 1], "position_ids": places[:, at : at + 1]}
-                found[-1].append(model(ids[:, at : at + 1], past_key_values=cache, **options).logits)
+                found[-1].append(model(ids[:, at : at + 1], **{CACHE: cache}, **options).logits)
     for one, two in zip(*found, strict=True):
         torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress import UnsupportedModelError
+from kvpress.compat import CACHE
 from kvpress.policies import H2O, StreamingLLM
 from kvpress.policy import Quota
 from layers import kept, prompt, random_mass, row, step
@@ -116,7 +117,7 @@ def test_h6_right_before_eviction_scores_are_column_sums():
     model, ids = sharp_llama(), text(30)
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), kvpress.patch(model, H2O(budget=8, evict="after_prompt")):
-        model(torch.tensor([ids]), past_key_values=cache)
+        model(torch.tensor([ids]), **{CACHE: cache})
     for layer, sums in zip(cache.layers, column_sums(model, ids), strict=True):
         torch.testing.assert_close(layer.mass[0].double(), sums, atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(layer.mass[0].sum(-1), torch.full((2,), 30.0 * 2), atol=1e-3, rtol=0)
@@ -143,7 +144,7 @@ def test_h8_the_smallest_column_sum_goes(recent):
     """H8: with room for N - 1 one entry goes, the smallest of transformers' column sums before the window."""
     model, ids = sharp_llama(), text(30)
     with torch.no_grad(), kvpress.patch(model, H2O(heavy=29 - recent, recent=recent)):
-        sets = held(model(torch.tensor([ids])).past_key_values)
+        sets = held(model(torch.tensor([ids]))[CACHE])
     for heads, sums in zip(sets, column_sums(model, ids), strict=True):
         for positions, scores in zip(heads, sums.tolist(), strict=True):
             victim = min(range(30 - recent), key=lambda at: scores[at])

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.policies import A2SF, SnapKV
 from kvpress.policy import EvictionPolicy, Quota, Selected, SelectionPolicy, View
 from matrix import kept, prompt, sharp_llama
@@ -66,9 +67,7 @@ def logits(model, policy, passes, mask=None):
     cache = DynamicCache(config=model.config)
     with kvpress.patch(model, policy):
         found = [
-            model(
-                torch.tensor(ids), past_key_values=cache, attention_mask=None if mask is None else mask[:, :stop]
-            ).logits
+            model(torch.tensor(ids), **{CACHE: cache}, attention_mask=None if mask is None else mask[:, :stop]).logits
             for ids, stop in passes
         ]
     return found, cache
@@ -122,7 +121,7 @@ def test_evicting_every_few_steps():
     cache = DynamicCache(config=model.config)
     with kvpress.patch(model, Newest(every=3)), torch.no_grad():
         for ids in ([prompt(17)], *([[token]] for token in range(5, 13))):
-            model(torch.tensor(ids), past_key_values=cache)
+            model(torch.tensor(ids), **{CACHE: cache})
             counts.append((cache.layers[0].positions >= 0).sum(-1).flatten().tolist())
             held = sorted(at for at in cache.layers[1].positions[0, 0].tolist() if at >= 0)
             seen = cache.get_seq_length()

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.policies import H2O, Keyformer
 from kvpress.policy import Quota
@@ -149,7 +150,7 @@ def test_generated_text_with_the_length_of_generate(model):
         )
     passes = [prompt(23), *([token] for token in output.sequences[0, 23:-1].tolist())]
     case = Case(policy, oracle.Keyformer(budget=8, new_tokens=7), policy)
-    check(expect(model, case, passes), [logits[0] for logits in output.logits], output.past_key_values)
+    check(expect(model, case, passes), [logits[0] for logits in output.logits], output[CACHE])
 
 
 @pytest.mark.parametrize("noise", ["fresh", "per_token", "none"])

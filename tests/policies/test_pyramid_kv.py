@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.policies import PyramidKV, SnapKV
 from kvpress.policy import Entries, Quota
 from layers import random_mass
@@ -89,11 +90,11 @@ def test_a_model_keeps_a_pyramid():
     policy = PyramidKV(budget=12, window=2, kernel_size=3, beta=5)
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), kvpress.patch(model, policy) as handle:
-        model(torch.tensor([prompt(100)]), past_key_values=cache)
+        model(torch.tensor([prompt(100)]), **{CACHE: cache})
         assert [[len(head) for head in layer] for layer in kept(cache)] == [[20] * 2, [12] * 2, [4] * 2]
         assert all(head[-2:] == [98, 99] for layer in kept(cache) for head in layer)
         for token in (5, 6):
-            model(torch.tensor([[token]]), past_key_values=cache)
+            model(torch.tensor([[token]]), **{CACHE: cache})
         assert [[len(head) for head in layer] for layer in kept(cache)] == [[22] * 2, [14] * 2, [6] * 2]
         layers = handle.report().to_dict()["layers"]
     assert [layer["kept"] for layer in layers] == [22, 14, 6]
@@ -107,7 +108,7 @@ def test_even_layers_are_snapkv():
     sets = []
     for policy in (PyramidKV(beta=1, **fields), SnapKV(**fields)):
         with torch.no_grad(), kvpress.patch(model, policy):
-            sets.append(kept(model(torch.tensor([prompt(40)])).past_key_values))
+            sets.append(kept(model(torch.tensor([prompt(40)]))[CACHE]))
     assert sets[0] == sets[1]
 
 

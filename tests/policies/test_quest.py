@@ -6,6 +6,7 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress import PolicyError
+from kvpress.compat import CACHE
 from kvpress.kernels.page_bounds import page_bounds
 from kvpress.policies import Quest, SnapKV
 from kvpress.registry import make_policies
@@ -90,16 +91,16 @@ def test_bounds_grow_with_the_cache(model):
     """After every decode step they are what they would be from scratch, for each layer."""
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), kvpress.patch(model, Quest(budget=8, page_size=4, dense_layers=1)):
-        model(torch.tensor([prompt(21)]), past_key_values=cache)
+        model(torch.tensor([prompt(21)]), **{CACHE: cache})
         for token in prompt(30, 1):
-            model(torch.tensor([[token]]), past_key_values=cache)
+            model(torch.tensor([[token]]), **{CACHE: cache})
             for layer in cache.layers[1:]:
                 expected = page_bounds(layer.used()[0], None, 4)
                 pages = expected[0].shape[2]
                 assert torch.equal(layer.state["least"][:, :, :pages], expected[0])
                 assert torch.equal(layer.state["greatest"][:, :, :pages], expected[1])
                 assert pages <= layer.state["least"].shape[2] <= pages + 2
-        model(torch.tensor([prompt(3, 2)]), past_key_values=cache)
+        model(torch.tensor([prompt(3, 2)]), **{CACHE: cache})
         assert not any(layer.state for layer in cache.layers)
 
 
@@ -146,7 +147,7 @@ def test_bounds_after_the_longest_sequence_left(model):
             new = ids if step == 0 else torch.tensor([[tail[step - 1]]] * len(mask))
             mask = mask if step == 0 else torch.cat((mask, mask.new_ones(len(mask), 1)), dim=1)
             places = (mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-            output = model(new, past_key_values=cache, attention_mask=mask, position_ids=places)
+            output = model(new, **{CACHE: cache}, attention_mask=mask, position_ids=places)
             found.append(output.logits[-1, -1])
     alone, _, _ = run(model, policy, [prompt(16, 5), *([token] for token in tail)])
     for got, expected in zip(found, alone, strict=True):

@@ -5,6 +5,7 @@ import torch
 
 import kvpress
 from kvpress import PolicyError
+from kvpress.compat import CACHE
 from kvpress.policies import RecycledAttention, SnapKV
 from kvpress.policy import Selected, View
 from kvpress.registry import make_policies
@@ -229,7 +230,7 @@ def test_taken_back_tokens_make_the_next_step_full(model, monkeypatch):
     log, cache = watch(monkeypatch, RecycledAttention), DynamicCache(config=model.config)
     with torch.no_grad(), kvpress.patch(model, RecycledAttention(budget=3)):
         for ids, crop in ((prompt(20), -2), ([5], 0), ([6], -1), ([7], 0), ([8], 0)):
-            model(torch.tensor([ids]), past_key_values=cache)
+            model(torch.tensor([ids]), **{CACHE: cache})
             if crop:
                 cache.crop(crop)
     assert [len(log[at, 0][0]) for at in (18, 19, 20)] == [19, 20, 4]

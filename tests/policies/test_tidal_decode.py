@@ -5,6 +5,7 @@ import torch
 
 import kvpress
 from kvpress import PolicyError
+from kvpress.compat import CACHE
 from kvpress.policies import Full, TidalDecode
 from kvpress.registry import make_policies
 from matrix import prompt, sharp_llama
@@ -186,7 +187,7 @@ def test_d7_corrected_entries_are_the_dense_ones(model, exact, every):
     cache, waiting, seen, inexact = DynamicCache(config=model.config), 0, 0, 0
     with torch.no_grad(), kvpress.patch(model, TidalDecode(k=2, correct_every=every)):
         for ids in PASSES:
-            logits = model(torch.tensor([ids]), past_key_values=cache).logits
+            logits = model(torch.tensor([ids]), **{CACHE: cache}).logits
             assert logits.shape[1] == len(ids)
             corrects = len(ids) > 1 or waiting == every
             waiting = 0 if corrects else waiting + 1
@@ -226,14 +227,14 @@ def test_correction_cuts_hidden_states_and_counts_its_reads(model):
     policy = TidalDecode(k=2, correct_every=1)
     with torch.no_grad(), kvpress.patch(model, policy) as handle:
         cache = DynamicCache(config=model.config)
-        model(torch.tensor([PASSES[0]]), past_key_values=cache)
-        model(torch.tensor([[5]]), past_key_values=cache)
+        model(torch.tensor([PASSES[0]]), **{CACHE: cache})
+        model(torch.tensor([[5]]), **{CACHE: cache})
         before = handle.report().layers[3].read_share
-        output = model(torch.tensor([[6]]), past_key_values=cache, output_hidden_states=True)
+        output = model(torch.tensor([[6]]), **{CACHE: cache}, output_hidden_states=True)
         assert {tuple(states.shape) for states in output.hidden_states} == {(1, 1, 32)}
-        nested = model(torch.tensor([[7]]), past_key_values=cache, return_dict=False)
+        nested = model(torch.tensor([[7]]), **{CACHE: cache}, return_dict=False)
         assert nested[0].shape[1] == 1
-        nested = model(torch.tensor([[8]]), past_key_values=cache, return_dict=False)
+        nested = model(torch.tensor([[8]]), **{CACHE: cache}, return_dict=False)
         assert nested[0].shape[1] == 1
         assert before < 0.2 < handle.report().layers[3].read_share  # two sparse steps, two that read everything
         assert handle.report().total.seen == 28
@@ -248,7 +249,7 @@ def test_correction_by_embeddings(model):
     cache = DynamicCache(config=model.config)
     with torch.no_grad(), kvpress.patch(model, policy):
         for ids, logits in zip(PASSES, expected, strict=True):
-            got = model(inputs_embeds=embed(torch.tensor([ids])), past_key_values=cache).logits
+            got = model(inputs_embeds=embed(torch.tensor([ids])), **{CACHE: cache}).logits
             torch.testing.assert_close(got, logits, atol=1e-5, rtol=1e-4)
 
 

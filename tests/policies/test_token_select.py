@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import kvpress
 import kvpress.attention as attention
 import reads
+from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.kernels.rope_shift import rope_shift
 from kvpress.layer import KVLayer
@@ -276,13 +277,13 @@ def test_t7_permuted_slots_of_a_running_cache(model: Any) -> None:
     cache = DynamicCache(config=model.config)
     with kvpress.patch(model, TokenSelect(**SMALL, theta=0.3)), torch.no_grad():
         for ids in passes:
-            model(torch.tensor([ids]), past_key_values=cache)
+            model(torch.tensor([ids]), **{CACHE: cache})
         order = torch.randperm(26, generator=torch.Generator().manual_seed(3))
         for layer in cache.layers:
             for tensor in (layer.keys, layer.values, layer.positions):
                 tensor[:, :, :26] = tensor[:, :, :26][:, :, order]
             layer.uniform = layer.ordered = False
-        found = [model(torch.tensor([ids]), past_key_values=cache).logits[0] for ids in then]
+        found = [model(torch.tensor([ids]), **{CACHE: cache}).logits[0] for ids in then]
     for a, b in zip(found, expected[2:], strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 

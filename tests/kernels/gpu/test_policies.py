@@ -8,6 +8,7 @@ import torch
 
 import accelerator
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.kernels import backend
 from kvpress.policies import (
     A2SF,
@@ -63,8 +64,8 @@ def run(policy):
     with torch.no_grad(), kvpress.patch(model, policy):
         cache = None
         for start, stop in ((0, 20), (20, 32), (32, 33), (33, 34), (34, 35), (35, 36)):
-            output = model(ids[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: cache}, use_cache=True)
+            cache = output[CACHE]
             logits.append(output.logits[:, -1])
     return torch.stack(logits), [layer.positions.clone() for layer in cache.layers]
 

@@ -1,0 +1,324 @@
+"""What runs in place of a patched decoder's `forward`: a pass, from the call to its result."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvpress.attention import NAME
+from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argument, forward_parameters, rename_cache
+from kvpress.errors import PolicyError
+from kvpress.layer import KVLayer
+from kvpress.paged import PagedLayer
+from kvpress.passes import (
+    Pass,
+    Tokens,
+    active_pass,
+    current_record,
+    expected_tokens,
+    masked_tokens,
+    plain_tokens,
+    set_pass,
+)
+from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
+from kvpress.rotary import Rotary
+from kvpress.support import check_cache
+from kvpress.wrapper import Wrapper
+
+if TYPE_CHECKING:
+    from kvpress.patching import Handle
+
+
+class PatchedForward(Wrapper):
+    """A decoder's `forward` under policies.
+
+    Args:
+        decoder: the module that takes the cache and owns the layers.
+        handle: the handle that reports on it.
+        policies: the policies.
+        attention: layer index -> attention module, of the layers that the policies act on.
+        rotary: the rotary embedding of each such layer, for policies that re-index positions; else empty.
+    """
+
+    def __init__(
+        self,
+        decoder: Any,
+        handle: "Handle",
+        policies: list[Policy],
+        attention: dict[int, torch.nn.Module],
+        rotary: list[Rotary],
+    ) -> None:
+        super().__init__(decoder, "forward")
+        self.handle = handle
+        self.run = self.inner
+        self.eviction = next((one for one in policies if isinstance(one, EvictionPolicy)), None)
+        self.selection = next((one for one in policies if isinstance(one, SelectionPolicy)), None)
+        self.indices = list(attention)
+        self.decoder = decoder
+        self._rotary = rotary
+        self._raw_keys = any(policy.raw_keys for policy in policies)
+        self._modules = {id(module): ordinal for ordinal, module in enumerate(attention.values())}
+        self._parameters = forward_parameters(decoder)
+        self.cache_argument = cache_argument(decoder)
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.inner(*args, **kwargs)
+        kwargs = self._named(args, kwargs)
+        inputs = self._check_call(kwargs)
+        before, run = active_pass(), object()
+        try:
+            self.handle.begin(run)
+            current = self._enter(inputs, kwargs)
+            set_pass(current)
+            output = self.run(**kwargs)
+        finally:  # whatever ends the pass: Ctrl-C, a generator that is closed, an error
+            set_pass(before)
+            self.handle.end(run)
+        return self._result(current, output)
+
+    # ------------------------------------------------------------------ the call
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a call by the names of the decoder's own."""
+        kwargs = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        try:
+            rename_cache(kwargs, self.cache_argument)
+        except ValueError as error:
+            raise PolicyError(str(error)) from error
+        return kwargs
+
+    def _check_call(self, kwargs: dict[str, Any]) -> Tensor:
+        """The pass's input, [batch, count] ids or [batch, count, hidden] embeddings, or what is wrong with the call."""
+        found = self.decoder.config._attn_implementation
+        if found != NAME:
+            raise PolicyError(
+                f"the attention implementation was changed to {found!r} while the model is patched; unpatch it first, or change "
+                "it before patching"
+            )
+        if kwargs.get("output_attentions"):
+            raise PolicyError(
+                "output_attentions=True is not possible on a patched model; unpatch it to look at attention weights"
+            )
+        mask = kwargs.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.ndim != 2:
+            raise PolicyError(
+                f"a {mask.ndim}-D attention mask cannot be used on a patched model; pass a 2-D padding mask, or none"
+            )
+        if isinstance(mask, dict):
+            raise PolicyError(
+                "a mapping of attention masks cannot be used on a patched model; pass a 2-D padding mask, or none"
+            )
+        inputs: Tensor | None = kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.get("inputs_embeds")
+        if inputs is None or inputs.shape[1] == 0:
+            raise PolicyError("the prompt is empty (no tokens); give at least one token")
+        if mask is not None and mask.shape[0] != inputs.shape[0]:
+            raise PolicyError(
+                f"attention_mask has {mask.shape[0]} rows and the input {inputs.shape[0]} sequences; give one row for each"
+            )
+        return inputs
+
+    def _check_no_training(self) -> None:
+        if self.decoder.training and torch.is_grad_enabled():
+            raise PolicyError(
+                "the model is in training mode with gradients on, and a kvpress cache carries none; call model.eval() or use "
+                "torch.no_grad() to generate, or use_cache=False (exact attention) or unpatch to train"
+            )
+
+    def _check_no_checkpointing(self) -> None:
+        if not (self.decoder.training and torch.is_grad_enabled()):
+            return
+        if any(getattr(module, "gradient_checkpointing", False) for module in self.decoder.modules()):
+            raise PolicyError(
+                "gradient checkpointing runs the layers again in backward, when the patched pass is over; switch it off, or "
+                "unpatch to train"
+            )
+
+    # ------------------------------------------------------------------ the pass
+
+    def _enter(self, inputs: Tensor, kwargs: dict[str, Any]) -> Pass:
+        """The pass of a call. `kwargs` get a cache if they need one, and the tokens that are fed once more."""
+        batch, count = inputs.shape[:2]
+        mask, cache = kwargs.get("attention_mask"), kwargs.get(self.cache_argument)
+        wants_cache = self.decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
+        if cache is None and not wants_cache:
+            self._check_no_checkpointing()
+            tokens = self._tokens(batch, count, mask, inputs.device, None)
+            return Pass(self._modules, self._rotary, tokens, [], prompt=True)
+        self._check_no_training()
+        if cache is None:
+            cache = kwargs[self.cache_argument] = DynamicCache(config=self.decoder.config)
+        layers = self.layers(cache, mask, batch, count)
+        acted = [layers[index] for index in self.indices]
+        tokens = self._tokens(batch, count, mask, inputs.device, acted[0])
+        again = self._feed_again(kwargs, inputs, acted)
+        if again:
+            tokens = self._tokens(batch, again + count, mask, inputs.device, acted[0])
+        current = Pass(
+            self._modules,
+            self._rotary,
+            tokens,
+            acted,
+            prompt=again + count > 1 or acted[0].facts.seen == 0,
+            new_tokens=expected_tokens(),
+            record=current_record(),
+            again=again,
+        )
+        cache.layers[:] = layers  # only now that nothing can be refused any more
+        cache.layer_class_to_replicate = None
+        self.handle.watch(cache)
+        return current
+
+    def _feed_again(self, kwargs: dict[str, Any], inputs: Tensor, acted: list[KVLayer]) -> int:
+        """Feed decode steps once more, before this pass's tokens, where the policy wants what they stored exact.
+
+        Decode steps are remembered until there are as many as the policy corrects at a time, or a prompt pass follows. Then
+        they are taken back, and `kwargs` bring them again.
+
+        Returns:
+            How many there are.
+        """
+        every = 0 if self.selection is None else self.selection.correct_every
+        first, count = acted[0], inputs.shape[1]
+        if not every or first.facts.seen == 0:
+            return 0
+        places = kwargs.get("position_ids")
+        if places is None:
+            places = torch.arange(first.facts.seen, first.facts.seen + count, device=inputs.device)[None]
+        if places.ndim != 2:
+            raise PolicyError(
+                f"correct_every needs 2-D position_ids, and these have {places.ndim}; use correct_every=0"
+            )
+        places = places.expand(inputs.shape[0], -1)
+        decoded, decoded_at = first.decoded, first.decoded_at
+        if decoded is None or decoded_at is None or decoded.ndim != inputs.ndim:  # ids after embeddings start anew
+            decoded, decoded_at = inputs[:, :0], places[:, :0]
+        again, decoded = decoded.shape[1], torch.cat((decoded.to(inputs.device), inputs), dim=1)
+        decoded_at = torch.cat((decoded_at.to(places.device), places), dim=1)
+        if count == 1 and again < every:
+            first.decoded, first.decoded_at = decoded, decoded_at
+            return 0
+        if again:
+            kwargs["input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"] = decoded
+            kwargs["position_ids"] = decoded_at
+            kwargs.pop("cache_position", None)
+            for layer in acted:
+                layer.take_back(again)
+        first.decoded = first.decoded_at = None
+        return again
+
+    def _result(self, current: Pass, output: Any) -> Any:
+        """What the caller gets: the rows asked for."""
+        self.handle.note_others()
+        if not current.again:
+            return output
+        count = current.tokens.count - current.again
+        if count == 1:  # a decode step, which read everything
+            for layer in current.layers:
+                layer.facts.readable += layer.facts.seen
+                layer.facts.read += layer.facts.length
+        return _last_columns(output, count)
+
+    def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, layer: KVLayer | None) -> Tokens:
+        before, before_tensor, seen = None, None, 0
+        if layer is not None and layer.is_initialized:
+            before, before_tensor, seen = layer.tokens, layer.facts.tokens, layer.facts.seen
+            assert before_tensor is not None
+            if before_tensor.shape[0] != batch:
+                raise PolicyError(
+                    f"the cache holds {before_tensor.shape[0]} sequences and the input has {batch}; give as many"
+                )
+            before_tensor = before_tensor.to(device)
+        prompt = count > 1 or seen == 0
+        if mask is None:
+            if prompt and before is None and before_tensor is not None:
+                before = before_tensor.tolist()
+            return plain_tokens(batch, count, before, before_tensor, device)
+        if mask.shape[1] != seen + count:
+            raise PolicyError(
+                f"attention_mask has {mask.shape[1]} columns; the cache has seen {seen} tokens and the input has {count}, so it "
+                f"must have {seen + count}"
+            )
+        mask = mask.to(device=device, dtype=torch.bool)
+        if prompt and before_tensor is not None:
+            known, told = before_tensor.tolist(), mask[:, :seen].sum(1).tolist()
+            if known != told:
+                raise PolicyError(
+                    f"attention_mask calls {told} of the tokens seen before real, and the cache took {known} for real; pass the "
+                    "mask of the earlier passes, extended"
+                )
+            before = known
+        return masked_tokens(mask[:, -count:], before, before_tensor, prompt)
+
+    # ------------------------------------------------------------------ the cache
+
+    def layers(self, cache: Any, mask: Tensor | None, batch: int, count: int) -> list[Any]:
+        """The cache's layers, with ours in the place of the plain ones that the policies act on."""
+        held = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, KVLayer)]
+        if held:
+            owners = held[0].policy, held[0].selection
+            if owners != (self.eviction, self.selection) or len(held) != len(self.indices):
+                named = " + ".join(policy.describe() for policy in owners if policy is not None) or "full()"
+                raise PolicyError(
+                    f"this cache belongs to the policy {named}; start a new one for {self.handle.describe()}"
+                )
+            return list(cache.layers)
+        check_cache(cache)
+        # A DynamicCache() without config has no layers yet: it adds plain ones as they are used.
+        layers = list(cache.layers) or [DynamicLayer() for _ in DynamicCache(config=self.decoder.config).layers]
+        if len(layers) <= self.indices[-1]:
+            raise PolicyError(
+                f"the cache has {len(layers)} layers and the model needs {self.indices[-1] + 1}; pass "
+                "DynamicCache(config=model.config), or none"
+            )
+        for ordinal, index in enumerate(self.indices):
+            plain = layers[index]
+            if type(plain) is not DynamicLayer:
+                raise PolicyError(
+                    f"layer {index} of the cache is a {type(plain).__name__}, not a plain DynamicLayer; pass "
+                    "DynamicCache(config=model.config), or none"
+                )
+            rotary = self._rotary[ordinal] if self._raw_keys else None
+            kind = PagedLayer if self.eviction is not None and self.eviction.shares_heads else KVLayer
+            layers[index] = kind(self.eviction, ordinal, len(self.indices), self.selection, rotary)
+            if plain.get_seq_length():
+                self._adopt(layers[index], plain, mask, batch, count)
+        return layers
+
+    def _adopt(self, layer: KVLayer, plain: Any, mask: Tensor | None, batch: int, count: int) -> None:
+        """Take over what an unpatched run left in a plain layer."""
+        if self.eviction is not None and self.eviction.observes == "every row":
+            raise PolicyError(
+                f"{self.eviction.describe()} needs the attention of every token, and this cache was filled by an unpatched run; "
+                "run the whole prompt on the patched model, or use a policy that looks at the last rows only"
+            )
+        if self.eviction is not None and self.eviction.observes == "window" and count == 1:
+            raise PolicyError(
+                f"{self.eviction.describe()} needs the attention of the prompt's last tokens, and this cache was filled by an "
+                "unpatched run; give several tokens in the next pass, or run the whole prompt on the patched model"
+            )
+        seen = plain.get_seq_length()
+        if plain.keys.shape[0] != batch:
+            raise PolicyError(
+                f"the cache holds {plain.keys.shape[0]} sequences and the input has {batch}; give as many"
+            )
+        earlier = None if mask is None or mask.shape[1] <= seen else mask[:, :seen].to(plain.keys.device, torch.bool)
+        if earlier is None:
+            tokens = plain_tokens(batch, seen, None, None, plain.keys.device)
+        else:
+            tokens = masked_tokens(earlier, None, None, prompt=True)
+        layer.take_over(plain.keys, plain.values, tokens)
+
+
+def _last_columns(output: Any, count: int) -> Any:
+    """A decoder's output (hidden states, in whatever they are nested) of the last columns alone."""
+    if isinstance(output, Tensor):
+        return output[:, -count:]
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = _last_columns(value, count)
+        return output
+    return tuple(_last_columns(item, count) for item in output) if isinstance(output, tuple) else output
