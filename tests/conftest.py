@@ -3,6 +3,7 @@
 import os
 import platform
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,36 @@ if not torch.cuda.is_available():
 
 # Tiny models gain nothing from more threads, and several test processes on one machine would wait for each other.
 torch.set_num_threads(1)
+
+# What a change in transformers can break. `make test-versions` runs these with the oldest and the newest.
+VERSIONS = (
+    "evals/test_runner.py",
+    "test_compiled.py",
+    "test_families.py",
+    "test_invariants.py",
+    "test_patching.py",
+    "test_pipeline.py",
+    "test_readme.py",
+    "test_scoring.py",
+    "test_sharing.py",
+    "test_traps.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests in VERSIONS; of one that runs over the cases of tests/matrix.py, one case of each policy."""
+    files = {Path(__file__).parent / file for file in VERSIONS}
+    seen = set()
+    for item in items:
+        if item.path not in files:
+            continue
+        call = getattr(item, "callspec", None)
+        others = dict(call.params) if call else {}
+        case = others.pop("case", None)
+        test = (item.path, item.originalname, case.policy.name, str(others)) if case else item.nodeid
+        if test not in seen:
+            item.add_marker(pytest.mark.versions)
+        seen.add(test)
 
 
 def versions() -> str:
