@@ -18,9 +18,11 @@ torch.set_num_threads(1)
 # What a change in transformers can break. `make test-versions` runs these with the oldest and the newest.
 VERSIONS = (
     "evals/test_runner.py",
+    "test_compat.py",
     "test_compiled.py",
     "test_families.py",
     "test_invariants.py",
+    "test_lifecycle.py",
     "test_patching.py",
     "test_pipeline.py",
     "test_readme.py",

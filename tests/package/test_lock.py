@@ -9,6 +9,8 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from kvpress import compat
+
 LOCK = Path(__file__).resolve().parents[2] / "constraints.txt"
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 EXTRAS = ["", "dev", "demo", "eval"]  # "" is no extra; dev asks for eval
@@ -52,3 +54,11 @@ def test_what_is_installed_indirectly_is_locked() -> None:
 def test_no_version_is_of_one_build() -> None:
     """`torch==2.13.0+cpu` would be found on no other index; `torch==2.13.0` takes any build of it."""
     assert [name for name, versions in locked("3.11", "linux").items() if versions[0].local] == []
+
+
+def test_what_patch_calls_tested_is_tested() -> None:
+    """`make test-oldest` takes the bound of pyproject.toml, `make test` the lock's version."""
+    requirements = map(Requirement, importlib.metadata.requires("kvpress-toolkit") or [])
+    (bound,) = (spec.version for r in requirements if r.name == "transformers" for spec in r.specifier)
+    assert Version(compat.OLDEST_TESTED) == Version(bound)
+    assert [Version(compat.NEWEST_TESTED)] == locked("3.11", "linux")["transformers"]
