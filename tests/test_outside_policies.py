@@ -1,6 +1,5 @@
 """Policies outside of the package: in a file, in a module, registered by a distribution; found, recorded, and refused."""
 
-import gc
 import json
 import re
 import subprocess
@@ -49,17 +48,7 @@ class KeepFirst(EvictionPolicy):
 KEPT = [0, 1, 2, 19]
 
 
-@pytest.fixture(autouse=True)
-def left_alone():
-    """Modules that a test imports are gone afterwards: other tests see the package's policies alone."""
-    before, files = set(sys.modules), dict(outside._files)
-    yield
-    for name in set(sys.modules) - before:
-        if name.startswith(("kvpress_policy_", "mine")):
-            del sys.modules[name]
-    outside._files.clear()
-    outside._files.update(files)
-    gc.collect()
+pytestmark = pytest.mark.usefixtures("without_traces")
 
 
 @pytest.fixture
