@@ -24,6 +24,7 @@ from kvpress.evals.located import variables
 from kvpress.evals.runner import Outcome, RunError, pending, run
 from kvpress.evals.store import StoreError, write_whole
 from kvpress.models import load_model
+from kvpress.registry import import_all, to_import
 
 PATIENCE = 60.0
 """Seconds that a point waits for the lock of a lost worker, which a file server may hold a little longer."""
@@ -54,8 +55,9 @@ class Worker:
             os.chdir(folder)  # relative paths of models and data mean the same as where the run was started
         self._held: tuple[Any, Any] | None = None
 
-    def sees(self, mark: str) -> tuple[str, bool]:
-        """This node's name, and whether it has the file."""
+    def sees(self, mark: str, policies: dict[str, str]) -> tuple[str, bool]:
+        """This node's name, and whether it has the file. Imports the policies, which plans that are sent here name only."""
+        import_all(policies)
         return os.uname().nodename, Path(mark).is_file()
 
     def run(self, plan: Plan, retry: bool, patience: float) -> Outcome:
@@ -116,6 +118,7 @@ class _Crowd:
         found = {name for job in jobs for name in variables(job.point.fields.model)}
         actor = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_restarts=0)(Worker)
         self._make = lambda: actor.remote(os.getcwd(), {name: os.environ[name] for name in found})
+        self._policies = to_import(policy for job in jobs for policy in job.point.policies)
         self._starting: dict[Any, Hand] = {}
         self._idle: list[Hand] = []
         self._busy: dict[Any, tuple[Hand, Job]] = {}
@@ -150,12 +153,14 @@ class _Crowd:
             )
         for _ in range(min(room, len(self._waiting) + len(self._busy)) - here):
             hand = Hand(self._make())
-            self._starting[hand.actor.sees.remote(str(self._mark))] = hand
+            self._starting[hand.actor.sees.remote(str(self._mark), self._policies)] = hand
 
     def _started(self, ref: Any) -> None:
         hand = self._starting.pop(ref)
         try:
             name, sees = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:  # a policy that cannot be imported there
+            raise (error.cause or error) from None
         except self._ray.exceptions.RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= self._plan.ray.attempts:

@@ -18,7 +18,7 @@ from kvpress.evals.located import ConfigError, Path_, Places, expand, load, plac
 from kvpress.evals.task import Task, TaskError
 from kvpress.evals.tasks import make_task
 from kvpress.policy import Policy, check_budget
-from kvpress.registry import available, make_policies, make_policy
+from kvpress.registry import absolute, find_policy, make_policies, make_policy, origin
 
 LENGTH_FIELDS = ("length", "lengths", "max_length")
 """The fields in which tasks take a length; the first that a task has is what `length` sets."""
@@ -42,7 +42,8 @@ class Fields(BaseModel):
         device: a torch device; "auto" is the GPU if there is one.
         device_map: spreads the layers over devices ("auto", "balanced", ..., or module -> device), as transformers takes it.
         tp_plan: "auto" splits every layer over the processes that torchrun started.
-        policy: a name or a mapping with `name` and fields; a list of them acts together.
+        policy: a name (or a class of your own as package.module:MyPolicy or file.py:MyPolicy) or a mapping with `name` and
+            fields; a list of them acts together.
         budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none, or no share.
         task: a name or a mapping with `name` and fields.
         length: sets the task's `length`, `lengths` or `max_length`.
@@ -172,8 +173,10 @@ class Point:
 
     @property
     def policy(self) -> str:
-        """The policies with the fields that differ from their defaults."""
-        return " + ".join(policy.describe() for policy in self.policies)
+        """The policies with the fields that differ from their defaults, and where one comes from that is not the package's."""
+        return " + ".join(
+            policy.describe() + (f" from {source}" if (source := origin(policy)) else "") for policy in self.policies
+        )
 
     @property
     def where(self) -> str:
@@ -230,6 +233,11 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     tree, places = load(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: no configuration in it; give a mapping with out, defaults and sweep")
+    sweep = tree.get("sweep")
+    for part in (tree.get("defaults"), *(sweep if isinstance(sweep, list) else [sweep])):
+        for key in part if isinstance(part, dict) else ():
+            if key.partition(".")[0] == "policy":  # files of policies are relative to this file
+                part[key] = absolute(part[key], path.parent)
     return make_plan(tree, places, settings)
 
 
@@ -403,13 +411,18 @@ def _point(tree: dict[str, Any], places: Places) -> Point:
         "model": written.model,
         "device": written.device,
         "dtype": written.dtype,
-        "policy": [{"name": policy.name, **asdict(policy)} for policy in policies],
+        "policy": [_definition(policy) for policy in policies],
         "task": task.to_dict(),  # with ${...} as written: a point is the same on every machine
         "query_aware": written.query_aware,
         "samples": written.samples,
         **_placement(written),
     }
     return Point(written, policies, built, json.loads(json.dumps(definition)))
+
+
+def _definition(policy: Policy) -> dict[str, Any]:
+    source = origin(policy)  # with the hash of its code: a policy that was changed is another one
+    return {"name": policy.name, **asdict(policy), **({"from": source} if source else {})}
 
 
 def _placement(written: Fields) -> dict[str, Any]:
@@ -421,13 +434,21 @@ def _placement(written: Fields) -> dict[str, Any]:
 def _policies(written: Fields) -> tuple[Policy, ...]:
     specs = written.policy if isinstance(written.policy, list) else [written.policy]
     mappings = [{"name": spec} if isinstance(spec, str) else dict(spec) for spec in specs]
-    takers = [m for m in mappings if _takes(available().get(str(m.get("name"))), written.budget)]
+    takers = [m for m in mappings if _takes(_class(m), written.budget)]
     if written.budget is not None and len(takers) > 1:
         names = " and ".join(str(m["name"]) for m in takers)
         raise PolicyError(
             f"budget={written.budget!r} is unclear, for {names} take one each; set it in the policies' own fields"
         )
     return tuple(make_policies([_policy(m, written.budget if m in takers else None) for m in mappings]))
+
+
+def _class(mapping: dict[str, Any]) -> type[Policy] | None:
+    """The policy class of a mapping; None if there is none, which `make_policy` says."""
+    try:
+        return find_policy(mapping.get("name"))
+    except PolicyError:
+        return None
 
 
 def _takes(cls: type[Policy] | None, budget: Any) -> bool:
@@ -437,7 +458,7 @@ def _takes(cls: type[Policy] | None, budget: Any) -> bool:
 
 def _policy(mapping: dict[str, Any], budget: Any) -> Policy:
     own = {key: value for key, value in mapping.items() if key != "name"}
-    cls = available().get(str(mapping.get("name")))
+    cls = _class(mapping)
     if budget is None or cls is None or not own.keys() <= {field.name for field in cls.parameters()}:
         return make_policy(mapping)  # which says what is wrong
     if "budget" in own:

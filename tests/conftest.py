@@ -1,7 +1,9 @@
 """What every test runs under."""
 
+import gc
 import os
 import platform
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -63,3 +65,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
     """The versions once more, under the list of failures, on the line above pytest's last."""
     yield
     terminalreporter.write_line(versions())
+
+
+@pytest.fixture
+def without_traces():
+    """Policies that a test imports from files, or from modules named mine..., are gone afterwards."""
+    from kvpress import outside
+
+    before = set(sys.modules)
+    yield
+    for name in set(sys.modules) - before:
+        if name.startswith(("kvpress_policy_", "mine")):
+            del sys.modules[name]
+    outside._files.clear()
+    gc.collect()
