@@ -22,6 +22,9 @@ class Wrapper:
         functools.update_wrapper(self, self.inner)
         vars(owner)[name] = self
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(*args, **kwargs)
+
     def remove(self, owner: Any) -> None:
         """Put back what was there; what somebody set in the meantime stays."""
         self.active = False
