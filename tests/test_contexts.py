@@ -17,7 +17,6 @@ from models import tiny_llama, tiny_opt, token_ids
 from test_families import FAMILIES, build
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-ONE_EACH = list({case.policy.name + case.policy.describe().split("(")[1][:6]: case for case in CASES}.values())
 each_policy = pytest.mark.parametrize(
     "case", list({case.policy.name: case for case in CASES}.values()), ids=lambda case: case.policy.name
 )
@@ -120,7 +119,8 @@ def test_generate_goes_on_outside(model, case):
         with kvpress.patch(model, case.policy):
             for context in contexts:
                 with context():
-                    seen = model.generate(seen, past_key_values=cache, max_new_tokens=4, do_sample=False)
+                    options = {"past_key_values": cache, "attention_mask": torch.ones_like(seen)}
+                    seen = model.generate(seen, **options, max_new_tokens=4, do_sample=False)
                     results.append(seen)
                     seen = torch.cat((seen, turn), dim=1)
         return results
