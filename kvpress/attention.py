@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress.compat import AttentionInterface, AttentionMaskInterface, causal_mask_function
-from kvpress.contexts import runtime_context
+from kvpress.contexts import no_autocast
 from kvpress.errors import PolicyError
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
@@ -132,7 +132,7 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if not current.layers:  # no cache: every policy leaves a single pass exact
-        with torch.autocast(query.device.type, enabled=False):
+        with no_autocast(query.device):
             rows, key = _in_dtype(value.dtype, query, key)
             output = _exact(rows, key, value, current.tokens, scores).to(query.dtype)
         return output.transpose(1, 2).contiguous(), None
@@ -182,7 +182,7 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: 
     Within `torch.autocast` query, key and value may have different dtypes, and others than in the passes before.
     """
     layer = current.layers[index]
-    with runtime_context(query.device):
+    with torch.no_grad(), no_autocast(query.device):
         dtype = layer.dtype if layer.is_initialized else value.dtype
         rows, key, value = _in_dtype(dtype, query, key, value)
         step = _prompt if current.prompt else _decode

@@ -1,30 +1,26 @@
-"""The context managers of torch that a caller may have entered, and the runtime's own work inside them."""
+"""The contexts of torch that a caller may be in, and what the runtime does about them."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
 
-def runtime_context(device: torch.device) -> AbstractContextManager[None]:
-    """The context that the runtime works in, whatever context the caller is in.
+def lasting_tensors() -> AbstractContextManager[None]:
+    """Within the block tensors are made that may be kept: `torch.inference_mode` is off, and gradients are with it.
 
-    - Gradients are off: a cache carries none.
-    - `torch.inference_mode` is off: a tensor that is made in it cannot be changed in place outside it, and a cache may be filled
-      in one context and read in another.
-    - `torch.autocast` is off: scores and statistics are float32, and what is stored keeps its dtype.
-
-    What arrives from the model may still have been made in inference mode. So what is kept of it must be a copy, not a view.
-
-    Args:
-        device: where the work is done.
+    What is made in inference mode cannot be changed in place outside it, and a cache may be filled in one and read in the other.
     """
-    if torch.is_inference_mode_enabled() or torch.is_autocast_enabled(device.type):
-        return _outside(device.type)
-    return torch.no_grad()
+    return _no_inference_mode() if torch.is_inference_mode_enabled() else nullcontext()
 
 
 @contextmanager
-def _outside(device_type: str) -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device_type, enabled=False):
+def _no_inference_mode() -> Iterator[None]:
+    with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def no_autocast(device: torch.device) -> AbstractContextManager[None]:
+    """Within the block `torch.autocast` changes no dtype on the device: scores and statistics are float32."""
+    kind = device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()

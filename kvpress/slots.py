@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpress.compat import CacheLayerMixin
-from kvpress.contexts import runtime_context
+from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.rope_shift import rope_shift
@@ -292,7 +292,7 @@ class Slots(CacheLayerMixin):
         if not self.is_initialized:
             return
         assert self.facts.tokens is not None
-        with runtime_context(self.facts.tokens.device):
+        with lasting_tensors():
             for holder in self._holders():
                 for name, tensor in list(holder.items()):
                     if isinstance(tensor, Tensor):
@@ -356,7 +356,7 @@ class Slots(CacheLayerMixin):
         if removed <= 0 or not self.is_initialized:
             return
         self.check_crop(removed)
-        with runtime_context(self.positions.device):
+        with lasting_tensors():
             self.take_back(min(removed, self.length))
 
     def take_back(self, removed: int) -> None:

@@ -11,19 +11,18 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress import PolicyError
-from kvpress.policies import H2O, Full, SnapKV
+from kvpress.compat import CACHE
+from kvpress.policies import H2O, Full
 from matrix import CASES, check, conversation, expect, prompt, sharp_llama
-from models import tiny_llama, tiny_opt, token_ids
+from models import tiny_llama, tiny_opt
 from test_families import FAMILIES, build
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-each_policy = pytest.mark.parametrize(
-    "case", list({case.policy.name: case for case in CASES}.values()), ids=lambda case: case.policy.name
-)
-HALF = [torch.bfloat16, torch.float16]
-# Of logits about 5, several layers of roundings of 2^-8 and 2^-11 apart.
-FAR = {torch.bfloat16: 0.3, torch.float16: 0.04}
-each_half = pytest.mark.parametrize("dtype", HALF, ids=str)
+BY_NAME = {case.policy.name: [other for other in CASES if other.policy.name == case.policy.name] for case in CASES}
+# The second case of a policy is the less usual one.
+each_policy = pytest.mark.parametrize("case", [cases[:2][-1] for cases in BY_NAME.values()], ids=lambda case: case.id)
+# What is compiled is the same for every policy.
+some_policies = pytest.mark.parametrize("name", ["full", "ada_kv", "keyformer", "tidal_decode"])
 
 
 @pytest.fixture(scope="module")
@@ -31,14 +30,13 @@ def model():
     return sharp_llama()
 
 
-def autocast(dtype):
+def autocast(dtype=torch.bfloat16):
     return torch.autocast("cpu", dtype)
 
 
 def feed(model, ids, cache, mask=None):
     """The logits of a pass, [batch, count, vocab]."""
-    ids = torch.as_tensor(ids).view(-1, 1) if isinstance(ids, int) else torch.as_tensor(ids)
-    return model(ids, attention_mask=mask, past_key_values=cache).logits.detach().clone()
+    return model(torch.as_tensor(ids), attention_mask=mask, **{CACHE: cache}).logits.detach().clone()
 
 
 def padded():
@@ -59,18 +57,20 @@ INSIDE, OUTSIDE, NO_GRAD = torch.inference_mode, nullcontext, torch.no_grad
 
 
 @every_case
-@pytest.mark.parametrize("contexts", [(INSIDE, OUTSIDE), (OUTSIDE, INSIDE, INSIDE, NO_GRAD)], ids=["inside", "outside"])
-def test_the_passes_of_a_cache_in_and_out_of_inference_mode(model, case, contexts):
+def test_the_passes_of_a_cache_in_and_out_of_inference_mode(model, case):
     """Prompt, steps, a second turn and its steps, against the oracle; the prompt inside, or outside."""
-    passes, logits, cache = conversation(5), [], DynamicCache(config=model.config)
-    with kvpress.patch(model, case.policy):
-        for ids, context in zip(passes, cycle(contexts), strict=False):
-            with context():
-                logits.append(feed(model, [ids], cache)[0, -1])
-    check(expect(model, case, passes), logits, cache)
+    passes = conversation(3)
+    wanted = expect(model, case, passes)
+    for contexts in ((INSIDE, OUTSIDE), (OUTSIDE, INSIDE, INSIDE, NO_GRAD)):
+        logits, cache = [], DynamicCache(config=model.config)
+        with kvpress.patch(model, case.policy):
+            for ids, context in zip(passes, cycle(contexts), strict=False):
+                with context():
+                    logits.append(feed(model, [ids], cache)[0, -1])
+        check(wanted, logits, cache)
 
 
-@every_case
+@each_policy
 def test_what_is_done_to_a_cache_in_between(model, case):
     """A padded batch reordered, copied, chosen from and repeated inside, and decoded outside, and the other way round."""
 
@@ -104,12 +104,12 @@ def test_what_is_done_to_a_cache_in_between(model, case):
         return got
 
     expected = logits([NO_GRAD])
-    for contexts in ([INSIDE, OUTSIDE], [OUTSIDE, INSIDE], [INSIDE, INSIDE, OUTSIDE]):
+    for contexts in ([INSIDE, OUTSIDE], [INSIDE, INSIDE, OUTSIDE]):
         for got, wanted in zip(logits(contexts), expected, strict=True):
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
-@every_case
+@each_policy
 def test_generate_goes_on_outside(model, case):
     ids = torch.tensor([prompt(20), prompt(20, 1)])
     turn = torch.tensor([prompt(4, 2), prompt(4, 3)])
@@ -119,7 +119,7 @@ def test_generate_goes_on_outside(model, case):
         with kvpress.patch(model, case.policy):
             for context in contexts:
                 with context():
-                    options = {"past_key_values": cache, "attention_mask": torch.ones_like(seen)}
+                    options = {CACHE: cache, "attention_mask": torch.ones_like(seen)}
                     seen = model.generate(seen, **options, max_new_tokens=4, do_sample=False)
                     results.append(seen)
                     seen = torch.cat((seen, turn), dim=1)
@@ -132,7 +132,9 @@ def test_generate_goes_on_outside(model, case):
 
 
 @pytest.mark.parametrize(
-    "case", [case for case in CASES if case.policy.role != "eviction" or case.policy.name == "full"], ids=lambda case: case.id
+    "case",
+    [case for case in CASES if case.policy.role != "eviction" or case.policy.name == "full"],
+    ids=lambda case: case.id,
 )
 def test_tokens_are_taken_back_inside_and_fed_again_outside(model, case):
     def logits(first, second):
@@ -163,7 +165,7 @@ def test_beams_inside_and_steps_outside(model, case):
         cache = DynamicCache(config=model.config)
         with kvpress.patch(model, case.policy):
             with first():
-                model.generate(ids, past_key_values=cache, num_beams=2, max_new_tokens=4, do_sample=False)
+                model.generate(ids, **{CACHE: cache}, num_beams=2, max_new_tokens=4, do_sample=False)
             with second():
                 return [feed(model, [[7]] * 2, cache) for _ in range(3)]
 
@@ -171,9 +173,10 @@ def test_beams_inside_and_steps_outside(model, case):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
-@each_policy
-def test_compiled_steps(model, case):
+@some_policies
+def test_compiled_steps(model, name):
     torch.compiler.reset()
+    case = BY_NAME[name][0]
 
     def logits(contexts):
         cache, got = DynamicCache(config=model.config), []
@@ -221,8 +224,7 @@ def test_scores_and_shared_prompts(model, case):
 
 
 @each_policy
-@pytest.mark.parametrize("first", [INSIDE, OUTSIDE], ids=["inside", "outside"])
-def test_a_plain_cache_is_taken_over(model, case, first):
+def test_a_plain_cache_is_taken_over(model, case):
     """Filled by an unpatched model; and what it held of gradients does not come along."""
 
     def logits(contexts):
@@ -241,8 +243,7 @@ def test_a_plain_cache_is_taken_over(model, case, first):
     except PolicyError as error:
         assert "unpatched run" in str(error)
         return
-    second = OUTSIDE if first is INSIDE else INSIDE
-    for contexts in ([first, second, second, first, second], [first, first, second, first, second]):
+    for contexts in ([INSIDE, OUTSIDE, OUTSIDE, INSIDE, OUTSIDE], [OUTSIDE, OUTSIDE, INSIDE, OUTSIDE, INSIDE]):
         for got, wanted in zip(logits(contexts), expected, strict=True):
             torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
@@ -254,7 +255,7 @@ def test_nothing_lasting_is_made_in_inference_mode(model, case):
     with kvpress.patch(model, case.policy), torch.inference_mode():
         for _ in range(2):
             feed(model, ids, cache, mask)
-            for _ in range(4):
+            for _ in range(3):
                 mask = more(mask)
                 feed(model, torch.full((2, 1), 7), cache, mask)
             ids, mask = ids[:, -3:], torch.cat((mask, mask.new_ones(2, 3)), dim=1)
@@ -288,6 +289,19 @@ def dense_and_ours(model, policy, contexts, passes):
     return dense, ours, cache
 
 
+def assert_near(ours, dense, dtype, pad=False):
+    """Logits of passes; those of the first prompt's padding mean nothing."""
+    for number, (got, wanted) in enumerate(zip(ours, dense, strict=True)):
+        rows = slice(8, None) if pad and number == 0 else slice(None)
+        assert_near_one(got[:, rows], wanted[:, rows], dtype)
+
+
+def assert_near_one(got, wanted, dtype):
+    """As near to the largest logit as several roundings to the dtype leave; a wrong entry more or less is far from it."""
+    difference = (got.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+    assert difference <= 8 * torch.finfo(dtype).eps
+
+
 def turns(pad):
     """A prompt, four steps, a second turn and two steps, of two sequences; the first one padded or not."""
     ids, mask = padded()
@@ -297,43 +311,39 @@ def turns(pad):
     return passes if pad else [(ids.clamp(min=3), None), *((ids, None) for ids, _ in passes[1:])]
 
 
-@pytest.mark.parametrize("pad", [False, True], ids=["even", "padded"])
-@each_half
-@every_case
-def test_room_for_everything_is_dense_under_autocast(model, case, dtype, pad):
-    dense, ours, cache = dense_and_ours(model, case.roomy, [lambda: autocast(dtype)], turns(pad))
-    for got, wanted in zip(ours, dense, strict=True):
-        rows = slice(8, None) if pad and got.shape[1] > 8 else slice(None)
-        torch.testing.assert_close(got[:, rows], wanted[:, rows], atol=FAR[dtype], rtol=FAR[dtype])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@each_policy
+def test_room_for_everything_is_dense_under_autocast(model, case, dtype):
+    for pad in (False, True):
+        dense, ours, cache = dense_and_ours(model, case.roomy, [lambda: autocast(dtype)], turns(pad))
+        assert_near(ours, dense, dtype, pad)
     for layer in cache.layers:
         assert layer.dtype == layer.keys.dtype == layer.values.dtype == dtype
         assert all(stat.dtype == torch.float32 for stat in layer.stats.values())
 
 
-@each_half
-@pytest.mark.parametrize("first", ["autocast", "plain"])
 @each_policy
-def test_a_prefix_under_autocast_goes_on_without_and_the_reverse(model, case, dtype, first):
-    contexts = [lambda: autocast(dtype), nullcontext]
-    contexts = contexts if first == "autocast" else contexts[::-1]
-    for pad in (False, True):
+def test_a_prefix_under_autocast_goes_on_without_and_the_reverse(model, case):
+    """The cache keeps the dtype of its first pass."""
+    for pad, contexts in (
+        (True, [autocast, nullcontext]),
+        (False, [nullcontext, autocast]),
+        (True, [nullcontext, autocast]),
+    ):
         dense, ours, cache = dense_and_ours(model, case.roomy, contexts, turns(pad))
-        for got, wanted in zip(ours, dense, strict=True):
-            rows = slice(8, None) if pad and got.shape[1] > 8 else slice(None)
-            torch.testing.assert_close(got[:, rows], wanted[:, rows], atol=FAR[dtype], rtol=FAR[dtype])
-        held = dtype if first == "autocast" else torch.float32
+        assert_near(ours, dense, torch.bfloat16, pad)
+        held = torch.bfloat16 if contexts[0] is autocast else torch.float32
         assert all(layer.dtype == layer.keys.dtype == layer.values.dtype == held for layer in cache.layers)
 
 
-@each_half
-@every_case
-def test_generate_under_autocast(model, case, dtype):
+@each_policy
+def test_generate_under_autocast(model, case):
     """Every policy, evicting and selecting, greedy and by beams, padded; what is kept is as many entries as without."""
     ids, mask = padded()
     with kvpress.patch(model, case.policy) as handle:
         model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
         plain = handle.report().total
-        with autocast(dtype):
+        with autocast():
             output = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
             told = handle.report().total
             model.generate(ids, attention_mask=mask, max_new_tokens=3, num_beams=2, do_sample=False)
@@ -345,19 +355,16 @@ def test_generate_under_autocast(model, case, dtype):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_families_under_autocast(family):
     """Query, key and value arrive in one dtype or in several, by the family."""
-    model, dtype = build(family), torch.bfloat16
-    for policy in (Full(), SnapKV(budget=500), H2O(budget=500)):
-        contexts = [lambda: autocast(dtype)]
-        dense, ours, _ = dense_and_ours(model, policy, contexts, turns(pad=True))
-        for got, wanted in zip(ours, dense, strict=True):
-            rows = slice(8, None) if got.shape[1] > 8 else slice(None)
-            torch.testing.assert_close(got[:, rows], wanted[:, rows], atol=FAR[dtype], rtol=FAR[dtype])
+    model = build(family)
+    for policy in (Full(), H2O(budget=500)):
+        dense, ours, _ = dense_and_ours(model, policy, [autocast], turns(pad=True))
+        assert_near(ours, dense, torch.bfloat16, pad=True)
 
 
 def test_statistics_are_float32_under_autocast(model):
     """Each row gives out the group's whole attention: 2 per row and kv head. In bfloat16 the sum would be off by 0.01."""
     for pad in (False, True):
-        _, _, cache = dense_and_ours(model, H2O(budget=500), [lambda: autocast(torch.bfloat16)], turns(pad))
+        _, _, cache = dense_and_ours(model, H2O(budget=500), [autocast], turns(pad))
         rows = torch.tensor([[20.0 if pad else 28.0], [28.0]]).expand(2, 2)
         for layer in cache.layers:
             torch.testing.assert_close(layer.mass.sum(-1), 2 * rows, atol=1e-4, rtol=0)
@@ -367,7 +374,7 @@ def test_exact_and_differentiable_without_a_cache_under_autocast(model):
     ids, mask = padded()
 
     def run():
-        with autocast(torch.bfloat16):
+        with autocast():
             logits = model(ids, attention_mask=mask, use_cache=False).logits
         weight = model.model.layers[0].self_attn.k_proj.weight
         return logits.detach()[:, 8:].float(), torch.autograd.grad(logits[:, 8:].float().square().mean(), weight)[0]
@@ -375,24 +382,24 @@ def test_exact_and_differentiable_without_a_cache_under_autocast(model):
     dense, expected = run()
     with kvpress.patch(model, H2O(budget=5)):
         logits, gradient = run()
-    torch.testing.assert_close(logits, dense, atol=FAR[torch.bfloat16], rtol=0.1)
+    assert_near_one(logits, dense, torch.bfloat16)
     assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected.flatten(), dim=0) > 0.99
 
 
-@each_policy
-def test_compiled_steps_under_autocast(model, case):
+@some_policies
+def test_compiled_steps_under_autocast(model, name):
     torch.compiler.reset()
+    case = BY_NAME[name][0]
     passes = [(prompt(24), None), *(([token], None) for token in prompt(4, 1))]
     passes = [(torch.tensor([ids]), mask) for ids, mask in passes]
-    contexts = [lambda: autocast(torch.bfloat16)]
-    dense, ours, _ = dense_and_ours(model, case.roomy, contexts, passes)
+    _, ours, _ = dense_and_ours(model, case.roomy, [autocast], passes)
     cache, counter = DynamicCache(config=model.config), CompileCounter()
     with kvpress.patch(model, case.roomy) as handle, torch.no_grad():
         handle.compile(counter)
         for (ids, _), wanted in zip(passes, ours, strict=True):
-            with autocast(torch.bfloat16):
-                got = feed(model, ids, cache).float()
-            torch.testing.assert_close(got, wanted, atol=FAR[torch.bfloat16], rtol=FAR[torch.bfloat16])
+            with autocast():
+                got = feed(model, ids, cache)
+            assert_near_one(got, wanted, torch.bfloat16)
         assert counter.frame_count == 1
     torch.compiler.reset()
 
@@ -412,15 +419,14 @@ def test_a_plain_cache_and_a_shared_prompt_under_autocast(model, case):
             with autocast(dtype):
                 adopted = handle.adopt_prompt(shared)
                 for (ids, _), wanted in zip(passes[1:], dense[1:], strict=True):
-                    torch.testing.assert_close(feed(model, ids, adopted).float(), wanted, atol=FAR[dtype], rtol=FAR[dtype])
+                    assert_near_one(feed(model, ids, adopted), wanted, dtype)
             adopted = handle.adopt_prompt(shared)
             feed(model, [[7]], adopted)
             assert {layer.dtype for layer in adopted.layers} == {dtype}
         try:
             for (ids, _), wanted in zip(passes[1:], dense[1:], strict=True):
                 with autocast(dtype):
-                    got = feed(model, ids, cache).float()
-                torch.testing.assert_close(got, wanted, atol=FAR[dtype], rtol=FAR[dtype])
+                    assert_near_one(feed(model, ids, cache), wanted, dtype)
         except PolicyError as error:
             assert "unpatched run" in str(error)
 
@@ -433,7 +439,7 @@ def test_linear_layers_and_mlps_give_autocasts_dtype():
     long = tiny_llama()
     hidden, wide = torch.randn(1, 1, 512), torch.randn(1, 600, 32)
     mlp = long.model.layers[0].mlp
-    with torch.no_grad(), autocast(torch.bfloat16):
+    with torch.no_grad(), autocast():
         expected, expected_mlp = linear(hidden), mlp(wide)
         with kvpress.patch(model, Full()), kvpress.patch(long, Full()):
             assert "forward" in linear.__dict__ and "forward" in mlp.__dict__
