@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kvpress.compat import AttentionInterface, AttentionMaskInterface, causal_mask_function
+from kvpress.contexts import no_autocast
 from kvpress.errors import PolicyError
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
@@ -134,12 +135,11 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if not current.layers:  # no cache: every policy leaves a single pass exact
-        output = _exact(query, key, value, current.tokens, scores)
+        with no_autocast(query.device):
+            rows, key = _in_dtype(value.dtype, query, key)
+            output = _exact(rows, key, value, current.tokens, scores).to(query.dtype)
         return output.transpose(1, 2).contiguous(), None
-    layer, tokens = current.layers[index], current.tokens
-    with torch.no_grad():
-        step = _prompt if current.prompt else _decode
-        output = step(layer, tokens, query, key, value, scores, current)
+    output = _attend(query, key, value, scores, current, index)
     if query.requires_grad:
         output = _NoBackward.apply(output, query)
     return output.transpose(1, 2).contiguous(), None
@@ -170,15 +170,30 @@ def attend_step(
     """
     current = active_pass()
     assert current is not None
-    scores = Scores(scale, softcap, sinks)
-    with torch.no_grad():
-        output = _decode(current.layers[layer], current.tokens, query, key, value, scores, current)
+    output = _attend(query, key, value, Scores(scale, softcap, sinks), current, layer)
     return output.transpose(1, 2).contiguous()
 
 
 @attend_step.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[-1])
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass, index: int) -> Tensor:
+    """A layer's part of a pass with a cache, in the dtype of the layer's entries; the output in that of the query.
+
+    Within `torch.autocast` query, key and value may have different dtypes, and others than in the passes before.
+    """
+    layer = current.layers[index]
+    with torch.no_grad(), no_autocast(query.device):
+        dtype = layer.dtype if layer.is_initialized else value.dtype
+        rows, key, value = _in_dtype(dtype, query, key, value)
+        step = _prompt if current.prompt else _decode
+        return step(layer, current.tokens, rows, key, value, scores, current).to(query.dtype)
+
+
+def _in_dtype(dtype: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor if tensor.dtype == dtype else tensor.to(dtype) for tensor in tensors)
 
 
 def _exact(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, scores: Scores) -> Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from kvpress.attention import NAME
 from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argument, forward_parameters, rename_cache
+from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
 from kvpress.paged import PagedLayer
@@ -72,9 +73,10 @@ class PatchedForward(Wrapper):
         before, run = active_pass(), object()
         try:
             self.handle.begin(run)
-            current = self._enter(inputs, kwargs)
-            set_pass(current)
-            output = self.run(**kwargs)
+            with lasting_tensors():  # all that a layer is given, too: what it keeps may be a view of that
+                current = self._enter(inputs, kwargs)
+                set_pass(current)
+                output = self.run(**kwargs)
         finally:  # whatever ends the pass: Ctrl-C, a generator that is closed, an error
             set_pass(before)
             self.handle.end(run)
@@ -334,7 +336,7 @@ class PatchedForward(Wrapper):
             tokens = plain_tokens(batch, seen, None, None, plain.keys.device)
         else:
             tokens = masked_tokens(earlier, None, None, prompt=True)
-        layer.take_over(plain.keys, plain.values, tokens)
+        layer.take_over(plain.keys.detach(), plain.values.detach(), tokens)
 
 
 def _last_columns(output: Any, count: int) -> Any:

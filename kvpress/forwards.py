@@ -71,6 +71,7 @@ def linear_of_few_rows(self: nn.Linear, input: Tensor) -> Tensor:
     weight = self.weight
     rows = input.numel() // weight.shape[1]
     splits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
+    splits = splits and not torch.is_autocast_enabled("cpu")  # which multiplies in another dtype
     if not splits or not 0 < rows <= FEW_ROWS:
         return functional.linear(input, weight, self.bias)
     parts = math.gcd(weight.shape[0], PARTS)
@@ -96,9 +97,12 @@ def mlp_in_tiles(self: nn.Module, hidden: Tensor) -> Tensor:
     tile = max(1, MLP_TOKENS.get(hidden.device.type, MLP_TOKENS_ELSEWHERE) // max(1, hidden.shape[0]))
     if hidden.dim() != 3 or hidden.shape[1] <= tile or torch.is_grad_enabled() or self.training or _is_watched(self):
         return whole(self, hidden)
-    output = torch.empty_like(hidden)
+    output = None
     for start in range(0, hidden.shape[1], tile):
-        output[:, start : start + tile] = whole(self, hidden[:, start : start + tile])
+        part = whole(self, hidden[:, start : start + tile])
+        if output is None:  # only now known is the dtype, which `torch.autocast` may change
+            output = part.new_empty(hidden.shape)
+        output[:, start : start + tile] = part
     return output
 
 

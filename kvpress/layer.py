@@ -287,7 +287,7 @@ class KVLayer(Slots):
 
     def take_over(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
         """Store what a layer without policy held; the policy acts at the end of the next pass, which still sees it all."""
-        self.append(key, value, tokens)
+        self.append(key.to(value.dtype), value, tokens)
         if self.policy is not None:
             self.set_quotas(tokens)
             self.pending = True

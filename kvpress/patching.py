@@ -6,11 +6,13 @@ import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from kvpress.attention import originals, register
 from kvpress.compat import DynamicCache, check_decoder, check_transformers
 from kvpress.compiled import CompiledSteps, check_compiles, mark_layers, unmark_layers
+from kvpress.contexts import lasting_tensors, no_autocast
 from kvpress.decoder import PatchedForward
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.forwards import replace_forwards, restore_forwards
@@ -294,6 +296,10 @@ class Handle:
             raise PolicyError(
                 f"{self.describe()} does not leave the attention of a prompt exact, so that its prompt cannot be shared; run it"
             )
+        with torch.no_grad(), lasting_tensors(), no_autocast(prompt.logits.device):
+            return self._adopt_prompt(prompt)
+
+    def _adopt_prompt(self, prompt: "SharedPrompt") -> DynamicCache:
         forward = self._patched_forward()
         cache = copy.deepcopy(prompt.others)
         layers = forward.layers(cache, None, len(prompt.tokens.seen_tensor), prompt.tokens.count)

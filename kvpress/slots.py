@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvpress.compat import CacheLayerMixin
+from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.passes import Tokens, active_pass
@@ -68,6 +69,7 @@ class Slots(CacheLayerMixin):
         positions: int32 [batch, kv_heads, capacity], original position of each entry, -1 for an empty slot.
         stats: name -> [batch, kv_heads, ..., capacity], numbers that go with the entries; a new entry starts at 0.
         state: name -> what else goes with the sequences; a tensor has the batch as its first dimension.
+        dtype: of keys and values, once there are some: that of the values of the first pass.
         nbytes: bytes of all tensors held, statistics and state included.
     """
 
@@ -78,6 +80,7 @@ class Slots(CacheLayerMixin):
     keys: Tensor
     values: Tensor
     positions: Tensor
+    dtype: torch.dtype
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +125,7 @@ class Slots(CacheLayerMixin):
         """Store the new entries of a pass: in free slots, or behind those in use.
 
         Args:
-            key, value: [batch, kv_heads, count, head_dim] with the count of `tokens`.
+            key, value: [batch, kv_heads, count, head_dim] with the count of `tokens`, both in the layer's dtype.
             tokens: the tokens of the pass.
         """
         if tokens.padded:
@@ -219,7 +222,7 @@ class Slots(CacheLayerMixin):
 
     def valid(self, stop: int) -> Tensor | None:
         """Bool [batch, kv_heads, stop], which of the first `stop` slots hold an entry; None when all are known to."""
-        return None if self.is_full else self.positions[:, :, :stop] >= 0
+        return None if self.is_full or stop == 0 else self.positions[:, :, :stop] >= 0
 
     def compact(self, index: Tensor, chosen: Tensor, capacity: int) -> None:
         """Keep the slots at index, int64 [batch, kv_heads, k], in new buffers; those not `chosen` become empty."""
@@ -283,19 +286,29 @@ class Slots(CacheLayerMixin):
         """The mappings that hold tensors with the batch as first dimension."""
         return [self.__dict__, self.stats, self.state]
 
-    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+    def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        for holder in self._holders():
-            for name, tensor in list(holder.items()):
-                if isinstance(tensor, Tensor):
-                    holder[name] = change(tensor)
         assert self.facts.tokens is not None
-        self.facts.tokens = change(self.facts.tokens)
-        self.facts.offset = None if self.facts.offset is None else change(self.facts.offset)
-        batch = self.positions.shape[0]
-        self.tokens = self.tokens[:1] * batch if self.tokens is not None and len(set(self.tokens)) == 1 else None
+        with lasting_tensors():
+            for holder in self._holders():
+                for name, tensor in list(holder.items()):
+                    if isinstance(tensor, Tensor):
+                        holder[name] = change(tensor)
+            self.facts.tokens = change(self.facts.tokens)
+            self.facts.offset = None if self.facts.offset is None else change(self.facts.offset)
         self._held_changed()
+
+    def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
+        self._change_tensors(change)
+        if self.tokens is not None and self.facts.tokens is not None:
+            same = len(set(self.tokens)) == 1
+            self.tokens = self.tokens[:1] * len(self.facts.tokens) if same else None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy, or what was saved: its tensors may just have been made in `torch.inference_mode`."""
+        self.__dict__.update(state)
+        self._change_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
 
     # ------------------------------------------------------------------ transformers' cache layer interface
 
@@ -342,7 +355,8 @@ class Slots(CacheLayerMixin):
         if removed <= 0 or not self.is_initialized:
             return
         self.check_crop(removed)
-        self.take_back(min(removed, self.length))
+        with lasting_tensors():
+            self.take_back(min(removed, self.length))
 
     def take_back(self, removed: int) -> None:
         """Remove the last slots, which must be those of the last columns: of decode steps, or of an unpadded batch."""

@@ -9,6 +9,7 @@ from brute import attend, eager
 from kvpress.kernels import decode_attention as module
 from kvpress.kernels import decode_scores as scores_module
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
+from tolerances import tolerance
 
 SIZES = pytest.mark.parametrize("slots", [1, 63, 111], ids="{}-slots".format)
 GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
@@ -74,7 +75,8 @@ def test_slice_of_a_larger_buffer(features, with_mass, dtype):
     strided = decode_attention(query, key, value, scale=0.2, **chosen, with_mass=with_mass)
     compact = decode_attention(query, key.contiguous(), value.contiguous(), scale=0.2, **chosen, with_mass=with_mass)
     assert not key.is_contiguous()
-    torch.testing.assert_close(strided[0], compact[0], rtol=0, atol=0 if dtype == torch.bfloat16 else 1e-6)
+    far = tolerance(compact[0], dtype, sums=63 + 64)
+    torch.testing.assert_close(strided[0], compact[0], rtol=0, atol=far)
     if with_mass:
         torch.testing.assert_close(strided[1], compact[1])
 
@@ -242,4 +244,5 @@ def test_parts_merge_to_the_whole(slots, parts, dtype, monkeypatch):
     expected, _ = brute(query, key, value, scale=0.4)
     output, _, _ = decode_attention(query, key, value, scale=0.4)
     assert output.dtype == dtype  # each part's output is rounded once before they are merged
-    torch.testing.assert_close(output, expected.to(dtype), rtol=0, atol=4 * torch.finfo(dtype).eps)
+    far = tolerance(expected, dtype, sums=slots + 16)
+    torch.testing.assert_close(output, expected.to(dtype), rtol=0, atol=far)
