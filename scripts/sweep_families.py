@@ -23,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 import transformers
+
 from family_checks import ROOMY, Verdict, check_family
 from tiny_families import family_names
 

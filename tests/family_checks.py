@@ -8,9 +8,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 import kvpress
+from kvpress.compat import CACHE
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.policies import H2O, Full, StreamingLLM, TokenSelect
-from tiny_families import VOCAB, tiny_family
+from tiny_families import tiny_family
 
 ROOMY = {
     "exact": [Full()],
@@ -46,7 +47,9 @@ def check_family(name: str, make: Callable[..., PreTrainedModel] = tiny_family) 
         if dense is None:
             dense = _results(model)
             if not any(isinstance(result, torch.Tensor) for result in dense.values()):
-                return dict.fromkeys(ROOMY, Verdict("not tried", f"does not run on text alone: {next(iter(dense.values()))}"))
+                return dict.fromkeys(
+                    ROOMY, Verdict("not tried", f"does not run on text alone: {next(iter(dense.values()))}")
+                )
         found = [_compare(model, policy, dense) for policy in policies]
         if kind == "re-indexing":
             found += [_moves(name, make, policy) for policy in TIGHT]
@@ -138,7 +141,7 @@ def _chunked(model: PreTrainedModel) -> torch.Tensor:
     ids, cache = token_ids(1, 24), DynamicCache(config=model.config)
     logits = []
     for part in ids.split([12, 9, 1, 1, 1], dim=1):
-        output = model(input_ids=part, past_key_values=cache, use_cache=True)
+        output = model(input_ids=part, **{CACHE: cache}, use_cache=True)
         logits.append(output.logits[:, -1])
     return torch.stack(logits)
 
@@ -172,14 +175,14 @@ def _one_layer_moves(model: PreTrainedModel, policy: Any) -> Verdict:
     ids = token_ids(1, 27)
     with kvpress.patch(model, policy):
         cache = DynamicCache(config=model.config)
-        model(input_ids=ids[:, :24], past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :24], **{CACHE: cache}, use_cache=True)
         kept, ours = [], []
         for step in (24, 25, 26):
             positions = cache.layers[0].positions
             if len(cache.layers) > 1 or (positions.shape[1] > 1 and policy.name != "streaming_llm"):
                 return Verdict("right")
             kept.append(sorted({place for place in positions[0, 0].tolist() if 0 <= place < step}) + [step])
-            ours.append(model(input_ids=ids[:, step : step + 1], past_key_values=cache, use_cache=True).logits[:, -1])
+            ours.append(model(input_ids=ids[:, step : step + 1], **{CACHE: cache}, use_cache=True).logits[:, -1])
     for step, (places, got) in enumerate(zip(kept, ours, strict=True)):
         expected = model(input_ids=ids[:, places], use_cache=False).logits[:, -1]
         error = _difference(got, expected)

@@ -6,8 +6,6 @@ for images and sounds as wide as they are but one layer deep (text alone never r
 attention is far from uniform. What the rule cannot know stands in `EXCEPTIONS`.
 """
 
-import copy
-import warnings
 from typing import Any
 
 import torch
@@ -111,7 +109,13 @@ SMALL: dict[str, Any] = {
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "depth")
 KV_HEADS = ("num_key_value_heads", "swa_num_key_value_heads", "multi_query_group_num", "num_kv_heads")
 # Fields without a default that the models cannot do without.
-NEEDED = {"head_dim": 16, "num_key_value_heads": 2, "n_routed_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+NEEDED = {
+    "head_dim": 16,
+    "num_key_value_heads": 2,
+    "n_routed_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+}
 NO_TOKENS = {"eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0}
 
 # What the rule cannot know, by the config's `model_type`: fields of the tiny configuration.
@@ -125,14 +129,34 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "mamba2": {"num_heads": 8, "head_dim": 16},
     "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-    "glm4v_moe_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
+    "glm4v_moe_text": {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e4,
+            "mrope_section": [1, 1, 2],
+            "partial_rotary_factor": 0.5,
+        }
+    },
     "glm_ocr_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
     "hy_v4_vl_text": {"mrope_section": [3, 3, 2]},
-    "cohere_compass_text": {"layer_types": ["sliding_attention", "full_attention"], "rope_parameters": {"sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}, "full_attention": None}},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]},
+            "full_attention": None,
+        },
+    },
     "marian": {"pad_token_id": 0},
-    "dots1": {"moe_intermediate_size": 96, "n_shared_experts": 1, "topk_group": 1, "n_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {
+        "moe_intermediate_size": 96,
+        "n_shared_experts": 1,
+        "topk_group": 1,
+        "n_group": 1,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
     "dory": {},
 }
@@ -160,7 +184,9 @@ def tiny_config(config: PreTrainedConfig, one_layer: int | None = None) -> PreTr
 
 def _shrunk(config: PreTrainedConfig, text: PreTrainedConfig, one_layer: int | None) -> PreTrainedConfig:
     fields = {
-        name: _shrunk(value, text, one_layer) for name, value in vars(config).items() if isinstance(value, PreTrainedConfig)
+        name: _shrunk(value, text, one_layer)
+        for name, value in vars(config).items()
+        if isinstance(value, PreTrainedConfig)
     }
     fields.update(_text_fields(config, one_layer) if config is text else _other_fields(config))
     fields.update(EXCEPTIONS.get(config.model_type, {}))
