@@ -129,7 +129,7 @@ class PatchedForward(Wrapper):
         mask = kwargs.get("attention_mask")
         if not isinstance(mask, dict):
             return mask
-        if "full_attention" not in mask:
+        if "full_attention" not in mask or not hasattr(self.decoder.config, "layer_types"):
             raise PolicyError(
                 f"a mapping of attention masks for {', '.join(map(repr, mask))} cannot be used on a patched model; pass a 2-D "
                 "padding mask, or none"
@@ -137,7 +137,7 @@ class PatchedForward(Wrapper):
         full = mask["full_attention"]
         if isinstance(full, Tensor) and full.ndim == 4:
             full = causal_padding(full)
-        kwargs["attention_mask"] = {**mask, "full_attention": None}
+        kwargs["attention_mask"] = {**mask, "full_attention": None} if len(mask) > 1 else full
         return full
 
     def _check_no_training(self) -> None:

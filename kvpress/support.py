@@ -3,6 +3,7 @@
 import ast
 import functools
 import inspect
+import sys
 import textwrap
 from collections import Counter
 from typing import Any
@@ -55,6 +56,11 @@ def find_decoder(model: Any) -> Any:
         raise UnsupportedModelError(
             f"{name} does not call its attention through transformers' AttentionInterface, so it cannot be patched"
         )
+    if not _uses_mask_functions(type(decoder)):
+        raise UnsupportedModelError(
+            f"{name}'s {type(decoder).__name__} makes its attention masks itself, not by transformers' create_causal_mask, so that "
+            "causality and padding cannot be told apart; not supported"
+        )
     _check_causal(name, model.config, config, decoder.config)
     devices = {parameter.device.type for parameter in decoder.parameters()}
     if devices == {"meta"}:
@@ -102,6 +108,13 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
             _refuse_bidirectional(name, f"{kind.__name__}.is_causal is False", decoder.config)
         _check_attention_call(name, kind)
     return dict(sorted(found.items()))
+
+
+def _uses_mask_functions(decoder: type) -> bool:
+    """Whether the file of a decoder's class, or of one that it is derived from, knows transformers' mask functions."""
+    files = {sys.modules[kind.__module__] for kind in decoder.__mro__ if issubclass(kind, PreTrainedModel)}
+    files.discard(sys.modules[PreTrainedModel.__module__])
+    return any(hasattr(file, name) for file in files for name in ("create_causal_mask", "create_masks_for_generate"))
 
 
 def _value(config: Any, name: str) -> Any:
@@ -181,6 +194,12 @@ def _check_attention_call(name: str, kind: type) -> None:
         return
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     called = [ast.unparse(call.func) for call in calls]
+    for call, function in zip(calls, called, strict=True):
+        if function.endswith(".update") and len(call.args) > 2 and ast.unparse(call.args[2]) != "self.layer_idx":
+            raise UnsupportedModelError(
+                f"{name}'s {kind.__name__} stores keys and values under another layer than its own "
+                f"({ast.unparse(call.args[2])}), as layers that run several times in a pass do; not supported"
+            )
     attends = [call for call, function in zip(calls, called, strict=True) if function == "attention_interface"]
     where = f"{name}'s {kind.__name__}"
     if not attends:
@@ -202,7 +221,7 @@ def _check_attention_call(name: str, kind: type) -> None:
     )
     if mask != "attention_mask":
         raise UnsupportedModelError(
-            f"{where} makes an attention mask of its own ({mask}) from its keys or values, which eviction would change; not supported"
+            f"{where} makes an attention mask of its own ({mask}), which kvpress does not know; not supported"
         )
 
 

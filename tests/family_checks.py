@@ -181,7 +181,7 @@ def _one_layer_moves(model: PreTrainedModel, policy: Any) -> Verdict:
             positions = cache.layers[0].positions
             if len(cache.layers) > 1 or (positions.shape[1] > 1 and policy.name != "streaming_llm"):
                 return Verdict("right")
-            kept.append(sorted({place for place in positions[0, 0].tolist() if 0 <= place < step}) + [step])
+            kept.append([*sorted({place for place in positions[0, 0].tolist() if 0 <= place < step}), step])
             ours.append(model(input_ids=ids[:, step : step + 1], **{CACHE: cache}, use_cache=True).logits[:, -1])
     for step, (places, got) in enumerate(zip(kept, ours, strict=True)):
         expected = model(input_ids=ids[:, places], use_cache=False).logits[:, -1]

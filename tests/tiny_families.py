@@ -118,6 +118,8 @@ NEEDED = {
 }
 NO_TOKENS = {"eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0}
 
+MROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+
 # What the rule cannot know, by the config's `model_type`: fields of the tiny configuration.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},
@@ -125,22 +127,29 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "falcon_h1": {"mamba_d_ssm": 128, "mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1},
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
-    "gemma4_assistant": {"hidden_size_per_layer_input": 0},
     "deepseek_v2": {"num_experts_per_tok": 2, "topk_method": "greedy"},
     "mamba2": {"num_heads": 8, "head_dim": 16},
-    "glm4v_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-    "glm4v_moe_text": {
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 1e4,
-            "mrope_section": [1, 1, 2],
-            "partial_rotary_factor": 0.5,
-        }
-    },
-    "glm_ocr_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-    "paddleocr_vl_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
-    "cosmos3_edge_text": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [3, 3, 2]}},
+    "cosmos3_edge_text": {"rope_parameters": MROPE | {"mrope_section": [3, 3, 2]}},
+    "glm4v_moe_text": {"rope_parameters": MROPE | {"mrope_section": [1, 1, 2], "partial_rotary_factor": 0.5}},
     "hy_v4_vl_text": {"mrope_section": [3, 3, 2]},
+    **{
+        name: {"rope_parameters": MROPE}
+        for name in (
+            "glm4v_text",
+            "glm_ocr_text",
+            "paddleocr_vl_text",
+            "qwen2_5_omni_text",
+            "qwen2_5_vl_text",
+            "qwen2_vl_text",
+            "hunyuan_vl_text",
+        )
+    },
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 100},
+    "xmod": {"default_language": "en_XX"},
+    "whisper": {"pad_token_id": 0, "decoder_start_token_id": 1},
+    "reformer": {"axial_pos_embds": False, "is_decoder": True},
+    "glm5_next_text": {"index_kpool": 4},
+    "chameleon": {"vocabulary_map": {"<image>": 4}},
     "cohere_compass_text": {
         "layer_types": ["sliding_attention", "full_attention"],
         "rope_parameters": {
@@ -158,10 +167,16 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
     },
     "lfm2_moe": {"num_dense_layers": 1, "layer_types": ["conv", "full_attention"]},
-    "dory": {},
+    "dory": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "n_input_layers": 1,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 1,
+    },
 }
 # Fields of the default configuration that the rule starts from.
-DEFAULTS: dict[str, dict[str, Any]] = {}
+DEFAULTS: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}}}
 
 
 def family_names() -> dict[str, str]:
@@ -170,6 +185,12 @@ def family_names() -> dict[str, str]:
     found = {**several, **modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
     found.update(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
     return {name: kind for name, kind in sorted(found.items()) if isinstance(kind, str) and hasattr(hf, kind)}
+
+
+def _config_of(kind: type[PreTrainedModel], config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a configuration that a class is made from."""
+    parts = [config, *(part for part in vars(config).values() if isinstance(part, PreTrainedConfig))]
+    return next((part for part in parts if isinstance(part, kind.config_class)), config)
 
 
 def tiny_config(config: PreTrainedConfig, one_layer: int | None = None) -> PreTrainedConfig:
@@ -224,6 +245,8 @@ def _text_fields(config: PreTrainedConfig, one_layer: int | None) -> dict[str, A
     rope = values.get("rope_parameters")
     if isinstance(rope, dict) and "mrope_section" in rope:
         fields["rope_parameters"] = {**rope, "mrope_section": [2, 3, 3]}
+    if values.get("is_decoder") is False:
+        fields["is_decoder"] = True
     layers = getattr(config, "num_hidden_layers", None)
     if isinstance(layers, int):
         kept = _kept_layers(values, layers)
@@ -252,7 +275,7 @@ def _kept_layers(values: dict[str, Any], layers: int) -> list[int]:
 def tiny_family(name: str, one_layer: int | None = None, seed: int = 0) -> PreTrainedModel:
     """A tiny random model of the family `name`, on the CPU, in eval mode; the global random state is left alone."""
     kind = getattr(hf, family_names()[name])
-    config = tiny_config(CONFIG_MAPPING[name](**DEFAULTS.get(name, {})), one_layer)
+    config = tiny_config(_config_of(kind, CONFIG_MAPPING[name](**DEFAULTS.get(name, {}))), one_layer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = kind(config).eval()
