@@ -69,11 +69,11 @@ def table(rows: dict[str, Row], kinds: dict[str, str], command: str) -> str:
         "What kvpress does with each family of causal LMs in transformers. Made by",
         f"`{command}` with transformers {version('transformers')}; do not edit.",
         "",
-        "Each family is a tiny random model, under `Full` (exact), `H2O` (evicting), `StreamingLLM` and `TokenSelect` (both",
-        "re-indexing) with room for everything: a batch, a left-padded batch and a prompt in two passes, each with decode steps, against the",
-        "same model before it was patched. Re-indexed positions are also tried with entries evicted, layer by layer, against the",
-        "model on what is kept. Classes for images and sounds get text alone. *Right* is the dense result up to rounding.",
-        "*Refused* is an error from `kvpress.patch` before anything is changed.",
+        "Each family is a tiny random model, under `Full` (exact), `H2O` (evicting), `StreamingLLM` and `TokenSelect`",
+        "(re-indexing) with room for everything: a batch, a left-padded batch and a prompt in two passes, each with decode",
+        "steps, against the same model before it was patched. Re-indexed positions are also tried with entries evicted, layer",
+        "by layer, against the model on what is kept. Classes for images and sounds get text alone. *Right* is the dense result",
+        "up to rounding. *Refused* is an error from `kvpress.patch` before anything is changed.",
         "",
     ]
     works = {name: row for name, row in rows.items() if any(one.outcome == "right" for one in row.values())}

@@ -110,6 +110,8 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_lay
 KV_HEADS = ("num_key_value_heads", "swa_num_key_value_heads", "multi_query_group_num", "num_kv_heads")
 # Fields without a default that the models cannot do without.
 NEEDED = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
     "head_dim": 16,
     "num_key_value_heads": 2,
     "n_routed_experts": 4,
