@@ -83,12 +83,45 @@ def register() -> None:
 
 
 def mask(*args: Any, mask_function: Any = causal_mask_function, config: Any = None, **kwargs: Any) -> Any:
-    """No mask for the layers we attend (padding is an empty slot, causality is structural); the original for others."""
-    # What is compiled cannot ask for the pass in progress.
-    if mask_function is causal_mask_function and (torch.compiler.is_compiling() or active_pass() is not None):
-        return None
+    """No mask for the layers we attend (padding is an empty slot, causality is structural); the original for others.
+
+    Outside a pass, the padding mask [batch, tokens] that was given, or None.
+    """
+    if mask_function is causal_mask_function:
+        # What is compiled cannot ask for the pass in progress.
+        if torch.compiler.is_compiling() or active_pass() is not None:
+            return None
+        # A model around the decoder (for images and text) makes the masks before the decoder is called, which then takes
+        # the padding from here.
+        return kwargs.get("attention_mask")
     original = AttentionMaskInterface().get(originals.name(config))
     return None if original is None else original(*args, mask_function=mask_function, config=config, **kwargs)
+
+
+def causal_padding(mask: Tensor) -> Tensor:
+    """The padding mask that a causal mask was made with.
+
+    Args:
+        mask: [batch, 1, rows, tokens], True or 0 where a row sees a token.
+
+    Returns:
+        bool [batch, tokens].
+
+    Raises:
+        PolicyError: the mask is not causal.
+    """
+    sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
+    real = sees[:, -1]  # the last row sees all that are
+    rows, tokens = sees.shape[1:]
+    places = torch.arange(tokens, device=mask.device)
+    causal = places <= places[tokens - rows :, None]
+    differs = (sees != (causal & real[:, None])) & real[:, tokens - rows :, None]  # a row of padding may see anything
+    if bool(differs.any()):
+        raise PolicyError(
+            "the attention mask that came with this input is not just causal (the tokens of an image see each other in both "
+            "directions, or a mask of your own); kvpress attends causally. Give text alone, or unpatch the model"
+        )
+    return real
 
 
 def attention(
@@ -131,7 +164,11 @@ def attention(
                 f"{type(module).__name__} passes {refused}, which kvpress does not support; unpatch the model"
             )
     if attention_mask is not None:
-        raise PolicyError("a custom attention mask cannot be used on a patched model; pass a 2-D padding mask, or none")
+        raise PolicyError(
+            f"{type(module).__name__} was given an attention mask that is not just causal, made by the model itself (tokens that "
+            "see each other in both directions, or sequences packed into one row); kvpress attends causally"
+        )
+    current.attend(index, type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if not current.layers:  # no cache: every policy leaves a single pass exact
@@ -170,6 +207,7 @@ def attend_step(
     """
     current = active_pass()
     assert current is not None
+    current.attend(layer, "attention")
     output = _attend(query, key, value, Scores(scale, softcap, sinks), current, layer)
     return output.transpose(1, 2).contiguous()
 

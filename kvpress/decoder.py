@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from kvpress.attention import NAME
+from kvpress.attention import NAME, causal_padding
 from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argument, forward_parameters, rename_cache
 from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
@@ -69,14 +69,16 @@ class PatchedForward(Wrapper):
         if not self.active:
             return self.inner(*args, **kwargs)
         kwargs = self._named(args, kwargs)
-        inputs = self._check_call(kwargs)
+        mask = self._padding(kwargs)
+        inputs = self._check_call(kwargs, mask)
         before, run = active_pass(), object()
         try:
             self.handle.begin(run)
             with lasting_tensors():  # all that a layer is given, too: what it keeps may be a view of that
-                current = self._enter(inputs, kwargs)
+                current = self._enter(inputs, mask, kwargs)
                 set_pass(current)
                 output = self.run(**kwargs)
+            current.check_attended()
         finally:  # whatever ends the pass: Ctrl-C, a generator that is closed, an error
             set_pass(before)
             self.handle.end(run)
@@ -93,7 +95,7 @@ class PatchedForward(Wrapper):
             raise PolicyError(str(error)) from error
         return kwargs
 
-    def _check_call(self, kwargs: dict[str, Any]) -> Tensor:
+    def _check_call(self, kwargs: dict[str, Any], mask: Any) -> Tensor:
         """The pass's input, [batch, count] ids or [batch, count, hidden] embeddings, or what is wrong with the call."""
         found = self.decoder.config._attn_implementation
         if found != NAME:
@@ -105,14 +107,9 @@ class PatchedForward(Wrapper):
             raise PolicyError(
                 "output_attentions=True is not possible on a patched model; unpatch it to look at attention weights"
             )
-        mask = kwargs.get("attention_mask")
         if isinstance(mask, Tensor) and mask.ndim != 2:
             raise PolicyError(
                 f"a {mask.ndim}-D attention mask cannot be used on a patched model; pass a 2-D padding mask, or none"
-            )
-        if isinstance(mask, dict):
-            raise PolicyError(
-                "a mapping of attention masks cannot be used on a patched model; pass a 2-D padding mask, or none"
             )
         inputs: Tensor | None = kwargs.get("input_ids")
         if inputs is None:
@@ -124,6 +121,26 @@ class PatchedForward(Wrapper):
                 f"attention_mask has {mask.shape[0]} rows and the input {inputs.shape[0]} sequences; give one row for each"
             )
         return inputs
+
+    def _padding(self, kwargs: dict[str, Any]) -> Any:
+        """The padding mask of a call [batch, tokens], or None.
+
+        A model around the decoder (for images and text) makes a mapping of masks, by kind of layer. The one for full
+        attention comes from our mask function; the others stay in `kwargs`.
+        """
+        mask = kwargs.get("attention_mask")
+        if not isinstance(mask, dict):
+            return mask
+        if "full_attention" not in mask or not hasattr(self.decoder.config, "layer_types"):
+            raise PolicyError(
+                f"a mapping of attention masks for {', '.join(map(repr, mask))} cannot be used on a patched model; pass a 2-D "
+                "padding mask, or none"
+            )
+        full = mask["full_attention"]
+        if isinstance(full, Tensor) and full.ndim == 4:
+            full = causal_padding(full)
+        kwargs["attention_mask"] = {**mask, "full_attention": None} if len(mask) > 1 else full
+        return full
 
     def _check_no_training(self) -> None:
         if self.decoder.training and torch.is_grad_enabled():
@@ -143,13 +160,14 @@ class PatchedForward(Wrapper):
 
     # ------------------------------------------------------------------ the pass
 
-    def _enter(self, inputs: Tensor, kwargs: dict[str, Any]) -> Pass:
+    def _enter(self, inputs: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Pass:
         """The pass of a call. `kwargs` get a cache if they need one, and the tokens that are fed once more."""
         batch, count = inputs.shape[:2]
-        mask, cache = kwargs.get("attention_mask"), kwargs.get(self.cache_argument)
+        cache = kwargs.get(self.cache_argument)
         wants_cache = self.decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
         if cache is None and not wants_cache:
             self._check_no_checkpointing()
+            _check_not_packed(kwargs.get("position_ids"), mask)
             tokens = self._tokens(batch, count, mask, inputs.device, None)
             return Pass(self._modules, tokens, [], prompt=True)
         self._check_no_training()
@@ -337,6 +355,17 @@ class PatchedForward(Wrapper):
         else:
             tokens = masked_tokens(earlier, None, None, prompt=True)
         layer.take_over(plain.keys.detach(), plain.values.detach(), tokens)
+
+
+def _check_not_packed(position_ids: Any, mask: Tensor | None) -> None:
+    """Without a cache and a mask, transformers takes positions that do not count up for sequences packed into one row."""
+    if mask is not None or not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return
+    if bool((position_ids.diff(dim=1) != 1).any()):
+        raise PolicyError(
+            "position_ids do not count up by one: without a cache and a mask that means several sequences packed into one row, "
+            "which a patched model does not take apart; give each sequence a row, with a 2-D padding mask"
+        )
 
 
 def _last_columns(output: Any, count: int) -> Any:

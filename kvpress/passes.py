@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kvpress.errors import UnsupportedModelError
+
 if TYPE_CHECKING:
     from kvpress.layer import KVLayer
 
@@ -101,6 +103,7 @@ class Pass:
         new_tokens: how many tokens the `generate` that runs was asked for, if one runs and that is known.
         shared: what a selection policy hands from layer to layer.
         again: how many columns of decode steps are fed once more before those of the pass itself.
+        attended: the layers that have attended so far.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
     """
@@ -114,6 +117,29 @@ class Pass:
     record: list[Any] | None = None
     again: int = 0
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
+    attended: set[int] = field(default_factory=set)
+
+    def attend(self, layer: int, name: str) -> None:
+        """Note that a layer attends, which it may do once in a pass.
+
+        Raises:
+            UnsupportedModelError: it did before, so that its cache would hold every token twice.
+        """
+        if layer in self.attended:
+            raise UnsupportedModelError(
+                f"{name} (layer {layer} of those that the policies act on) runs attention more than once in a pass; kvpress "
+                "supports one run over each cache layer. Unpatch the model"
+            )
+        self.attended.add(layer)
+
+    def check_attended(self) -> None:
+        """Raise `UnsupportedModelError` unless every layer that the policies act on has attended."""
+        if len(self.attended) < len(self.modules):
+            missing = sorted(set(self.modules.values()) - self.attended)
+            raise UnsupportedModelError(
+                f"layers {missing} of those that the policies act on did not call the attention function in this pass, so their "
+                "tokens are not in the cache; kvpress cannot act on this model. Unpatch it, and start a new cache"
+            )
 
     def holds(self, layer: "KVLayer") -> bool:
         """Whether the layer belongs to the cache of this pass."""

@@ -1,5 +1,11 @@
 """Which models and caches can be patched, decided before anything is changed."""
 
+import ast
+import functools
+import inspect
+import sys
+import textwrap
+from collections import Counter
 from typing import Any
 
 import torch
@@ -23,26 +29,39 @@ def find_decoder(model: Any) -> Any:
     if model.config.is_encoder_decoder:
         raise UnsupportedModelError(f"{name} is an encoder-decoder model; kvpress patches decoder-only models")
     if (
-        getattr(config, "alibi", False)
-        or getattr(config, "position_embedding_type", None) == "alibi"
+        _value(config, "alibi")
+        or _value(config, "position_embedding_type") == "alibi"
         or config.model_type in ("bloom", "mpt")
     ):
         raise UnsupportedModelError(
             f"{name} uses ALiBi biases, which depend on slots that eviction moves; not supported"
         )
-    if getattr(config, "kv_lora_rank", None):
+    if _value(config, "index_topk"):
         raise UnsupportedModelError(
-            f"{name} uses multi-head latent attention (kv_lora_rank={config.kv_lora_rank}); not supported yet"
+            f"{name} has indexed sparse attention (index_topk={_value(config, 'index_topk')}): an indexer with a cache of its own "
+            "chooses what a token reads; not supported"
         )
-    if getattr(config, "num_kv_shared_layers", 0):
+    if _value(config, "kv_lora_rank"):
+        raise UnsupportedModelError(
+            f"{name} uses multi-head latent attention (kv_lora_rank={_value(config, 'kv_lora_rank')}); not supported yet"
+        )
+    if _value(config, "num_kv_shared_layers"):
         raise UnsupportedModelError(f"{name} shares K and V between layers; not supported")
-    if getattr(config, "cross_attention_layers", None) or getattr(config, "add_cross_attention", False):
+    if _value(config, "cross_attention_layers") or _value(config, "add_cross_attention"):
         raise UnsupportedModelError(f"{name} has cross-attention layers; not supported")
+    if not getattr(model, "_supports_default_dynamic_cache", lambda: True)():
+        raise UnsupportedModelError(f"{name} keeps a cache of its own kind, not a DynamicCache; not supported")
     decoder = model.get_decoder()
     if not isinstance(decoder, PreTrainedModel) or not decoder._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{name} does not call its attention through transformers' AttentionInterface, so it cannot be patched"
         )
+    if not _uses_mask_functions(type(decoder)):
+        raise UnsupportedModelError(
+            f"{name}'s {type(decoder).__name__} makes its attention masks itself, not by transformers' create_causal_mask, so that "
+            "causality and padding cannot be told apart; not supported"
+        )
+    _check_causal(name, model.config, config, decoder.config)
     devices = {parameter.device.type for parameter in decoder.parameters()}
     if devices == {"meta"}:
         raise UnsupportedModelError(
@@ -55,9 +74,19 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
     """Layer index -> attention module, for the layers with full attention and a plain cache of their own.
 
     Raises:
-        UnsupportedModelError: there is none.
+        UnsupportedModelError: there is none, or one of them attends in a way that kvpress does not know.
     """
-    plain = [type(layer) is DynamicLayer for layer in DynamicCache(config=decoder.config).layers]
+    name = type(decoder).__name__
+    try:
+        layers = DynamicCache(config=decoder.config).layers
+    except AttributeError as error:
+        raise UnsupportedModelError(f"transformers can make no cache for {name} from its config ({error})") from error
+    kinds = [type(layer).__name__ for layer in layers]
+    plain = [type(layer) is DynamicLayer for layer in layers]
+    if any("Index" in kind for kind in kinds):
+        raise UnsupportedModelError(f"{name} has indexed sparse attention: {_count(kinds)}; not supported")
+    if not any(plain):
+        raise UnsupportedModelError(f"{name} has no layer with full attention and a plain cache: {_why(layers)}")
     found: dict[int, torch.nn.Module] = {}
     for module in decoder.modules():
         index = getattr(module, "layer_idx", None)
@@ -68,18 +97,132 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
             and plain[index]
         ):
             found.setdefault(index, module)
-    name = type(decoder).__name__
-    if not any(plain):
-        raise UnsupportedModelError(
-            f"{name} has no layer with full attention (sliding window {getattr(decoder.config, 'sliding_window', None)}); "
-            "its cache is bounded already and a policy has nothing to act on"
-        )
     missing = sorted(index for index, is_plain in enumerate(plain) if is_plain and index not in found)
     if missing:
         raise UnsupportedModelError(
-            f"{name} has no attention module with layer_idx for layers {missing}; not supported"
+            f"{name} has no attention module with layer_idx for layers {missing} of its cache (layers that run several times, or "
+            "another kind of layer); not supported"
         )
+    for kind, module in {type(module): module for module in found.values()}.items():
+        if getattr(module, "is_causal", True) is False:
+            _refuse_bidirectional(name, f"{kind.__name__}.is_causal is False", decoder.config)
+        _check_attention_call(name, kind)
     return dict(sorted(found.items()))
+
+
+def _uses_mask_functions(decoder: type) -> bool:
+    """Whether the file of a decoder's class, or of one that it is derived from, knows transformers' mask functions."""
+    files = {sys.modules[kind.__module__] for kind in decoder.__mro__ if issubclass(kind, PreTrainedModel)}
+    files.discard(sys.modules[PreTrainedModel.__module__])
+    return any(hasattr(file, name) for file in files for name in ("create_causal_mask", "create_masks_for_generate"))
+
+
+def _value(config: Any, name: str) -> Any:
+    """A field of a config; None if it has none; any layer's own if the layers differ."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # a field that differs from layer to layer
+        return next((one for layer in config.per_layer_config if (one := getattr(layer, name, None))), None)
+
+
+# Why a policy cannot act on a cache layer, by its class.
+_KINDS = {
+    "DynamicSlidingWindowLayer": "sliding-window attention, whose cache is bounded already",
+    "LinearAttentionLayer": "a recurrent state of fixed size instead of keys and values",
+    "LinearAttentionAndFullAttentionLayer": "attention and a recurrent state in one cache layer",
+    "LinearAttentionAndSlidingWindowAttentionLayer": "sliding-window attention and a recurrent state in one cache layer",
+    "DummyLayer": "no cache",
+}
+
+
+def _why(layers: list[Any]) -> str:
+    """What a cache's layers are, with the reason why a policy cannot act on them."""
+    counts = Counter(type(layer).__name__ for layer in layers)
+    windows = {layer.sliding_window for layer in layers if getattr(layer, "sliding_window", None)}
+    window = f" (sliding window {', '.join(str(one) for one in sorted(windows))})" if windows else ""
+    parts = [f"{count} with {_KINDS.get(kind, 'a cache of its own kind')} ({kind})" for kind, count in counts.items()]
+    return f"{'; '.join(parts) or 'it has no layers'}{window}. A policy has nothing to act on"
+
+
+def _count(kinds: list[str]) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(kinds).items())
+
+
+def _check_causal(name: str, *configs: Any) -> None:
+    for config in configs:
+        if _value(config, "is_causal") is False:
+            _refuse_bidirectional(name, "config.is_causal is False", config)
+        # "vision" is about blocks of image tokens, which are refused when they come.
+        if _value(config, "use_bidirectional_attention") in (True, "all"):
+            found = f"config.use_bidirectional_attention is {config.use_bidirectional_attention!r}"
+            _refuse_bidirectional(name, found, config)
+
+
+def _refuse_bidirectional(name: str, found: str, config: Any) -> None:
+    decoder = _value(config, "is_decoder") is False and hasattr(config, "add_cross_attention")
+    remedy = "; load it with is_decoder=True to make it a causal LM" if decoder else ""
+    raise UnsupportedModelError(
+        f"{name} attends in both directions ({found}), and what a token gives then depends on those after it; a cache needs "
+        f"causal attention{remedy}"
+    )
+
+
+# What attention modules hand to the attention function, and kvpress honours or may ignore.
+_KNOWN_ARGUMENTS = {
+    "attention_mask",
+    "dropout",
+    "is_causal",
+    "output_attentions",
+    "position_ids",
+    "s_aux",
+    "scaling",
+    "sliding_window",
+    "softcap",
+    "use_cache",
+}
+
+
+@functools.cache
+def _check_attention_call(name: str, kind: type) -> None:
+    """Look at how a class of attention modules calls the attention function: once, with what kvpress knows.
+
+    What the source does not show, a pass finds (`Pass.attend`).
+    """
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(kind.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    called = [ast.unparse(call.func) for call in calls]
+    for call, function in zip(calls, called, strict=True):
+        if function.endswith(".update") and len(call.args) > 2 and ast.unparse(call.args[2]) != "self.layer_idx":
+            raise UnsupportedModelError(
+                f"{name}'s {kind.__name__} stores keys and values under another layer than its own "
+                f"({ast.unparse(call.args[2])}), as layers that run several times in a pass do; not supported"
+            )
+    attends = [call for call, function in zip(calls, called, strict=True) if function == "attention_interface"]
+    where = f"{name}'s {kind.__name__}"
+    if not attends:
+        if any(function.split(".")[-1] in ("softmax", "scaled_dot_product_attention") for function in called):
+            raise UnsupportedModelError(
+                f"{where} does not call its attention through transformers' AttentionInterface, so it cannot be patched"
+            )
+        return
+    if len(attends) > 1:
+        raise UnsupportedModelError(
+            f"{where} runs attention {len(attends)} times in a pass over one cache layer; kvpress supports one"
+        )
+    named = {word.arg: ast.unparse(word.value) for word in attends[0].keywords if word.arg is not None}
+    unknown = sorted(set(named) - _KNOWN_ARGUMENTS)
+    if unknown:
+        raise UnsupportedModelError(f"{where} hands its attention {', '.join(unknown)}, which kvpress does not know")
+    mask = (
+        ast.unparse(attends[0].args[4]) if len(attends[0].args) > 4 else named.get("attention_mask", "attention_mask")
+    )
+    if mask != "attention_mask":
+        raise UnsupportedModelError(
+            f"{where} makes an attention mask of its own ({mask}), which kvpress does not know; not supported"
+        )
 
 
 def is_spread(model: Any, decoder: Any) -> bool:

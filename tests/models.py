@@ -6,8 +6,8 @@ from transformers import (
     BloomForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
-    GPTJConfig,
-    GPTJForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -72,19 +72,12 @@ def tiny_opt(layers=2, heads=4, seed=0):
     return build(OPTForCausalLM, config, seed)
 
 
-def tiny_gptj(layers=2, heads=4, seed=0):
-    """A GPT-J: its attention does not go through transformers' AttentionInterface."""
-    config = GPTJConfig(
-        vocab_size=VOCAB,
-        n_embd=32,
-        n_inner=48,
-        n_layer=layers,
-        n_head=heads,
-        rotary_dim=4,
-        n_positions=512,
-        **SPECIAL,
+def tiny_falcon(layers=2, heads=4, seed=0):
+    """A Falcon: its attention does not go through transformers' AttentionInterface."""
+    config = FalconConfig(
+        vocab_size=VOCAB, hidden_size=32, num_hidden_layers=layers, num_attention_heads=heads, alibi=False, **SPECIAL
     )
-    return build(GPTJForCausalLM, config, seed)
+    return build(FalconForCausalLM, config, seed)
 
 
 def tiny_bloom(layers=2, heads=4, seed=0):

@@ -27,7 +27,7 @@ from kvpress.policies import H2O, TOVA, Full, RecycledAttention, SnapKV, Streami
 from models import (
     tiny_bloom,
     tiny_deepseek_v3,
-    tiny_gptj,
+    tiny_falcon,
     tiny_llama,
     tiny_mistral_sliding,
     tiny_opt,
@@ -382,7 +382,7 @@ def on_meta():
         pytest.param(NotAModel, ("NotAModel", "PreTrainedModel", "pass the model"), id="wrapper"),
         pytest.param(tiny_t5, ("T5ForConditionalGeneration", "encoder-decoder", "decoder-only"), id="t5"),
         pytest.param(tiny_bloom, ("BloomForCausalLM", "ALiBi", "not supported"), id="bloom"),
-        pytest.param(tiny_gptj, ("GPTJForCausalLM", "AttentionInterface", "cannot be patched"), id="gpt-j"),
+        pytest.param(tiny_falcon, ("FalconForCausalLM", "AttentionInterface", "cannot be patched"), id="falcon"),
         pytest.param(tiny_deepseek_v3, ("DeepseekV3ForCausalLM", "latent", "kv_lora_rank=8"), id="deepseek-v3"),
         pytest.param(tiny_mistral_sliding, ("Mistral", "full attention", "sliding window 8"), id="mistral-sliding"),
         pytest.param(on_meta, ("LlamaForCausalLM", "meta device", "load"), id="meta"),

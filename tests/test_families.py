@@ -1,12 +1,21 @@
 """Model families: what a patched model computes with room for everything is transformers' own dense result."""
 
+import os
+
 import pytest
 import torch
 import transformers as hf
+from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import kvpress
+from family_checks import check_family
+from kvpress import UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
+from models import tiny_llama
+from refusals import refused
+from tiny_families import family_names, tiny_family
 
 COMMON: dict = dict(
     hidden_size=64,
@@ -197,3 +206,262 @@ def test_linear_layers_are_left_alone() -> None:
         ours = generate(model, {"input_ids": batch()["input_ids"]})
     assert torch.equal(ours.sequences, dense.sequences)
     assert [layer["layer"] for layer in handle.report().to_dict()["layers"]] == [3]
+
+
+# ------------------------------------------------------------------ families by the rule of tiny_families.py
+
+# What is right under every kind of policy, and what has no rotary positions that can be re-indexed.
+RIGHT = [
+    "apertus",
+    "arcee",
+    "bamba",
+    "bitnet",
+    "cohere",
+    "cwm",
+    "deepseek_vl",
+    "ernie4_5",
+    "exaone4",
+    "gemma",
+    "gemma3",
+    "glm4",
+    "gpt_neox",
+    "gpt_oss",
+    "granite",
+    "granitemoehybrid",
+    "helium",
+    "hunyuan_v1_dense",
+    "jamba",
+    "llava",
+    "mixtral",
+    "nemotron",
+    "olmo2",
+    "olmo_hybrid",
+    "olmoe",
+    "phi",
+    "phi3",
+    "qwen2_moe",
+    "qwen2_vl",
+    "qwen3",
+    "qwen3_5_text",
+    "seed_oss",
+    "smollm3",
+    "starcoder2",
+]
+NOT_MOVED = ["bart", "bert", "biogpt", "gpt2", "gpt_bigcode"]
+REFUSED = {
+    "diffllama": "runs attention 2 times",
+    "doge": "attention mask of its own",
+    "minimax": "cache of its own kind",
+    "falcon_h1": "attention and a recurrent state in one cache layer",
+    "falcon_mamba": "a recurrent state of fixed size",
+    "inkling_text": "sliding-window attention",
+    "deepseek_v32": "indexed sparse attention",
+    "glm_moe_dsa": "indexed sparse attention",
+    "qwen4_exp_text": "indexed sparse attention",
+    "minimax_m3_vl": "block_indices",
+    "paligemma": "both directions",
+    "git": "AttentionInterface",
+    "deepseek_v3": "latent attention",
+    "falcon": "AttentionInterface",
+    "dory": "under another layer than its own",
+    "blt": "can make no cache",
+    "kosmos-2": "masks itself",
+}
+
+
+def has(name: str) -> None:
+    if name not in family_names():
+        pytest.skip(f"this transformers has no {name}")
+
+
+@pytest.mark.parametrize("name", RIGHT + NOT_MOVED)
+def test_right(name: str) -> None:
+    """A batch, a left-padded one and a prompt in two passes, under the three kinds of policy, against the unpatched model."""
+    has(name)
+    verdicts = check_family(name)
+    found = {kind: verdict.outcome for kind, verdict in verdicts.items()}
+    moved = "refused" if name in NOT_MOVED else "right"
+    assert found == {"exact": "right", "evicting": "right", "re-indexing": moved}, verdicts
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused(name: str) -> None:
+    """At `patch`, with the true reason, and the model is as it was."""
+    has(name)
+    with refused(REFUSED[name], error=UnsupportedModelError):
+        kvpress.patch(tiny_family(name), Full())
+
+
+def test_gptj() -> None:
+    """Right where its attention goes through AttentionInterface, refused by older versions of transformers."""
+    verdict = check_family("gptj")["exact"]
+    assert verdict.outcome == ("right" if hf.GPTJModel._can_set_attn_implementation() else "refused"), verdict
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not os.environ.get("KVPRESS_SWEEP"), reason="all families take a quarter of an hour: KVPRESS_SWEEP=1"
+)
+@pytest.mark.parametrize("name", family_names())
+def test_every_family(name: str) -> None:
+    """Right, or refused at `patch`, or no model that runs on text alone is made by the rule."""
+    verdicts = check_family(name)
+    assert all(verdict.outcome in ("right", "refused", "not tried") for verdict in verdicts.values()), verdicts
+
+
+def test_no_family_is_forgotten() -> None:
+    """The sweep has every causal LM that transformers maps, if its class can be imported."""
+    missing = [name for name, kind in CAUSAL.items() if hasattr(hf, kind) and name not in family_names()]
+    assert not missing
+
+
+# ------------------------------------------------------------------ which way a model attends
+
+
+def bidirectional_config() -> hf.PreTrainedModel:
+    model = tiny_llama()
+    model.config.is_causal = False
+    return model
+
+
+def bidirectional_module() -> hf.PreTrainedModel:
+    model = tiny_llama()
+    model.model.layers[1].self_attn.is_causal = False
+    return model
+
+
+def bidirectional_gemma() -> hf.PreTrainedModel:
+    return hf.GemmaForCausalLM(hf.GemmaConfig(**HEADS, use_bidirectional_attention=True))
+
+
+def encoder() -> hf.PreTrainedModel:
+    return hf.BertLMHeadModel(hf.BertConfig(**COMMON))
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (bidirectional_config, ("config.is_causal is False",)),
+        (bidirectional_module, ("LlamaAttention.is_causal is False",)),
+        (bidirectional_gemma, ("use_bidirectional_attention is True",)),
+        (encoder, ("BertSelfAttention.is_causal is False", "is_decoder=True")),
+    ],
+)
+@pytest.mark.parametrize("policy", [Full(), H2O(budget=10)], ids=["full", "h2o"])
+def test_attention_in_both_directions(make, words, policy) -> None:  # type: ignore[no-untyped-def]
+    with refused("both directions", *words, error=UnsupportedModelError):
+        kvpress.patch(make(), policy)
+
+
+def packed() -> Tensor:
+    """Positions of two sequences in one row."""
+    return torch.cat((torch.arange(5), torch.arange(7)))[None]
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_packed_sequences(name: str) -> None:
+    """Without a cache transformers takes them apart, and says nothing of masks; we name the positions."""
+    model, ids = tiny_family(name), torch.arange(3, 15)[None]
+    with kvpress.patch(model, Full()), refused("position_ids", "packed into one row", "padding mask"):
+        model(ids, position_ids=packed(), use_cache=False)
+    with torch.no_grad(), kvpress.patch(model, Full()):
+        plain = model(ids, position_ids=torch.arange(12)[None], use_cache=False).logits
+    torch.testing.assert_close(plain, model(ids, use_cache=False).logits, atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ models around a decoder, which make the masks
+
+
+def token_types(ids: Tensor, image: slice | None = None) -> Tensor:
+    types = torch.zeros_like(ids)
+    if image is not None:
+        types[:, image] = 1
+    return types
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("types", [True, False], ids=["token-types", "none"])
+def test_text_alone_in_a_model_for_images(types: bool, implementation: str) -> None:
+    """Gemma 3's processor brings token types for text too; the mask that the model makes of them is then causal."""
+    model = tiny_family("gemma3")
+    model.set_attn_implementation(implementation)
+    inputs = batch()
+    if types:
+        inputs["token_type_ids"] = token_types(inputs["input_ids"])
+    dense = generate(model, inputs)
+    for policy in ROOMY:
+        with kvpress.patch(model, policy) as handle:
+            ours = generate(model, inputs)
+            assert handle.report().to_dict()["seen"] == 67  # 49 of the prompts, 9 steps of each; padding is no token
+        for got, expected in zip(ours.logits, dense.logits, strict=True):
+            torch.testing.assert_close(got, expected, atol=5e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_images_whose_tokens_see_each_other() -> None:
+    """Refused when the image comes, and the model works on."""
+    model, ids = tiny_family("gemma3"), batch()["input_ids"]
+    dense = model(ids).logits
+    with kvpress.patch(model, Full()):
+        with refused("not just causal", "image", "text alone"):
+            model(ids, token_type_ids=token_types(ids, slice(3, 9)))
+        torch.testing.assert_close(model(ids).logits, dense, atol=5e-5, rtol=1e-3)
+
+
+# ------------------------------------------------------------------ attention that runs more or less than once
+
+
+class TwiceAttention(hf.models.llama.modeling_llama.LlamaAttention):
+    """Attends twice, where the source of `forward` does not show it."""
+
+    def forward(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        super().forward(*args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+class NeverAttention(hf.models.llama.modeling_llama.LlamaAttention):
+    """Does not call the attention function."""
+
+    def forward(self, hidden_states, *args, **kwargs):  # type: ignore[no-untyped-def]
+        return hidden_states, None
+
+
+@pytest.mark.parametrize(("kind", "words"), [(TwiceAttention, "more than once"), (NeverAttention, "layers [1]")])
+@pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
+def test_attention_that_does_not_run_once(kind: type, words: str, use_cache: bool) -> None:
+    """A pass tells, and the next model is not harmed."""
+    model = tiny_llama()
+    kept = model.model.layers[1].self_attn
+    model.model.layers[1].self_attn = kind(model.config, 1)
+    with kvpress.patch(model, Full()):
+        with refused(words, error=UnsupportedModelError):
+            model(batch()["input_ids"][:1], use_cache=use_cache)
+        with refused(words, error=UnsupportedModelError):
+            model(batch()["input_ids"][:1], use_cache=use_cache)
+    model.model.layers[1].self_attn = kept
+    with kvpress.patch(model, Full()):
+        model(batch()["input_ids"][:1])
+
+
+class Source:
+    """Attention modules by what their source shows."""
+
+    class Bias(torch.nn.Module):
+        def forward(self, query, key, value, attention_mask, attention_interface=None, bias=None):  # type: ignore[no-untyped-def]
+            return attention_interface(self, query, key, value, attention_mask, position_bias=bias)
+
+    class Own(torch.nn.Module):
+        def forward(self, query, key, value, attention_mask):  # type: ignore[no-untyped-def]
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value, attention_mask)
+
+
+@pytest.mark.parametrize(("kind", "words"), [(Source.Bias, "position_bias"), (Source.Own, "AttentionInterface")])
+def test_attention_that_the_source_shows_to_be_unknown(kind: type, words: str) -> None:
+    model = tiny_llama()
+    attention = type("OtherAttention", (kind,), {})()
+    attention.layer_idx = 1
+    model.model.layers[1].self_attn = attention
+    with refused(words, "OtherAttention", error=UnsupportedModelError):
+        kvpress.patch(model, Full())
