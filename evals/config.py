@@ -1,4 +1,4 @@
-"""What a run is to do: a YAML file with defaults and a sweep, checked whole before anything loads, and its points."""
+"""What a run is to do: a YAML file with defaults and a sweep, checked whole before anything loads, and its runs."""
 
 import hashlib
 import itertools
@@ -18,7 +18,7 @@ from kvpress.evals.located import ConfigError, Path_, Places, expand, load, plac
 from kvpress.evals.task import Task, TaskError
 from kvpress.evals.tasks import make_task
 from kvpress.policy import Policy, check_budget
-from kvpress.registry import available, make_policies, make_policy
+from kvpress.registry import make_policies
 
 LENGTH_FIELDS = ("length", "lengths", "max_length")
 """The fields in which tasks take a length; the first that a task has is what `length` sets."""
@@ -68,15 +68,15 @@ class Fields(BaseModel):
 
 
 class RayOptions(BaseModel):
-    """How `launcher: ray` runs points.
+    """How `launcher: ray` runs runs.
 
     Attributes:
         address: of a running cluster ("auto", "host:6379"), or "local" to start one for the run; None for $RAY_ADDRESS, else a
             cluster that runs on this machine, else one started for the run.
-        num_gpus: GPUs per worker; None for one if the cluster has any and a point may use it.
+        num_gpus: GPUs per worker; None for one if the cluster has any and a run may use it.
         num_cpus: cores per worker.
         workers: how many at once at most; None for as many as the cluster has room for.
-        attempts: how often a point is begun, when workers are lost with it.
+        attempts: how often a run is begun, when workers are lost with it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -92,14 +92,14 @@ class File(BaseModel):
     """A configuration file.
 
     Attributes:
-        out: folder for the points' directories.
-        defaults: fields of every point.
+        out: folder for the runs' directories.
+        defaults: fields of every run.
         sweep: field -> values, each combined with each; or a list of such mappings, one grid after the other. A dotted
             field (policy.window, task.repeats) sets a part.
         share_prompts: whether policies that leave a prompt's attention exact share one pass over it.
         allow_extrapolation: whether prompts may be longer than the model was made for.
         batch_size: how many samples of the same prompt length and the same number of new tokens are answered together.
-        launcher: "local" runs point after point in this process; "ray" gives each to a worker of a cluster.
+        launcher: "local" runs run after run in this process; "ray" gives each to a worker of a cluster.
         ray: how; see `RayOptions`.
     """
 
@@ -138,7 +138,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class Point:
+class Run:
     """One combination, checked and built.
 
     Attributes:
@@ -159,7 +159,7 @@ class Point:
 
     @property
     def samples_id(self) -> str:
-        """The same for points that differ in the policy only: they answer the same samples."""
+        """The same for runs that differ in the policy only: they answer the same samples."""
         return digest({**self.definition, "policy": None})
 
     @property
@@ -174,6 +174,12 @@ class Point:
     def policy(self) -> str:
         """The policies with the fields that differ from their defaults."""
         return " + ".join(policy.describe() for policy in self.policies)
+
+    @property
+    def budget(self) -> Any:
+        """The budget, if one of the policies takes it; else None."""
+        given = self.fields.budget
+        return given if given is not None and any(policy.accepts_budget(given) for policy in self.policies) else None
 
     @property
     def where(self) -> str:
@@ -193,7 +199,7 @@ class Point:
             "policy": self.policy,
             "policy_names": [policy.name for policy in self.policies],
             "kind": " + ".join(dict.fromkeys(policy.kind for policy in self.policies)),
-            "budget": self.fields.budget,
+            "budget": self.budget,
             "task": self.task.label,
             "metric": self.task.metric,
             "length": self.fields.length,
@@ -205,10 +211,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """All points of a run, in order, and how to run them; see `File`."""
+    """All runs of a run, in order, and how to run them; see `File`."""
 
     out: Path
-    points: tuple[Point, ...]
+    runs: tuple[Run, ...]
     share_prompts: bool = True
     allow_extrapolation: bool = False
     batch_size: int = 1
@@ -222,7 +228,7 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     Args:
         path: the file.
         settings: overrides "a.b=c". A top-level key of the file is set there (sweep.budget=[0.1,0.2], out=x); any other name
-            is a point's field, which then has this one value: a sweep over it goes away.
+            is a run's field, which then has this one value: a sweep over it goes away.
 
     Raises:
         ConfigError: anything that cannot work, with file and line.
@@ -241,26 +247,25 @@ def make_plan(tree: dict[str, Any], places: Places | None = None, settings: Sequ
     file = _validate(File, tree, places, ())
     grids = [file.sweep] if isinstance(file.sweep, dict) else file.sweep
     paths: list[Path_] = [("sweep",)] if isinstance(file.sweep, dict) else [("sweep", i) for i in range(len(grids))]
-    points: dict[str, Point] = {}
+    runs: dict[str, Run] = {}
     combinations = (c for grid, at in zip(grids, paths, strict=True) for c in _combinations(file, grid, at, places))
-    for tree_of_point, places_of_point in combinations:
-        point = _point(tree_of_point, places_of_point)
-        points.setdefault(point.id, point)  # a policy without a budget comes once for all budgets
-    for point in points.values():
-        if point.fields.budget is not None and not any(p.takes_budget for one in points.values() for p in one.policies):
-            given = [path for path in places if "budget" in path]
-            where = place(places, given[0] if given else ())
-            raise ConfigError(
-                f"{where}: budget={point.fields.budget!r}, but none of the policies takes one; leave it out"
-            )
-    if file.launcher == "ray" and any(point.fields.tp_plan for point in points.values()):
+    for tree_of_run, places_of_run in combinations:
+        run = _run(tree_of_run, places_of_run)
+        runs.setdefault(run.id, run)  # a policy without a budget comes once for all budgets
+    given = [run.fields.budget for run in runs.values() if run.fields.budget is not None]
+    if given and all(run.budget is None for run in runs.values()):
+        written = [path for path in places if "budget" in path]
+        where = place(places, written[0] if written else ())
+        takes = "a share, only entries" if any(p.takes_budget for run in runs.values() for p in run.policies) else "one"
+        raise ConfigError(f"{where}: budget={given[0]!r}, but none of the policies takes {takes}; leave it out")
+    if file.launcher == "ray" and any(run.fields.tp_plan for run in runs.values()):
         raise ConfigError(
             f"{place(places, ('launcher',))}: launcher='ray' with tp_plan; a split model runs under torchrun, on Ray use "
             "device_map and ray.num_gpus"
         )
     return Plan(
         Path(_expand(file.out, places, ("out",))),
-        tuple(points.values()),
+        tuple(runs.values()),
         file.share_prompts,
         file.allow_extrapolation,
         file.batch_size,
@@ -317,7 +322,7 @@ def _set(tree: dict[str, Any], keys: Sequence[Any], value: Any) -> None:
 def _combinations(
     file: File, grid: dict[str, list[Any]], at: Path_, places: Places
 ) -> Iterator[tuple[dict[str, Any], Places]]:
-    """Each point's fields, and where each of them stands."""
+    """Each run's fields, and where each of them stands."""
     for key, values in grid.items():
         first, _, part = key.partition(".")
         where = place(places, (*at, key))
@@ -374,11 +379,11 @@ def _follow(tree: Any, location: Sequence[str | int]) -> tuple[Path_, Any]:
     return path, tree
 
 
-def _point(tree: dict[str, Any], places: Places) -> Point:
+def _run(tree: dict[str, Any], places: Places) -> Run:
     """Check one combination and build what it names."""
     written: Fields = _validate(Fields, tree, places, ())
     try:
-        policies = _policies(written)
+        policies = tuple(make_policies(written.policy, written.budget))
     except PolicyError as error:
         raise ConfigError(f"{_blame(places, 'policy', written.policy, str(error))}: {error}") from error
     try:
@@ -404,48 +409,18 @@ def _point(tree: dict[str, Any], places: Places) -> Point:
         "device": written.device,
         "dtype": written.dtype,
         "policy": [{"name": policy.name, **asdict(policy)} for policy in policies],
-        "task": task.to_dict(),  # with ${...} as written: a point is the same on every machine
+        "task": task.to_dict(),  # with ${...} as written: a run is the same on every machine
         "query_aware": written.query_aware,
         "samples": written.samples,
         **_placement(written),
     }
-    return Point(written, policies, built, json.loads(json.dumps(definition)))
+    return Run(written, policies, built, json.loads(json.dumps(definition)))
 
 
 def _placement(written: Fields) -> dict[str, Any]:
     """Those of device_map and tp_plan that are given."""
     placed = {"device_map": written.device_map, "tp_plan": written.tp_plan}
     return {name: value for name, value in placed.items() if value is not None}
-
-
-def _policies(written: Fields) -> tuple[Policy, ...]:
-    specs = written.policy if isinstance(written.policy, list) else [written.policy]
-    mappings = [{"name": spec} if isinstance(spec, str) else dict(spec) for spec in specs]
-    takers = [m for m in mappings if _takes(available().get(str(m.get("name"))), written.budget)]
-    if written.budget is not None and len(takers) > 1:
-        names = " and ".join(str(m["name"]) for m in takers)
-        raise PolicyError(
-            f"budget={written.budget!r} is unclear, for {names} take one each; set it in the policies' own fields"
-        )
-    return tuple(make_policies([_policy(m, written.budget if m in takers else None) for m in mappings]))
-
-
-def _takes(cls: type[Policy] | None, budget: Any) -> bool:
-    """Whether a policy takes this budget: some take entries alone, and have fields of their own."""
-    return cls is not None and cls.takes_budget and (cls.takes_share or not isinstance(budget, float))
-
-
-def _policy(mapping: dict[str, Any], budget: Any) -> Policy:
-    own = {key: value for key, value in mapping.items() if key != "name"}
-    cls = available().get(str(mapping.get("name")))
-    if budget is None or cls is None or not own.keys() <= {field.name for field in cls.parameters()}:
-        return make_policy(mapping)  # which says what is wrong
-    if "budget" in own:
-        raise PolicyError(f"budget={budget!r} and policy.budget={own['budget']!r}; keep one of them")
-    try:
-        return make_policy({**mapping, "budget": budget})
-    except TypeError as error:  # a field that the budget itself sets
-        raise PolicyError(f"budget={budget!r} does not go with {own} for {cls.name}; keep one of them") from error
 
 
 def _task_spec(written: Fields) -> dict[str, Any]:
