@@ -17,6 +17,7 @@ from kvpress.demo.results import summarise
 from kvpress.demo.run import Plan, make_needles, run_demo
 from kvpress.demo.runner import ANSWER_STEPS, Answer, Comparison, make_variants
 from kvpress.models import load_model
+from kvpress.policies import TokenSelect
 
 
 @pytest.fixture(scope="module")
@@ -113,6 +114,8 @@ def test_variants():
     assert labels == ["transformers", "full", "snapkv 0.25", "snapkv 64", "h2o 0.25", "h2o 64"]
     entries = make_variants(["token_select"], (0.25,), 1000)[-1].instance
     assert entries.n_init + entries.n_local + entries.k == 250  # it takes no share
+    # 29, as many as the other policies have of that prompt: 0.29 has no exact binary form
+    assert make_variants(["token_select"], (0.29,), 100)[-1].instance == TokenSelect.at_budget(29)
 
 
 @pytest.mark.parametrize(

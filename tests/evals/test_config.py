@@ -76,6 +76,19 @@ def test_a_policy_without_budget_comes_once(tmp_path):
     assert [p.policy for p in runs] == ["full()", "h2o(budget=0.25)", "h2o(budget=64)"]
 
 
+def test_a_budget_is_recorded_where_it_acts():
+    """Not where a policy takes none, or takes entries only."""
+    sweep = {"policy": ["full", "h2o", "token_select"], "budget": [0.25]}
+    runs = make_plan({"out": "x", "sweep": sweep}).runs
+    assert [(run.policy, run.to_dict()["budget"]) for run in runs] == [
+        ("full()", None),
+        ("h2o(budget=0.25)", 0.25),
+        ("token_select()", None),
+    ]
+    with pytest.raises(ConfigError, match=r"budget=0\.25, but none of the policies takes a share, only entries"):
+        make_plan({"out": "x", "sweep": {"policy": ["full", "token_select"], "budget": [0.25]}})
+
+
 def test_grids_one_after_the_other():
     sweep = [{"policy": ["full"]}, {"policy": ["h2o", "snapkv"], "budget": [0.5]}, {"policy": ["h2o"], "budget": [0.5]}]
     runs = make_plan({"out": "x", "sweep": sweep}).runs
