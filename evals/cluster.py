@@ -24,6 +24,7 @@ from kvpress.evals.located import variables
 from kvpress.evals.runner import Outcome, RunError, check_clean, pending, run_plan
 from kvpress.evals.store import StoreError, write_whole
 from kvpress.models import load_model
+from kvpress.registry import import_all, to_import
 
 PATIENCE = 60.0
 """Seconds that a run waits for the lock of a lost worker, which a file server may hold a little longer."""
@@ -38,8 +39,9 @@ class Worker:
             os.chdir(folder)  # relative paths of models and data mean the same as where the run was started
         self._loaded: tuple[Any, Any] | None = None
 
-    def sees(self, mark: str) -> tuple[str, bool]:
-        """This node's name, and whether it has the file."""
+    def sees(self, mark: str, policies: dict[str, str]) -> tuple[str, bool]:
+        """This node's name, and whether it has the file. Imports the policies, which plans that are sent here name only."""
+        import_all(policies)
         return os.uname().nodename, Path(mark).is_file()
 
     def run(self, plan: Plan, retry: bool, patience: float) -> Outcome:
@@ -110,6 +112,7 @@ class _WorkerPool:
         found = {name for run in runs for name in variables(run.fields.model)}
         actor = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_restarts=0)(Worker)
         self._make = lambda: actor.remote(os.getcwd(), {name: os.environ[name] for name in found})
+        self._policies = to_import(policy for run in runs for policy in run.policies)
         self._starting: dict[Any, _WorkerHandle] = {}
         self._idle: list[_WorkerHandle] = []
         self._busy: dict[Any, tuple[_WorkerHandle, Run]] = {}
@@ -144,12 +147,14 @@ class _WorkerPool:
             )
         for _ in range(min(room, len(self._waiting) + len(self._busy)) - here):
             worker = _WorkerHandle(self._make())
-            self._starting[worker.actor.sees.remote(str(self._mark))] = worker
+            self._starting[worker.actor.sees.remote(str(self._mark), self._policies)] = worker
 
     def _started(self, ref: Any) -> None:
         worker = self._starting.pop(ref)
         try:
             name, sees = self._ray.get(ref)
+        except self._ray.exceptions.RayTaskError as error:  # a policy that cannot be imported there
+            raise (error.cause or error) from None
         except self._ray.exceptions.RayError as error:
             self._failed_starts += 1
             if self._failed_starts >= self._plan.ray.attempts:

@@ -18,7 +18,7 @@ from kvpress.evals.located import ConfigError, Path_, Places, expand, load, plac
 from kvpress.evals.task import Task, TaskError
 from kvpress.evals.tasks import make_task
 from kvpress.policy import Policy, check_budget
-from kvpress.registry import make_policies
+from kvpress.registry import absolute, make_policies, origin
 
 LENGTH_FIELDS = ("length", "lengths", "max_length")
 """The fields in which tasks take a length; the first that a task has is what `length` sets."""
@@ -42,7 +42,8 @@ class Fields(BaseModel):
         device: a torch device; "auto" is the GPU if there is one.
         device_map: spreads the layers over devices ("auto", "balanced", ..., or module -> device), as transformers takes it.
         tp_plan: "auto" splits every layer over the processes that torchrun started.
-        policy: a name or a mapping with `name` and fields; a list of them acts together.
+        policy: a name (or a class of your own as package.module:MyPolicy or file.py:MyPolicy) or a mapping with `name` and
+            fields; a list of them acts together.
         budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none, or no share.
         task: a name or a mapping with `name` and fields.
         length: sets the task's `length`, `lengths` or `max_length`.
@@ -172,8 +173,10 @@ class Run:
 
     @property
     def policy(self) -> str:
-        """The policies with the fields that differ from their defaults."""
-        return " + ".join(policy.describe() for policy in self.policies)
+        """The policies with the fields that differ from their defaults, and where one comes from that is not the package's."""
+        return " + ".join(
+            policy.describe() + (f" from {source}" if (source := origin(policy)) else "") for policy in self.policies
+        )
 
     @property
     def budget(self) -> Any:
@@ -236,6 +239,11 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     tree, places = load(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: no configuration in it; give a mapping with out, defaults and sweep")
+    sweep = tree.get("sweep")
+    for part in (tree.get("defaults"), *(sweep if isinstance(sweep, list) else [sweep])):
+        for key in part if isinstance(part, dict) else ():
+            if key.partition(".")[0] == "policy":  # files of policies are relative to this file
+                part[key] = absolute(part[key], path.parent)
     return make_plan(tree, places, settings)
 
 
@@ -383,7 +391,9 @@ def _run(tree: dict[str, Any], places: Places) -> Run:
     """Check one combination and build what it names."""
     written: Fields = _validate(Fields, tree, places, ())
     try:
-        policies = tuple(make_policies(written.policy, written.budget))
+        specs = written.policy if isinstance(written.policy, list) else [written.policy]
+        named = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
+        policies = tuple(make_policies(named, written.budget))
     except PolicyError as error:
         raise ConfigError(f"{_blame(places, 'policy', written.policy, str(error))}: {error}") from error
     try:
@@ -408,13 +418,18 @@ def _run(tree: dict[str, Any], places: Places) -> Run:
         "model": written.model,
         "device": written.device,
         "dtype": written.dtype,
-        "policy": [{"name": policy.name, **asdict(policy)} for policy in policies],
+        "policy": [_definition(policy) for policy in policies],
         "task": task.to_dict(),  # with ${...} as written: a run is the same on every machine
         "query_aware": written.query_aware,
         "samples": written.samples,
         **_placement(written),
     }
     return Run(written, policies, built, json.loads(json.dumps(definition)))
+
+
+def _definition(policy: Policy) -> dict[str, Any]:
+    source = origin(policy)  # with the hash of its code: a policy that was changed is another one
+    return {"name": policy.name, **asdict(policy), **({"from": source} if source else {})}
 
 
 def _placement(written: Fields) -> dict[str, Any]:

@@ -25,11 +25,13 @@ def rope_shift(
         backend: "triton" and "auto" on CUDA run the Triton kernel.
 
     Returns:
-        A new tensor of the shape and dtype of `x`, computed in float32.
+        A new tensor of the shape and dtype of `x`, computed in float32; `x` itself if there are no frequencies.
 
     Raises:
         ValueError: the backend does not exist, or cannot run here.
     """
+    if not inv_freq.numel():
+        return x
     if shift.ndim == 1:
         shift = shift[:, None, None]
     shift, inv_freq = (numbers.to(x.device, torch.float32) for numbers in (shift, inv_freq))

@@ -55,6 +55,7 @@ __all__ = [
     "available",
     "make_policy",
     "patch",
+    "policies",
     "record_prompt",
     "score",
     "unpatch",
@@ -64,6 +65,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "policies":
+        return importlib.import_module("kvpress.policies")
     raise AttributeError(f"module 'kvpress' has no attribute {name!r}")
 
 

@@ -13,10 +13,10 @@ from kvpress.errors import PolicyError
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.prompt_attention import prompt_attention
-from kvpress.kernels.rope_shift import rope_shift
 from kvpress.layer import KVLayer
 from kvpress.paged import PagedLayer
 from kvpress.passes import Pass, Scores, Tokens, active_pass, one_row
+from kvpress.places import consecutive, last_positions, nearer, rotated, without_rotation
 from kvpress.policy import Selected, View
 
 NAME = "kvpress"
@@ -121,6 +121,9 @@ def attention(
         name = originals.name(module.config)
         function = default if name == "eager" else AttentionInterface().get(name, default)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    if current.seen is not None:  # a probe: what one token alone attends to is its own value
+        current.seen[index] = query, key
+        return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
     for refused in ("position_bias", "sliding_window"):
         if kwargs.get(refused) is not None:
             raise PolicyError(
@@ -194,6 +197,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, scores: Sc
 def _prompt(
     layer: KVLayer, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass
 ) -> Tensor:
+    arrived, query = query, layer.own_query(query, tokens)
     if layer.policy is not None and layer.policy.row_by_row:
         return _row_by_row(layer, tokens, query, key, value, scores, current)
     past = layer.length
@@ -217,7 +221,7 @@ def _prompt(
                     layer, query[only, :, columns], scores, current, past, only, stop
                 )
     if current.record is not None:
-        current.record.append((tokens, query, key, value, scores))
+        current.record.append((tokens, arrived, key, value, scores))
     layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.fused_mass)
     return output
 
@@ -230,7 +234,7 @@ def _attend_rows(
     valid = layer.valid(past)
     valid = None if valid is None else valid[only]
     moved = _moved(layer, query, past, current, only)
-    if layer.rotary is not None:
+    if layer.raw_keys:
         positions = layer.positions[only, :, :stop]
         raw = _unrotated(layer, query, positions.amax(dim=(1, 2)) + 1)
         query, keys = _turned(layer, raw, keys, positions)
@@ -286,6 +290,7 @@ def _decode(
     layer.steps += 1
     if layer.last_unread:
         _show_last_row(layer, scores, current)
+    query = layer.own_query(query, tokens)
     layer.append(key, value, tokens)
     layer.facts.readable += layer.facts.seen
     output = _read(layer, tokens, query, scores, current, decode=True)
@@ -327,7 +332,7 @@ def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current
         keys, values = layer.used()
         moved = _moved_row(layer, query, layer.length, current)
         turned, perturbed = query, None
-        if layer.rotary is not None:
+        if layer.raw_keys:
             raw = _unrotated(layer, query, tokens.seen_tensor)
             turned, keys = _turned(layer, raw, keys, layer.positions[:, :, : layer.length])
         elif moved is None and layer.policy is not None and layer.policy.observes == "every row":
@@ -360,8 +365,9 @@ def _view(layer: KVLayer, query: Tensor, scores: Scores, current: Pass, only: sl
     keys, _ = layer.used(only, stop)
     valid = layer.valid(stop)
     turn = None
-    if layer.rotary is not None:
-        turn = partial(rope_shift, inv_freq=layer.rotary.inv_freq, interleaved=layer.rotary.interleaved)
+    if layer.raw_keys:
+        assert layer.rotary is not None
+        turn = partial(rotated, rotary=layer.rotary)
         query = _unrotated(layer, query, seen)
     return View(
         layer=layer.index,
@@ -395,13 +401,13 @@ def _read_selected(
     if selected.index is None:
         keys, values = layer.used(view.rows, stop)
         member, read = view.valid, float(stop)
-    elif rows == 1 and layer.rotary is None:  # the kernel reads the listed slots where they are
+    elif rows == 1 and not layer.raw_keys:  # the kernel reads the listed slots where they are
         keys, values, index = layer.keys[view.rows], layer.values[view.rows], selected.index
         member, read = selected.member, float(index.shape[2])
     else:
         keys, values = gather_both(layer.keys[view.rows], layer.values[view.rows], selected.index)
         member, read = selected.member, float(keys.shape[2])
-    if layer.rotary is not None:
+    if layer.raw_keys:
         places = None  # everything is there and in order
         if member is not None or layer.policy is not None:
             places = view.positions if selected.index is None else view.positions.gather(2, selected.index)
@@ -445,11 +451,9 @@ def _unrotated(layer: KVLayer, query: Tensor, seen: Tensor) -> Tensor:
         query: [batch, heads, rows, head_dim], rotated at the last positions of the sequence.
         seen: int [batch], real tokens seen.
     """
-    rotary = layer.rotary
-    assert rotary is not None
-    rows = query.shape[2]
-    places = seen.to(query.device)[:, None, None] - rows + torch.arange(rows, device=query.device)
-    return rope_shift(query.float(), -places, rotary.inv_freq, rotary.interleaved)
+    assert layer.rotary is not None
+    places = last_positions(seen.to(query.device), query.shape[2])
+    return without_rotation(query.float(), places[:, None], layer.rotary)
 
 
 def _turned(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -460,22 +464,15 @@ def _turned(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor | Non
         keys: [batch, kv_heads, n, head_dim], not rotated; as many of each kv head.
         positions: int32 [batch, kv_heads, n], -1 for what is not there; None when all are there, in order.
     """
-    rotary = layer.rotary
-    assert rotary is not None
+    assert layer.rotary is not None
     if positions is None:
         ranks = torch.arange(keys.shape[2], device=keys.device)[None, None]
         held = torch.full((1,), keys.shape[2], device=keys.device)
-    else:
-        there = positions >= 0
-        held = there[:, 0].sum(-1)
-        if layer.policy is None:  # slots were only ever appended, and what is there is in order
-            ranks = there.cumsum(-1) - 1
-        else:
-            ranks = positions.masked_fill(~there, torch.iinfo(positions.dtype).max).argsort(-1).argsort(-1)
-    rows = query.shape[2]
-    places = held[:, None, None] - rows + torch.arange(rows, device=query.device)
-    turned = rope_shift(query, places, rotary.inv_freq, rotary.interleaved).to(keys.dtype)
-    return turned, rope_shift(keys, ranks, rotary.inv_freq, rotary.interleaved)
+    else:  # without eviction slots were only ever appended
+        ranks, held = consecutive(positions, ordered=layer.policy is None)
+    places = last_positions(held, query.shape[2])
+    turned = rotated(query, places[:, None], layer.rotary).to(keys.dtype)
+    return turned, rotated(keys, ranks, layer.rotary)
 
 
 def _moved(layer: KVLayer, query: Tensor, past: int, current: Pass, only: slice) -> tuple[Tensor, Tensor] | None:
@@ -494,8 +491,8 @@ def _moved_row(
     other = _moved_query(layer, query, current, only)
     if other is None:
         return None
-    if layer.uniform and layer.policy is not None:
-        return other, min(layer.policy.reindexed_sinks, stop)
+    if layer.uniform:
+        return other, min(layer.reindexed_sinks, stop)
     return other, _sinks(layer, stop, only)
 
 
@@ -505,25 +502,23 @@ def _moved_query(layer: KVLayer, query: Tensor, current: Pass, only: slice) -> T
     The recent entries that the policy keeps stand side by side up to the query, so their distances are right as they are;
     the sinks before them must come nearer by the gap between. Rotating the query back by the gap does that.
     """
-    if layer.policy is None or layer.policy.reindexed_sinks == 0 or layer.facts.tokens is None:
+    if layer.rotary is None or layer.reindexed_sinks == 0 or layer.facts.tokens is None:
         return None
+    gap: int | Tensor
     if layer.uniform and layer.tokens is not None:
         gap = layer.tokens[0] - layer.entries
         if gap == 0:
             return None
-        shift = torch.full((query.shape[0],), -gap, dtype=torch.float32, device=query.device)
     else:
         held = (layer.positions[only, 0, : layer.length] >= 0).sum(-1)
-        shift = (held - layer.facts.tokens.to(held.device)[only]).float()
-    rotary = current.rotary[layer.index]
-    return rope_shift(query, shift, rotary.inv_freq, rotary.interleaved)
+        gap = layer.facts.tokens.to(held.device)[only] - held
+    return nearer(query, gap, current.tokens, layer.rotary)
 
 
 def _sinks(layer: KVLayer, stop: int, only: slice) -> Tensor:
     """Which of the first `stop` slots hold a sink that is re-indexed, bool [batch, kv_heads, stop]."""
-    assert layer.policy is not None
     positions = layer.positions[only, :, :stop]
-    return (positions >= 0) & (positions < layer.policy.reindexed_sinks)
+    return (positions >= 0) & (positions < layer.reindexed_sinks)
 
 
 class _NoBackward(torch.autograd.Function):

@@ -13,6 +13,7 @@ from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.patching import Handle, patch
 from kvpress.policy import Policy
+from kvpress.registry import path_of
 from kvpress.sharing import SharedPrompt, record_prompt
 from kvpress.support import find_attention, find_decoder
 
@@ -102,7 +103,7 @@ def best(trials: Sequence[Trial]) -> Trial:
 
 def write_policy(path: Path, policy: Policy) -> None:
     """Write a policy into a YAML file that `kvpress.patch` takes, every field that differs from its default."""
-    values = {"name": policy.name}
+    values = {"name": path_of(type(policy)) or policy.name}
     for field in policy.parameters():
         value = getattr(policy, field.name)
         if value != field.default:

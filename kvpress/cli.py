@@ -27,6 +27,12 @@ app = typer.Typer(
 Model = Annotated[
     str, typer.Option(help=f"Hub name or folder of a causal LM; '{SMOLLM2}' is a real one that pip installs.")
 ]
+PolicyName = Annotated[
+    str,
+    typer.Option(
+        help="A name from 'kvpress policies', or a class of your own: package.module:MyPolicy, ./file.py:MyPolicy."
+    ),
+]
 Device = Annotated[str, typer.Option(help="A torch device; 'auto' is the GPU if there is one, else the CPU.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32; 'auto' is the fastest that the CPU has.")]
 Export = Annotated[
@@ -48,7 +54,7 @@ def main() -> None:
 @app.command()
 def demo(
     model: Model = SMOLLM2,
-    policies: Annotated[str, typer.Option(help="Names, comma-separated; empty for all.")] = "",
+    policies: Annotated[str, typer.Option(help="As for generate, comma-separated; empty for all.")] = "",
     budgets: Annotated[
         str, typer.Option(help="Shares of the prompt (0.1) or entries (128), comma-separated.")
     ] = "0.25,0.5",
@@ -84,7 +90,7 @@ def demo(
 def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt, or @FILE to read it from a file.")],
     model: Model = SMOLLM2,
-    policy: Annotated[str, typer.Option(help="A name from 'kvpress policies'.")] = "full",
+    policy: PolicyName = "full",
     budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
@@ -119,7 +125,7 @@ def generate(
 
 @app.command()
 def calibrate(
-    policy: Annotated[str, typer.Option(help="A name from 'kvpress policies', or a YAML file.")] = "tidal_decode",
+    policy: Annotated[str, typer.Option(help="As for generate, or a YAML file.")] = "tidal_decode",
     model: Model = SMOLLM2,
     budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
@@ -184,7 +190,7 @@ def ablate(
 @app.command("eval")
 def evaluate(
     task: Annotated[str, typer.Option(help="needle, passkey, kv_retrieval, ruler, longbench, ...")] = "needle",
-    policy: Annotated[str, typer.Option(help="A name from 'kvpress policies'.")] = "full",
+    policy: PolicyName = "full",
     budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
     length: Annotated[int | None, typer.Option(min=1, help="Sets the task's length.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="The first so many of the task's samples.")] = None,
@@ -283,15 +289,18 @@ def policies() -> None:
 
     import kvpress
     from kvpress.policy import shown_value
+    from kvpress.registry import path_of
 
     table = Table("name", "kind", "idea", "paper", "fields", box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False)
-    for name, policy in kvpress.available().items():
-        idea = (inspect.getdoc(policy) or "").splitlines()[0]
-        defaults = [
-            field.name if field.default is dataclasses.MISSING else f"{field.name}={shown_value(field.default)}"
-            for field in policy.parameters()
-        ]
-        table.add_row(name, policy.kind, escape(idea), policy.paper, escape("\n".join(defaults)))
+    with user_errors():
+        for name, policy in kvpress.available().items():
+            idea = (inspect.getdoc(policy) or "").splitlines()[0]
+            defaults = [
+                field.name if field.default is dataclasses.MISSING else f"{field.name}={shown_value(field.default)}"
+                for field in policy.parameters()
+            ]
+            source = policy.paper or path_of(policy)
+            table.add_row(name, policy.kind, escape(idea), escape(source), escape("\n".join(defaults)))
     Console().print(table)
 
 

@@ -16,10 +16,12 @@ from kvpress.passes import (
     active_pass,
     current_record,
     expected_tokens,
+    in_generate,
     masked_tokens,
     plain_tokens,
     set_pass,
 )
+from kvpress.places import check_consecutive
 from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
 from kvpress.rotary import Rotary
 from kvpress.support import check_cache
@@ -37,7 +39,7 @@ class PatchedForward(Wrapper):
         handle: the handle that reports on it.
         policies: the policies.
         attention: layer index -> attention module, of the layers that the policies act on.
-        rotary: the rotary embedding of each such layer, for policies that re-index positions; else empty.
+        rotary: how each such layer rotates queries and keys, for policies that re-index positions; else empty.
     """
 
     def __init__(
@@ -56,7 +58,7 @@ class PatchedForward(Wrapper):
         self.indices = list(attention)
         self.decoder = decoder
         self._rotary = rotary
-        self._raw_keys = any(policy.raw_keys for policy in policies)
+        self._moving = next((policy for policy in policies if policy.moves_positions), None)
         self._modules = {id(module): ordinal for ordinal, module in enumerate(attention.values())}
         self._parameters = forward_parameters(decoder)
         self.cache_argument = cache_argument(decoder)
@@ -147,19 +149,19 @@ class PatchedForward(Wrapper):
         if cache is None and not wants_cache:
             self._check_no_checkpointing()
             tokens = self._tokens(batch, count, mask, inputs.device, None)
-            return Pass(self._modules, self._rotary, tokens, [], prompt=True)
+            return Pass(self._modules, tokens, [], prompt=True)
         self._check_no_training()
         if cache is None:
             cache = kwargs[self.cache_argument] = DynamicCache(config=self.decoder.config)
         layers = self.layers(cache, mask, batch, count)
         acted = [layers[index] for index in self.indices]
         tokens = self._tokens(batch, count, mask, inputs.device, acted[0])
+        self._check_positions(kwargs.get("position_ids"), tokens, acted[0])
         again = self._feed_again(kwargs, inputs, acted)
         if again:
             tokens = self._tokens(batch, again + count, mask, inputs.device, acted[0])
         current = Pass(
             self._modules,
-            self._rotary,
             tokens,
             acted,
             prompt=again + count > 1 or acted[0].facts.seen == 0,
@@ -171,6 +173,28 @@ class PatchedForward(Wrapper):
         cache.layer_class_to_replicate = None
         self.handle.watch(cache)
         return current
+
+    def _check_positions(self, places: Tensor | None, tokens: Tokens, layer: KVLayer) -> None:
+        """Refuse position ids that a policy cannot re-index, and note how far they are ahead of the number of tokens.
+
+        On a GPU a decode step waits for the device only if its position ids are the caller's own.
+        """
+        seen, offset = layer.facts.seen, layer.facts.offset
+        if self._moving is None:
+            return
+        if places is None:  # the model counts columns
+            if layer.uniform and not tokens.padded and offset is None:
+                return
+            places = torch.arange(seen, seen + tokens.count, device=tokens.positions.device)[None]
+        if tokens.count == 1 and seen > 0 and places.device.type != "cpu" and in_generate():
+            return
+        if seen == 0:
+            offset = None
+        elif offset is None and layer.uniform:
+            offset = torch.zeros_like(tokens.seen_tensor, dtype=torch.int64)
+        layer.facts.offset = check_consecutive(
+            places, tokens, offset, self._moving.describe(), self._moving.place_remedy
+        )
 
     def _feed_again(self, kwargs: dict[str, Any], inputs: Tensor, acted: list[KVLayer]) -> int:
         """Feed decode steps once more, before this pass's tokens, where the policy wants what they stored exact.
@@ -281,7 +305,7 @@ class PatchedForward(Wrapper):
                     f"layer {index} of the cache is a {type(plain).__name__}, not a plain DynamicLayer; pass "
                     "DynamicCache(config=model.config), or none"
                 )
-            rotary = self._rotary[ordinal] if self._raw_keys else None
+            rotary = self._rotary[ordinal] if self._rotary else None
             kind = PagedLayer if self.eviction is not None and self.eviction.shares_heads else KVLayer
             layers[index] = kind(self.eviction, ordinal, len(self.indices), self.selection, rotary)
             if plain.get_seq_length():

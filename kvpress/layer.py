@@ -8,9 +8,9 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.kernels.attention_mass import Perturbation, attention_mass
 from kvpress.kernels.merge_slots import merge_slots
-from kvpress.kernels.rope_shift import rope_shift
 from kvpress.kernels.topk_select import topk_select
 from kvpress.passes import Scores, Tokens
+from kvpress.places import at_own_positions, rotated, without_rotation
 from kvpress.policy import Entries, EvictionPolicy, Merging, SelectionPolicy
 from kvpress.rotary import Rotary
 from kvpress.slots import Facts, Slots, spare_slots
@@ -27,7 +27,11 @@ class KVLayer(Slots):
         policy: the eviction policy, or None to keep everything.
         index, count: which of how many layers the policies act on.
         selection: the selection policy, or None to read everything.
-        rotary: with it keys are stored without their rotation, see `Slots`.
+        rotary: how the layer rotates queries and keys, for a policy that attends entries at other positions than their own.
+
+    Attributes:
+        raw_keys: whether keys are stored without their rotation.
+        reindexed_sinks: how many first tokens are attended nearer than they stand, by the number of tokens dropped since.
     """
 
     def __init__(
@@ -42,7 +46,11 @@ class KVLayer(Slots):
         self.selection = selection
         self.index = index
         self.count = count
-        super().__init__(rotary)
+        self.rotary = rotary
+        self.raw_keys = rotary is not None and any(one is not None and one.raw_keys for one in (policy, selection))
+        moves_sinks = policy is not None and rotary is not None and rotary.channels > 0
+        self.reindexed_sinks = policy.reindexed_sinks if policy is not None and moves_sinks else 0
+        super().__init__()
 
     def reset(self) -> None:
         super().reset()
@@ -70,6 +78,19 @@ class KVLayer(Slots):
         if self.policy is None or not self.policy.drops_in_decode or self.largest is None:
             return None
         return self.largest + self.policy.evict_every
+
+    def stored_key(self, key: Tensor, tokens: Tokens) -> Tensor:
+        if self.rotary is None:
+            return key
+        if self.raw_keys:
+            return without_rotation(key, tokens.positions.to(key.device)[:, None], self.rotary)
+        return at_own_positions(key, tokens, self.rotary)
+
+    def own_query(self, query: Tensor, tokens: Tokens) -> Tensor:
+        """A pass's queries, [batch, heads, count, head_dim], at their own positions, as exactly as the keys are at theirs."""
+        if self.rotary is None or self.raw_keys:
+            return query
+        return at_own_positions(query, tokens, self.rotary)
 
     def spare(self, length: int, prompt: bool) -> int:
         if self.policy is not None and prompt:
@@ -187,10 +208,9 @@ class KVLayer(Slots):
     def _keys_in_place(self) -> Tensor:
         """Keys of the slots in use, rotated at the entries' own positions, as the queries that observe them are at theirs."""
         keys, _ = self.used()
-        if self.rotary is None:
+        if self.rotary is None or not self.raw_keys:
             return keys
-        places = self.positions[:, :, : self.length].clamp(min=0)
-        return rope_shift(keys, places, self.rotary.inv_freq, self.rotary.interleaved)
+        return rotated(keys, self.positions[:, :, : self.length].clamp(min=0), self.rotary)
 
     def _keep_last_rows(
         self, query: Tensor, row_positions: Tensor, keys: Tensor, positions: Tensor, options: dict[str, Any]

@@ -11,7 +11,6 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from kvpress.layer import KVLayer
-    from kvpress.rotary import Rotary
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,7 @@ class Tokens:
         columns: for a padded prompt pass, the columns of each sequence's real tokens, int64 [real] each; else None.
         seen: real tokens per sequence after the pass; None where only the device knows (a decode step with a mask).
         seen_tensor: int32 [batch], the same on the device.
+        turns: rotations of vectors at these positions, worked out once for all layers, see `kvpress.places`.
     """
 
     count: int
@@ -42,6 +42,7 @@ class Tokens:
     columns: list[Tensor] | None
     seen: list[int] | None
     seen_tensor: Tensor
+    turns: dict[Any, Any] = field(default_factory=dict, compare=False)
 
 
 def plain_tokens(batch: int, count: int, before: list[int] | None, before_tensor: Tensor | None, device: Any) -> Tokens:
@@ -94,7 +95,6 @@ class Pass:
 
     Attributes:
         modules: id of each attention module that the policies act on -> index of its layer.
-        rotary: the rotary embedding of each such layer, for policies that re-index positions; else empty.
         tokens: the new tokens.
         layers: the cache's layers that the policies act on; empty when the model runs without a cache.
         prompt: whether it is a prompt pass (several tokens, or the first of a cache) or a decode step.
@@ -102,10 +102,10 @@ class Pass:
         shared: what a selection policy hands from layer to layer.
         again: how many columns of decode steps are fed once more before those of the pass itself.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
+        seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
     """
 
     modules: dict[int, int]
-    rotary: "list[Rotary]"
     tokens: Tokens
     layers: "list[KVLayer]"
     prompt: bool
@@ -113,6 +113,7 @@ class Pass:
     shared: dict[str, Any] = field(default_factory=dict)
     record: list[Any] | None = None
     again: int = 0
+    seen: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def holds(self, layer: "KVLayer") -> bool:
         """Whether the layer belongs to the cache of this pass."""
@@ -147,14 +148,21 @@ def expected_tokens() -> int | None:
     return getattr(_thread, "expected", None)
 
 
+def in_generate() -> bool:
+    """Whether a `generate` runs on this thread, which itself counts the positions after the prompt's."""
+    return getattr(_thread, "generates", 0) > 0
+
+
 @contextmanager
 def expecting(new_tokens: int | None) -> Iterator[None]:
-    """Within the block, `expected_tokens` is `new_tokens` on this thread."""
+    """Within the block a `generate` runs on this thread, and `expected_tokens` is `new_tokens`."""
     before, _thread.expected = expected_tokens(), new_tokens
+    _thread.generates = getattr(_thread, "generates", 0) + 1
     try:
         yield
     finally:
         _thread.expected = before
+        _thread.generates -= 1
 
 
 def set_pass(current: Pass | None) -> None:

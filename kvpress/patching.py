@@ -17,9 +17,10 @@ from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
 from kvpress.passes import expecting
 from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
+from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
-from kvpress.rotary import Rotary, find_rotary
+from kvpress.rotary import Rotary
 from kvpress.support import find_attention, find_decoder
 from kvpress.wrapper import Wrapper
 
@@ -74,7 +75,6 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
                     f"{one.describe()} takes decode steps back to compute them again, and {type(model).__name__} has layers "
                     "without full attention, whose cache cannot; use correct_every=0"
                 )
-    rotary = _rotary(decoder, attention, policies)
     with _handles_lock:
         if decoder in _handles:
             raise PolicyError(
@@ -82,6 +82,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
             )
         if compile:
             check_compiles(model, decoder)
+        rotary = _rotary(decoder, attention, policies)
         handle = Handle(model, decoder, policies, attention, rotary)
         _handles[decoder] = handle
     if compile:
@@ -110,14 +111,12 @@ def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> 
     moving = next((policy for policy in policies if policy.moves_positions), None)
     if moving is None:
         return []
-    found = [find_rotary(decoder, module) for module in attention.values()]
-    if any(rotary is None for rotary in found):
-        remedy = "use rope='original'" if hasattr(moving, "rope") else "use another policy"
+    try:
+        return find_rotary(decoder, attention, _configs(decoder))
+    except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{moving.describe()} re-indexes rotary positions, and {type(decoder).__name__} has none that can be moved "
-            f"(learned positions, or frequencies that depend on the length); {remedy}"
-        )
-    return [rotary for rotary in found if rotary is not None]
+            f"{moving.describe()} re-indexes rotary positions, and that cannot be done: {error}; {moving.place_remedy}"
+        ) from None
 
 
 class Handle:
@@ -301,10 +300,11 @@ class Handle:
         for ordinal, index in enumerate(forward.indices):
             query, key, value, scores = prompt.layers[ordinal]
             layer = layers[index]
+            query = layer.own_query(query, prompt.tokens)
             layer.append(key, value, prompt.tokens)
             if layer.fused_mass:
                 # The same for every policy that asks. Keys that are rotated anew may differ in the last bit.
-                asked = ordinal, layer.rotary is not None
+                asked = ordinal, layer.raw_keys
                 if asked in prompt.masses:
                     layer.observe(prompt.masses[asked])
                 else:

@@ -1,43 +1,105 @@
-"""Policies by name: from a string, a mapping, a YAML file, or as they are."""
+"""Policies by name: from a string, a mapping, a YAML file, a class elsewhere, or as they are."""
 
-import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from kvpress import outside
 from kvpress.errors import PolicyError, nearest
+from kvpress.outside import absolute
 from kvpress.policy import Budget, Policy, check_budget, entries_for
 
 PolicySpec = Policy | str | Path | Mapping[str, Any] | Sequence[Any]
 
 
 def available() -> dict[str, type[Policy]]:
-    """Name -> policy class, of the package's policies and of every imported subclass of `Policy` that has a name."""
-    import kvpress.policies  # noqa: F401  (defines the subclasses)
+    """Name -> policy class: the package's, those that installed distributions registered as entry points of the group
+    `kvpress.policies`, and every imported subclass of `Policy` that has a name.
 
-    found: dict[str, type[Policy]] = {}
-    pending = [Policy]
-    while pending:
-        cls = pending.pop()
-        pending.extend(cls.__subclasses__())
-        if cls.name and not inspect.isabstract(cls):
-            found[cls.name] = cls
-    return dict(sorted(found.items()))
+    Raises:
+        PolicyError: a name that means two classes, or a registered class that does not work.
+    """
+    return {name: find_policy(name) for name in _names()}
+
+
+def find_policy(name: Any) -> type[Policy]:
+    """The class that is meant by a name, a dotted path (package.module:MyPolicy) or a file (./my_policy.py:MyPolicy).
+
+    Raises:
+        PolicyError: there is none, or the name means two.
+    """
+    built_in = _built_in()
+    if not isinstance(name, str):
+        raise PolicyError(f"unknown policy {name!r}{nearest(str(name), _names())}")
+    classes = [cls for cls in [*built_in.values(), *outside.imported()] if cls.name == name]
+    if name in outside.registered():
+        classes.append(outside.load_registered(name))
+    if not classes and outside.is_reference(name):
+        found = outside.load_class(name)
+        classes = [cls for cls in (built_in.get(found.name), found) if cls is not None]
+    classes = list(dict.fromkeys(classes))
+    if not classes:
+        raise PolicyError(
+            f"unknown policy {name!r}{nearest(name, _names())}; one of your own is named as {outside.FORMS}"
+        )
+    if len(classes) > 1:
+        called = classes[0].name
+        paths = " and ".join(path_of(cls) or f"kvpress.policies.{cls.__name__}" for cls in classes)
+        remedy = (
+            "give your own class another name"
+            if called in built_in
+            else "write the path of the one that you mean instead of the name"
+        )
+        raise PolicyError(f"the policy {name!r}: {paths} are both named {called!r}; {remedy}")
+    return classes[0]
+
+
+def path_of(cls: type[Policy]) -> str:
+    """The path by which `find_policy` finds a class again, whatever names there are; empty for the package's own."""
+    return outside.reference(cls) if outside.is_outside(cls) else ""
+
+
+def origin(policy: Policy) -> str:
+    """Where a policy, or what it wraps, comes from if that is not the package: class and hash of the file that defines it."""
+    return ", ".join(dict.fromkeys(outside.identity(cls) for cls in _outside(policy)))
+
+
+def to_import(policies: Iterable[Policy]) -> dict[str, str]:
+    """What another process has to import (see `import_all`) before it can unpickle these policies: path -> origin.
+
+    Classes of the main script, or of a function, are not among them: Ray sends them along.
+    """
+    classes = [cls for policy in policies for cls in _outside(policy) if outside.travels_by_name(cls)]
+    return {outside.reference(cls): outside.identity(cls) for cls in classes}
+
+
+def import_all(wanted: Mapping[str, str]) -> None:
+    """Import the classes that another process found with `to_import`.
+
+    Raises:
+        PolicyError: one cannot be imported here, or is defined by other code than there.
+    """
+    for path, there in wanted.items():
+        here = outside.identity(find_policy(path))
+        if here != there:
+            raise PolicyError(f"{path}: this process found {here}, another one {there}; all need the same file")
 
 
 def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any) -> Policy:
     """Build one policy.
 
     Args:
-        spec: a policy (returned as it is), a name such as "h2o", a mapping {"name": "h2o", "budget": 0.2}, or the path of
-            a YAML file that holds such a mapping. A `budget` is understood by every policy that takes one, whatever its
-            paper calls it.
+        spec: a policy (returned as it is), a name such as "h2o", a class of your own as "package.module:MyPolicy" or
+            "./my_policy.py:MyPolicy", a mapping {"name": "h2o", "budget": 0.2} with such a name, or the path of a YAML file
+            that holds one of these (files that it names are relative to its folder). A `budget` is understood by every policy
+            that takes one, whatever its paper calls it.
         overrides: fields that win over those of `spec`.
 
     Raises:
-        PolicyError: an unknown name or field (with the nearest one), or a value out of range.
+        PolicyError: an unknown name or field (with the nearest one), a class that cannot be imported, or a value out of range.
     """
     if isinstance(spec, Policy):
         if overrides:
@@ -49,10 +111,11 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
     values = {**mapping, **overrides}
     name = values.pop("name", None)
     if name is None:
-        raise PolicyError(f"{source}: {dict(mapping)!r} has no name; add name: one of {', '.join(available())}")
-    cls = available().get(name) if isinstance(name, str) else None
-    if cls is None:
-        raise PolicyError(f"{source}: unknown policy {name!r}{nearest(str(name), list(available()))}")
+        raise PolicyError(f"{source}: {dict(mapping)!r} has no name; add name: one of {', '.join(_names())}")
+    try:
+        cls = find_policy(name)
+    except PolicyError as error:
+        raise PolicyError(f"{source}: {error}") from error
     known = [field.name for field in cls.parameters()]
     if "budget" not in known and cls.takes_budget:
         known.append("budget")  # under another name in its paper; see `Policy.at_budget`
@@ -85,7 +148,7 @@ def make_policies(spec: PolicySpec, budget: Budget | None = None, tokens: int | 
     """
     specs = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
     if not specs:
-        raise PolicyError(f"an empty list of policies; give one of {', '.join(available())}")
+        raise PolicyError(f"an empty list of policies; give one of {', '.join(_names())}")
     if budget is not None:
         specs = _with_budget(specs, budget, tokens)
     policies = [make_policy(item) for item in specs]
@@ -111,8 +174,7 @@ def _with_budget(specs: Sequence[Any], budget: Budget, tokens: int | None) -> li
         if isinstance(spec, Policy):
             raise PolicyError(f"{spec.describe()} is a finished policy; build it with budget={budget!r}")
         source, mapping = _read_spec(spec)
-        name = mapping.get("name")
-        cls = available().get(name) if isinstance(name, str) else None
+        cls = _find_or_none(mapping.get("name"))
         own = budget
         if cls is not None and cls.takes_budget and not cls.accepts_budget(budget) and tokens is not None:
             own = entries_for(budget, tokens)
@@ -120,9 +182,9 @@ def _with_budget(specs: Sequence[Any], budget: Budget, tokens: int | None) -> li
             found.append(spec)
             continue
         wrapped = mapping.get(str(cls.wraps))
-        for place, fields in ((source, mapping), (f"{source}.{cls.wraps}", wrapped)):
-            if isinstance(fields, Mapping) and "budget" in fields:
-                raise PolicyError(f"budget={budget!r} and {place}.budget={fields['budget']!r}; keep one of them")
+        for place, values in ((source, mapping), (f"{source}.{cls.wraps}", wrapped)):
+            if isinstance(values, Mapping) and "budget" in values:
+                raise PolicyError(f"budget={budget!r} and {place}.budget={values['budget']!r}; keep one of them")
         takers.append(cls.name)
         found.append({**mapping, "budget": own})
     if len(takers) > 1:
@@ -139,14 +201,46 @@ def _read_spec(spec: Any) -> tuple[str, Mapping[str, Any]]:
         PolicyError: it is none, or its file cannot be read.
     """
     source = "policy"
+    if isinstance(spec, Path) and spec.suffix == ".py":
+        spec = str(spec)
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
-        source, spec = str(spec), _read_yaml(Path(spec))
+        source, spec = str(spec), absolute(_read_yaml(Path(spec)), Path(spec).parent)
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):
         built = f"{spec.__name__}(...)" if isinstance(spec, type) else "a policy"
         raise PolicyError(f"{source}: {spec!r} is no policy; give {built}, a name, a mapping or a YAML path")
     return source, spec
+
+
+def _find_or_none(name: Any) -> type[Policy] | None:
+    """The class of a policy; None if there is none, which `make_policy` says."""
+    try:
+        return find_policy(name)
+    except PolicyError:
+        return None
+
+
+def _built_in() -> dict[str, type[Policy]]:
+    import kvpress.policies as package
+
+    classes = [getattr(package, name) for name in package.__all__]
+    return {cls.name: cls for cls in classes}
+
+
+def _names() -> list[str]:
+    """All names that there are; nothing is imported for it."""
+    return sorted({*_built_in(), *outside.registered(), *(cls.name for cls in outside.imported())})
+
+
+def _outside(policy: Policy) -> Iterator[type[Policy]]:
+    """The classes outside of the package that a policy is made of: its own, and those of policies that it wraps."""
+    if outside.is_outside(type(policy)):
+        yield type(policy)
+    for field in fields(policy):
+        value = getattr(policy, field.name)
+        if isinstance(value, Policy):
+            yield from _outside(value)
 
 
 def _read_yaml(path: Path) -> Any:

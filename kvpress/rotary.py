@@ -1,9 +1,7 @@
-"""Find out how a model rotates its keys, by looking at what it does."""
+"""How a layer rotates its queries and keys, told from what it does."""
 
-import inspect
-import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,46 +9,45 @@ from torch import Tensor
 from kvpress.kernels.rope_shift import rope_shift
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Rotary:
-    """A model's rotary embedding: `inv_freq` [rotary_dim / 2], and whether channel pairs are interleaved."""
+    """A layer's rotation by positions.
+
+    Attributes:
+        inv_freq: [rotary_dim / 2], the angle of each channel pair per position; empty for a layer that rotates nothing.
+        interleaved: channel pairs are (0, 1), (2, 3), ... instead of the two halves.
+    """
 
     inv_freq: Tensor
     interleaved: bool
 
+    @property
+    def channels(self) -> int:
+        """How many channels are rotated, the first ones of a head."""
+        return 2 * self.inv_freq.shape[0]
 
-def find_rotary(decoder: Any, attention: Any) -> Rotary | None:
-    """The rotary embedding of an attention module, or None if positions cannot be moved by one rotation.
 
-    The pairing of channels is probed: the model's own function rotates a vector, and the result is compared with both
-    conventions. Frequencies that depend on the current length (dynamic NTK, LongRoPE) give None.
+def same_rotation(seen: Sequence[Tensor], positions: Tensor, candidates: Sequence[Rotary]) -> Rotary | None:
+    """The one of `candidates` by which vectors of one token differ from position to position; None if none is.
+
+    Args:
+        seen: queries and keys, each [positions, heads, 1, head_dim], all of the same token, the first at position 0.
+        positions: int [positions].
     """
-    embedding = getattr(decoder, "rotary_emb", None)
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
-    if embedding is None or rotate is None:
-        return None
-    layer_type = getattr(attention, "layer_type", None)
-    rope_type, inv_freq = getattr(embedding, "rope_type", "default"), getattr(embedding, "inv_freq", None)
-    if isinstance(rope_type, dict):  # one embedding for several layer types (Gemma 3)
-        rope_type, inv_freq = rope_type.get(layer_type), getattr(embedding, f"{layer_type}_inv_freq", None)
-    if inv_freq is None or rope_type in ("dynamic", "longrope", None):
-        return None
-
-    device = inv_freq.device
-    position = torch.tensor([[3]], device=device)
-    vector = torch.linspace(
-        -1, 1, attention.head_dim if hasattr(attention, "head_dim") else attention.head_size, device=device
-    )
-    vector = vector.view(1, 1, 1, -1)
-    takes_type = "layer_type" in inspect.signature(embedding.forward).parameters
-    with torch.no_grad():
-        cos, sin = embedding(vector, position, **({"layer_type": layer_type} if takes_type else {}))
-        expected, _ = rotate(vector, vector, cos, sin)
-    scaling = getattr(embedding, f"{layer_type}_attention_scaling", getattr(embedding, "attention_scaling", 1.0))
-    factor = torch.ones_like(vector)
-    factor[..., : 2 * inv_freq.shape[0]] = scaling
-    for interleaved in (False, True):
-        moved = rope_shift(vector, position.flatten(), inv_freq, interleaved) * factor
-        if torch.allclose(moved, expected.to(moved.dtype), atol=1e-4):
-            return Rotary(inv_freq, interleaved)
+    for rotary in candidates:
+        if all(_is_rotated(x.float(), positions, rotary, 2e-2 if x.dtype == torch.bfloat16 else 5e-3) for x in seen):
+            return rotary
     return None
+
+
+def _is_rotated(x: Tensor, positions: Tensor, rotary: Rotary, tolerance: float) -> bool:
+    if rotary.channels > x.shape[-1]:
+        return False
+    expected = rope_shift(x[:1].expand_as(x), positions, rotary.inv_freq, rotary.interleaved)
+    return bool((expected - x).norm() <= tolerance * x.norm())
+
+
+def same_lengths(near: Tensor, far: Tensor) -> bool:
+    """Whether vectors of one token, [.., heads, 1, head_dim], are as long at one position as at another."""
+    near, far = near[:1].float().norm(dim=-1), far[:1].float().norm(dim=-1)
+    return bool(((far - near).abs() <= 2e-2 * near).all())

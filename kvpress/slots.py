@@ -14,9 +14,7 @@ from torch import Tensor
 from kvpress.compat import CacheLayerMixin
 from kvpress.errors import PolicyError
 from kvpress.kernels.compact_slots import compact_slots
-from kvpress.kernels.rope_shift import rope_shift
 from kvpress.passes import Tokens, active_pass
-from kvpress.rotary import Rotary
 
 
 def spare_slots(length: int) -> int:
@@ -41,6 +39,7 @@ class Facts:
     Attributes:
         seen: columns fed so far, padding included.
         tokens: int32 [batch], real tokens seen per sequence.
+        offset: int64 [batch], how much the caller's position ids are ahead of these; None if there were none.
         positions: the layer's `positions`, or all slots of its kv heads in one row.
         kv_heads: how many kv heads there are.
         entry_bytes: bytes of K and V of one column, over the batch and all kv heads.
@@ -51,6 +50,7 @@ class Facts:
 
     seen: int = 0
     tokens: Tensor | None = None
+    offset: Tensor | None = None
     positions: Tensor | None = None
     kv_heads: int = 1
     entry_bytes: int = 0
@@ -69,9 +69,6 @@ class Slots(CacheLayerMixin):
         stats: name -> [batch, kv_heads, ..., capacity], numbers that go with the entries; a new entry starts at 0.
         state: name -> what else goes with the sequences; a tensor has the batch as its first dimension.
         nbytes: bytes of all tensors held, statistics and state included.
-
-    Args:
-        rotary: with it keys are stored without their rotation, at position 0, and can be attended at any position.
     """
 
     is_sliding = False
@@ -82,9 +79,8 @@ class Slots(CacheLayerMixin):
     values: Tensor
     positions: Tensor
 
-    def __init__(self, rotary: Rotary | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.rotary = rotary
         self.reset()
 
     def reset(self) -> None:
@@ -116,6 +112,10 @@ class Slots(CacheLayerMixin):
         """Empty statistics for [batch, kv_heads, capacity]."""
         return {}
 
+    def stored_key(self, key: Tensor, tokens: Tokens) -> Tensor:
+        """A pass's keys, [batch, kv_heads, count, head_dim], as they are stored."""
+        return key
+
     # ------------------------------------------------------------------ storing
 
     def append(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
@@ -127,9 +127,7 @@ class Slots(CacheLayerMixin):
         """
         if tokens.padded:
             self.uniform = False
-        if self.rotary is not None:
-            places = tokens.positions.to(key.device)[:, None].expand(-1, key.shape[1], -1)
-            key = rope_shift(key, -places, self.rotary.inv_freq, self.rotary.interleaved)
+        key = self.stored_key(key, tokens)
         limit = self.slot_limit()
         if tokens.count == 1 and limit is not None and self.length >= limit:
             self._write_free(key, value, tokens)
@@ -294,6 +292,7 @@ class Slots(CacheLayerMixin):
                     holder[name] = change(tensor)
         assert self.facts.tokens is not None
         self.facts.tokens = change(self.facts.tokens)
+        self.facts.offset = None if self.facts.offset is None else change(self.facts.offset)
         batch = self.positions.shape[0]
         self.tokens = self.tokens[:1] * batch if self.tokens is not None and len(set(self.tokens)) == 1 else None
         self._held_changed()

@@ -55,12 +55,13 @@ SHORTEST = 256
 def environment(folder: Path) -> Path:
     """The Python of an environment with NVIDIA's package, made if it is not there as it should be."""
     python, stamp = folder / "bin" / "python", folder / "made-with.txt"
-    wanted = f"{NVIDIA}\n{sys.version}\n{CONSTRAINTS.read_text()}"
+    torch_pin = next(line.split()[0] for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch=="))
+    wanted = f"{NVIDIA}\n{sys.version}\n{torch_pin}\n"
     if stamp.exists() and stamp.read_text() == wanted:
         return python
     print(f"making an environment with {NVIDIA} in {folder}", flush=True)
     subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "-c", CONSTRAINTS, NVIDIA], check=True)
+    subprocess.run([python, "-m", "pip", "install", "--quiet", torch_pin, NVIDIA], check=True)
     stamp.write_text(wanted)
     return python
 

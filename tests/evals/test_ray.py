@@ -12,11 +12,11 @@ from rich.console import Console
 import kvpress
 from kvpress.evals import cluster as launching
 from kvpress.evals.cluster import run_on_ray
-from kvpress.evals.config import RayOptions
+from kvpress.evals.config import RayOptions, read_plan
 from kvpress.evals.runner import RunError, run_plan
 from kvpress.evals.store import read_rows
 from kvpress.models import load_model
-from plans import plan
+from plans import plan, tree, write
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")
@@ -24,6 +24,25 @@ cluster_utils = pytest.importorskip("ray.cluster_utils")
 TASK = {"name": "needle", "lengths": [400], "depths": [0.2, 0.5, 0.8], "repeats": 8}
 SWEEP = {"policy": ["full", "h2o", "snapkv", "streaming_llm"], "budget": [0.5]}
 ANSWERS = ("index", "prompt_hash", "answer", "score", "new_tokens", "seen", "kept", "bytes", "full_bytes", "read_share")
+
+OWN = '''
+from dataclasses import dataclass
+from kvpress.policy import EvictionPolicy, Quota
+
+@dataclass(frozen=True, kw_only=True)
+class KeepFirst(EvictionPolicy):
+    """Keep the first tokens, and the newest one."""
+
+    name = "keep_first_on_ray"
+    drops_in_decode = False
+    budget: int = 9
+
+    def quota(self, tokens, layer, layers):
+        return Quota(self.budget, 1)
+
+    def score(self, entries):
+        return -entries.positions.float()
+'''
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +99,31 @@ def test_errors_of_runs_come_out_as_they_are(folder, nodes, tmp_path):
     with pytest.raises(kvpress.PolicyError, match="tidal_decode"):
         run_on_ray(wanted, Console(quiet=True))
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_policies_outside_of_the_package(folder, nodes, tmp_path, monkeypatch, without_traces):
+    """A file, relative to the configuration, and a class inside a policy of the package: workers import what they are told,
+    and refuse other code than what the run was started with."""
+    (tmp_path / "own_on_ray.py").write_text(OWN, encoding="utf-8")
+    sweep = {
+        "policy": ["./own_on_ray.py", {"name": "ada_kv", "inner": {"name": "./own_on_ray.py:KeepFirst", "budget": 9}}]
+    }
+    path = write(tmp_path / "a.yaml", tree(folder, tmp_path / "out", sweep=sweep))
+    wanted = on_ray(read_plan(path), workers=1)
+    monkeypatch.chdir("/")
+    outcome = run_on_ray(wanted, Console(quiet=True))
+    assert (outcome.finished, outcome.failed) == (2, 0)
+    for run in wanted.runs:
+        rows = read_rows(wanted.out / run.id).values()
+        assert [row["kept"] - row["new_tokens"] for row in rows] == [8, 8]  # 9, and what was written, but the last
+
+    (tmp_path / "own_on_ray.py").write_text(OWN + "# as another node may have it\n", encoding="utf-8")
+    again = replace(wanted, out=tmp_path / "again")
+    with pytest.raises(kvpress.PolicyError, match=r"own_on_ray.py:KeepFirst@.* all need the same file"):
+        run_on_ray(again, Console(quiet=True))
+    (tmp_path / "own_on_ray.py").unlink()
+    with pytest.raises(kvpress.PolicyError, match=r"own_on_ray.py:KeepFirst: cannot read"):
+        run_on_ray(again, Console(quiet=True))
 
 
 @pytest.mark.parametrize(
