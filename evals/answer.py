@@ -80,7 +80,7 @@ class Answer:
         token_ms: median decode step of the answer; None where there was none.
         shared: whether the prompt pass was shared.
         batch: how many samples were answered together; times are of the whole batch.
-        held: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
+        totals: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
     """
 
     text: str = ""
@@ -90,7 +90,7 @@ class Answer:
     token_ms: float | None = None
     shared: bool = False
     batch: int = 1
-    held: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -135,7 +135,7 @@ def answer_batch(
             times.append((now(model) - started) * 1e3)
             return logits
 
-        def held() -> dict[str, Any]:
+        def cache_totals() -> dict[str, Any]:
             totals = handle.report().to_dict()
             if len(samples) > 1:  # the report sums over a batch's sequences
                 totals |= {name: totals[name] // len(samples) for name in ("seen", "bytes", "full_bytes")}
@@ -152,10 +152,10 @@ def answer_batch(
             logits = step(list(tokens))
         if not samples[0].scored:
             times.clear()
-            _write(model, tokenizer, samples, found, logits, step, held)
+            _write(model, tokenizer, samples, found, logits, step, cache_totals)
         for one in found:
             one.prompt_ms, one.token_ms = prompt_ms, statistics.median(times) if times else None
-            one.held = one.held or held()
+            one.totals = one.totals or cache_totals()
     return found
 
 
@@ -166,9 +166,9 @@ def _write(
     found: list[Answer],
     logits: torch.Tensor,
     step: Callable[[list[int]], torch.Tensor],
-    held: Callable[[], dict[str, Any]],
+    cache_totals: Callable[[], dict[str, Any]],
 ) -> None:
-    """Greedy answers, each until it ends; `step` feeds a token per sequence, `held` says what the cache holds now."""
+    """Greedy answers, each until it ends; `step` feeds a token per sequence, `cache_totals` says what the cache holds now."""
     ends = end_tokens(model, tokenizer)
     written: list[list[int]] = [[] for _ in samples]
     writing = set(range(len(samples)))
@@ -187,7 +187,7 @@ def _write(
             found[row].new_tokens = len(tokens)
             found[row].text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             if writing:  # the cache goes on growing
-                found[row].held = held()
+                found[row].totals = cache_totals()
         if not writing:
             return
         logits = step(chosen)

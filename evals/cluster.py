@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvpress.evals.answer import free_memory
 from kvpress.evals.config import ModelSpec, Plan, RayOptions, Run
-from kvpress.evals.located import variables
+from kvpress.evals.locations import variables
 from kvpress.evals.runner import Outcome, RunError, check_clean, pending, run_plan
 from kvpress.evals.store import StoreError, write_whole
 from kvpress.models import load_model

@@ -28,7 +28,7 @@ def ablate(
         export: also write the runs' results there, as `kvpress.evals.leaderboard.write_leaderboard` does.
     """
     if dry_run:
-        _show(console, grid(plan))
+        _print_table(console, grid(plan))
         for line in cost(plan):
             console.print(line, highlight=False, soft_wrap=True)
         return 0
@@ -37,11 +37,11 @@ def ablate(
         return 0  # another process says it
     if export is not None:
         write_leaderboard([plan.out], export, only={run.id for run in plan.runs})
-    console.print(said(outcome, plan.out), highlight=False, soft_wrap=True)
+    console.print(summary(outcome, plan.out), highlight=False, soft_wrap=True)
     return outcome.exit_code
 
 
-def said(outcome: Outcome, out: Path) -> str:
+def summary(outcome: Outcome, out: Path) -> str:
     """An outcome in a line."""
     parts = [f"{outcome.finished} runs finished with {outcome.answered} new answers"]
     if outcome.finished_before:
@@ -65,7 +65,7 @@ def grid(plan: Plan) -> Table:
         fields = run.fields
         rows.append(
             {
-                **_who(run.id, run.policy, fields.model, run.task.label, fields.length, fields.query_aware),
+                **_run_cells(run.id, run.policy, fields.model, run.task.label, fields.length, fields.query_aware),
                 "state": state,
             }
         )
@@ -129,16 +129,16 @@ def ls(folders: Sequence[Path], console: Console) -> None:
         model = config["definition"]["model"]
         rows.append(
             {
-                **_who(result.id, config["policy"], model, config["task"], config["length"], result.query_aware),
+                **_run_cells(result.id, config["policy"], model, config["task"], config["length"], result.query_aware),
                 "n": str(len(figures.samples)),
                 "score": "–" if figures.estimate is None else f"{figures.estimate.mean:.3f}",
                 "state": state + failed,
             }
         )
-    _show(console, _table(rows))
+    _print_table(console, _table(rows))
 
 
-def _who(run: str, policy: str, model: str, task: str, length: int | None, query_aware: bool) -> dict[str, str]:
+def _run_cells(run: str, policy: str, model: str, task: str, length: int | None, query_aware: bool) -> dict[str, str]:
     """The cells that say which run it is."""
     return {
         "run": run,
@@ -163,6 +163,6 @@ def _table(rows: Sequence[dict[str, str]]) -> Table:
     return table
 
 
-def _show(console: Console, table: Table) -> None:
+def _print_table(console: Console, table: Table) -> None:
     """As wide as the terminal; where there is none, as wide as it is: no search finds a name that is broken in two."""
     (console if console.is_terminal else Console(file=console.file, width=1000)).print(table)

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvpress.errors import PolicyError, nearest
-from kvpress.evals.located import ConfigError, Path_, Places, expand, load, place
+from kvpress.evals.locations import ConfigError, KeyPath, Locations, expand, load, location_of
 from kvpress.evals.task import Task, TaskError
 from kvpress.evals.tasks import make_task
 from kvpress.policy import Policy, check_budget
@@ -236,7 +236,7 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     Raises:
         ConfigError: anything that cannot work, with file and line.
     """
-    tree, places = load(path)
+    tree, locations = load(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: no configuration in it; give a mapping with out, defaults and sweep")
     sweep = tree.get("sweep")
@@ -244,35 +244,35 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
         for key in part if isinstance(part, dict) else ():
             if key.partition(".")[0] == "policy":  # files of policies are relative to this file
                 part[key] = absolute(part[key], path.parent)
-    return make_plan(tree, places, settings)
+    return make_plan(tree, locations, settings)
 
 
-def make_plan(tree: dict[str, Any], places: Places | None = None, settings: Sequence[str] = ()) -> Plan:
+def make_plan(tree: dict[str, Any], locations: Locations | None = None, settings: Sequence[str] = ()) -> Plan:
     """The plan of a configuration that is read already; see `read_plan`."""
-    places = {(): "configuration"} if places is None else places
+    locations = {(): "configuration"} if locations is None else locations
     for setting in settings:
-        _override(tree, places, setting)
-    file = _validate(File, tree, places, ())
+        _override(tree, locations, setting)
+    file = _validate(File, tree, locations, ())
     grids = [file.sweep] if isinstance(file.sweep, dict) else file.sweep
-    paths: list[Path_] = [("sweep",)] if isinstance(file.sweep, dict) else [("sweep", i) for i in range(len(grids))]
+    paths: list[KeyPath] = [("sweep",)] if isinstance(file.sweep, dict) else [("sweep", i) for i in range(len(grids))]
     runs: dict[str, Run] = {}
-    combinations = (c for grid, at in zip(grids, paths, strict=True) for c in _combinations(file, grid, at, places))
-    for tree_of_run, places_of_run in combinations:
-        run = _run(tree_of_run, places_of_run)
+    combinations = (c for grid, at in zip(grids, paths, strict=True) for c in _combinations(file, grid, at, locations))
+    for tree_of_run, locations_of_run in combinations:
+        run = _run(tree_of_run, locations_of_run)
         runs.setdefault(run.id, run)  # a policy without a budget comes once for all budgets
     given = [run.fields.budget for run in runs.values() if run.fields.budget is not None]
     if given and all(run.budget is None for run in runs.values()):
-        written = [path for path in places if "budget" in path]
-        where = place(places, written[0] if written else ())
+        written = [path for path in locations if "budget" in path]
+        where = location_of(locations, written[0] if written else ())
         takes = "a share, only entries" if any(p.takes_budget for run in runs.values() for p in run.policies) else "one"
         raise ConfigError(f"{where}: budget={given[0]!r}, but none of the policies takes {takes}; leave it out")
     if file.launcher == "ray" and any(run.fields.tp_plan for run in runs.values()):
         raise ConfigError(
-            f"{place(places, ('launcher',))}: launcher='ray' with tp_plan; a split model runs under torchrun, on Ray use "
+            f"{location_of(locations, ('launcher',))}: launcher='ray' with tp_plan; a split model runs under torchrun, on Ray use "
             "device_map and ray.num_gpus"
         )
     return Plan(
-        Path(_expand(file.out, places, ("out",))),
+        Path(_expand(file.out, locations, ("out",))),
         tuple(runs.values()),
         file.share_prompts,
         file.allow_extrapolation,
@@ -287,7 +287,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _override(tree: dict[str, Any], places: Places, setting: str) -> None:
+def _override(tree: dict[str, Any], locations: Locations, setting: str) -> None:
     name, equals, text = setting.partition("=")
     keys = tuple(name.split("."))
     try:
@@ -308,12 +308,12 @@ def _override(tree: dict[str, Any], places: Places, setting: str) -> None:
                 del grid[key]
             if len(keys) > 1 and keys[0] in grid:  # part of what is swept over: set in each of its values
                 grid[name] = [value]
-                places[("sweep", i, name) if isinstance(sweep, list) else ("sweep", name)] = f"--set {setting!r}"
+                locations[("sweep", i, name) if isinstance(sweep, list) else ("sweep", name)] = f"--set {setting!r}"
         keys = ("defaults", *keys)
     _set(tree, keys, value)
-    for path in [path for path in places if path[: len(keys)] == keys]:
-        del places[path]
-    places[keys] = f"--set {setting!r}"
+    for path in [path for path in locations if path[: len(keys)] == keys]:
+        del locations[path]
+    locations[keys] = f"--set {setting!r}"
 
 
 def _set(tree: dict[str, Any], keys: Sequence[Any], value: Any) -> None:
@@ -328,12 +328,12 @@ def _set(tree: dict[str, Any], keys: Sequence[Any], value: Any) -> None:
 
 
 def _combinations(
-    file: File, grid: dict[str, list[Any]], at: Path_, places: Places
-) -> Iterator[tuple[dict[str, Any], Places]]:
+    file: File, grid: dict[str, list[Any]], at: KeyPath, locations: Locations
+) -> Iterator[tuple[dict[str, Any], Locations]]:
     """Each run's fields, and where each of them stands."""
     for key, values in grid.items():
         first, _, part = key.partition(".")
-        where = place(places, (*at, key))
+        where = location_of(locations, (*at, key))
         if first not in Fields.model_fields or (part and first not in ("policy", "task")):
             raise ConfigError(
                 f"{where}: there is no field {key!r} to sweep over{nearest(first, list(Fields.model_fields))}"
@@ -344,28 +344,28 @@ def _combinations(
     for chosen in itertools.product(*(range(len(grid[key])) for key in grid)):
         index = dict(zip(grid, chosen, strict=True))
         tree = dict(file.defaults)
-        found: Places = {path[1:]: where for path, where in places.items() if path[:1] == ("defaults",)}
+        found: Locations = {path[1:]: where for path, where in locations.items() if path[:1] == ("defaults",)}
         for key in order:
             keys, source = tuple(key.split(".")), (*at, key, index[key])
             if len(keys) > 1 and isinstance(tree.get(keys[0]), list):
                 raise ConfigError(
-                    f"{place(places, source)}: {key!r} is unclear, for {keys[0]} is a list; sweep over whole lists"
+                    f"{location_of(locations, source)}: {key!r} is unclear, for {keys[0]} is a list; sweep over whole lists"
                 )
             _set(tree, keys, grid[key][index[key]])
             found = {path: where for path, where in found.items() if path[: len(keys)] != keys}
-            found[keys] = place(places, source)
-            found |= {(*keys, *p[len(source) :]): where for p, where in places.items() if p[: len(source)] == source}
+            found[keys] = location_of(locations, source)
+            found |= {(*keys, *p[len(source) :]): where for p, where in locations.items() if p[: len(source)] == source}
         yield tree, found
 
 
-def _validate(model: type[Any], tree: dict[str, Any], places: Places, at: Path_) -> Any:
+def _validate(model: type[Any], tree: dict[str, Any], locations: Locations, at: KeyPath) -> Any:
     try:
         return model.model_validate(tree)
     except ValidationError as errors:
         # a name that is not known is often the reason of what is missing
         error = min(errors.errors(), key=lambda error: error["type"] != "extra_forbidden")
         path, value = _follow(tree, error["loc"])
-        where, name = place(places, (*at, *path)), ".".join(map(str, path))
+        where, name = location_of(locations, (*at, *path)), ".".join(map(str, path))
         if error["type"] == "extra_forbidden":
             known = list((RayOptions if path[0] == "ray" else model).model_fields)
             raise ConfigError(f"{where}: there is no field {name!r}{nearest(str(path[-1]), known)}") from errors
@@ -377,9 +377,9 @@ def _validate(model: type[Any], tree: dict[str, Any], places: Places, at: Path_)
         raise ConfigError(f"{where}: {shown}{said[0].lower()}{said[1:]}") from errors
 
 
-def _follow(tree: Any, location: Sequence[str | int]) -> tuple[Path_, Any]:
+def _follow(tree: Any, location: Sequence[str | int]) -> tuple[KeyPath, Any]:
     """The path that pydantic means, and what stands there: among the keys it names the alternatives that it tried."""
-    path: Path_ = ()
+    path: KeyPath = ()
     key: Any
     for key in location:
         if (isinstance(tree, dict) and key in tree) or (isinstance(tree, list) and isinstance(key, int)):
@@ -387,33 +387,35 @@ def _follow(tree: Any, location: Sequence[str | int]) -> tuple[Path_, Any]:
     return path, tree
 
 
-def _run(tree: dict[str, Any], places: Places) -> Run:
+def _run(tree: dict[str, Any], locations: Locations) -> Run:
     """Check one combination and build what it names."""
-    written: Fields = _validate(Fields, tree, places, ())
+    written: Fields = _validate(Fields, tree, locations, ())
     try:
         specs = written.policy if isinstance(written.policy, list) else [written.policy]
         named = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
         policies = tuple(make_policies(named, written.budget))
     except PolicyError as error:
-        raise ConfigError(f"{_blame(places, 'policy', written.policy, str(error))}: {error}") from error
+        raise ConfigError(f"{_blame(locations, 'policy', written.policy, str(error))}: {error}") from error
     try:
         raw = _task_spec(written)
         task = make_task(raw)
     except TaskError as error:
-        raise ConfigError(f"{_blame(places, 'task', written.task, str(error))}: {error}") from error
+        raise ConfigError(f"{_blame(locations, 'task', written.task, str(error))}: {error}") from error
     if len(_placement(written)) > (written.device == "auto"):
         both = ", ".join(f"{name}={value!r}" for name, value in _placement(written).items())
-        where = place(places, ("tp_plan",) if written.tp_plan else ("device_map",))
+        where = location_of(locations, ("tp_plan",) if written.tp_plan else ("device_map",))
         also = "" if written.device == "auto" else f", device={written.device!r}"
         raise ConfigError(f"{where}: {both}{also}: each of them places the model; keep one")
-    _expand(written.model, places, ("model",))
-    built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, places, ("task",)))
+    _expand(written.model, locations, ("model",))
+    built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, locations, ("task",)))
     if task.name == "perplexity":
         if written.query_aware:
-            where = place(places, ("query_aware",) if ("query_aware",) in places else ("task", "name"))
+            where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
             raise ConfigError(f"{where}: perplexity has no question to compress with; set query_aware: false")
         if (mode := getattr(task, "mode", "decode")) != "decode":
-            raise ConfigError(f"{place(places, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}")
+            raise ConfigError(
+                f"{location_of(locations, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}"
+            )
     definition = {
         "model": written.model,
         "device": written.device,
@@ -457,25 +459,25 @@ def _task_spec(written: Fields) -> dict[str, Any]:
     return spec
 
 
-def _blame(places: Places, field: str, spec: Any, message: str) -> str:
+def _blame(locations: Locations, field: str, spec: Any, message: str) -> str:
     """Where the fault that a message tells of stands: at the part that it names, else at another field, else the whole."""
     parts = list(spec) if isinstance(spec, dict) else []
     if "unknown" in message:
-        return place(places, (field, "name"))
+        return location_of(locations, (field, "name"))
     for key in parts:
         if key != "name" and re.search(rf"\b{re.escape(key)}\b", message):
-            return place(places, (field, key))
+            return location_of(locations, (field, key))
     for key in ("budget", "length", "seed"):
-        if (key,) in places and message.startswith(f"{key}="):
-            return places[key,]
-    return place(places, (field,))
+        if (key,) in locations and message.startswith(f"{key}="):
+            return locations[key,]
+    return location_of(locations, (field,))
 
 
-def _expand(value: Any, places: Places, path: Path_) -> Any:
+def _expand(value: Any, locations: Locations, path: KeyPath) -> Any:
     try:
         return expand(value)
     except KeyError as error:
-        where = place(places, path)
+        where = location_of(locations, path)
         raise ConfigError(
             f"{where}: the environment variable {error.args[0]} is not set; set it, or write the path"
         ) from error

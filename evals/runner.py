@@ -367,7 +367,7 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
         "score": float(score),
         **extra,
         "new_tokens": found.new_tokens,
-        **found.held,
+        **found.totals,
         "prompt_ms": found.prompt_ms,
         "token_ms": found.token_ms,
         "shared_prompt": found.shared,

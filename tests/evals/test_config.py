@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 import kvpress
 from kvpress.cli import app
 from kvpress.evals.config import make_plan, read_plan
-from kvpress.evals.located import ConfigError
+from kvpress.evals.locations import ConfigError
 from kvpress.models import ModelLoadError
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -8,10 +8,10 @@ from typing import Any
 
 import yaml
 
-Path_ = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """Where a value is in the tree: keys and indices from the root."""
-Places = dict[Path_, str]
-"""Each path's place as it is shown: "file.yaml, line 7"."""
+Locations = dict[KeyPath, str]
+"""Each path's location as it is shown: "file.yaml, line 7"."""
 
 
 class ConfigError(ValueError):
@@ -22,8 +22,8 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, for one node at a time."""
 
 
-def load(path: Path) -> tuple[Any, Places]:
-    """The content of a YAML file, and the place of every value in it.
+def load(path: Path) -> tuple[Any, Locations]:
+    """The content of a YAML file, and the location of every value in it.
 
     Raises:
         ConfigError: the file cannot be read, is no YAML, or names a key twice.
@@ -34,10 +34,10 @@ def load(path: Path) -> tuple[Any, Places]:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"cannot read {path}: {reason}; give the path of a YAML file") from error
     loader = _Loader(text)
-    places: Places = {(): str(path)}
+    locations: Locations = {(): str(path)}
     try:
         node = loader.get_single_node()
-        return (None if node is None else _value(loader, node, (), places, str(path))), places
+        return (None if node is None else _value(loader, node, (), locations, str(path))), locations
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = str(path) if mark is None else f"{path}, line {mark.line + 1}"
@@ -46,8 +46,8 @@ def load(path: Path) -> tuple[Any, Places]:
         loader.dispose()
 
 
-def _value(loader: _Loader, node: yaml.Node, path: Path_, places: Places, file: str) -> Any:
-    places.setdefault(path, f"{file}, line {node.start_mark.line + 1}")
+def _value(loader: _Loader, node: yaml.Node, path: KeyPath, locations: Locations, file: str) -> Any:
+    locations.setdefault(path, f"{file}, line {node.start_mark.line + 1}")
     if isinstance(node, yaml.MappingNode):
         found: dict[Any, Any] = {}
         for key_node, value_node in node.value:
@@ -56,19 +56,19 @@ def _value(loader: _Loader, node: yaml.Node, path: Path_, places: Places, file: 
                 raise ConfigError(f"{where}: the key {key!r} is no text; write it in quotes")
             if key in found:
                 raise ConfigError(f"{where}: {key!r} stands there a second time; keep one")
-            places[(*path, key)] = where
-            found[key] = _value(loader, value_node, (*path, key), places, file)
+            locations[(*path, key)] = where
+            found[key] = _value(loader, value_node, (*path, key), locations, file)
         return found
     if isinstance(node, yaml.SequenceNode):
-        return [_value(loader, item, (*path, i), places, file) for i, item in enumerate(node.value)]
+        return [_value(loader, item, (*path, i), locations, file) for i, item in enumerate(node.value)]
     return loader.construct_object(node)
 
 
-def place(places: Mapping[Path_, str], path: Path_) -> str:
-    """The place of the value at `path`, or of the nearest one around it."""
-    while path not in places and path:
+def location_of(locations: Mapping[KeyPath, str], path: KeyPath) -> str:
+    """The location of the value at `path`, or of the nearest one around it."""
+    while path not in locations and path:
         path = path[:-1]
-    return places.get(path, "")
+    return locations.get(path, "")
 
 
 def variables(text: str) -> set[str]:
