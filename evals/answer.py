@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Question:
+class EncodedSample:
     """A sample as token ids.
 
     Attributes:
-        sample: what it was made from.
+        source: what it was made from.
         prompt: what runs as one prompt pass.
         steps: tokens that are fed one by one after it.
         scored: whether the steps' probability is what is measured, and nothing is generated.
     """
 
-    sample: Sample
+    source: Sample
     prompt: list[int]
     steps: list[int]
     scored: bool = False
@@ -43,8 +43,8 @@ class Question:
 
     @property
     def shape(self) -> tuple[int, int, int, bool]:
-        """Questions of one shape can be answered as one batch, without padding."""
-        return len(self.prompt), len(self.steps), self.sample.max_new_tokens, self.scored
+        """Samples of one shape can be answered as one batch, without padding."""
+        return len(self.prompt), len(self.steps), self.source.max_new_tokens, self.scored
 
     @property
     def hash(self) -> str:
@@ -52,12 +52,12 @@ class Question:
         return hashlib.sha256(json.dumps([self.prompt, self.steps]).encode()).hexdigest()[:16]
 
 
-def make_question(sample: Sample, prompt: Prompt, query_aware: bool) -> Question:
+def encode_sample(sample: Sample, prompt: Prompt, query_aware: bool) -> EncodedSample:
     """The prompt with the question in it, or with the question as decode steps after it."""
     scored = sample.max_new_tokens == 0
     if query_aware or not prompt.context:
-        return Question(sample, prompt.context + prompt.question, [], scored)
-    return Question(sample, prompt.context, prompt.question, scored)
+        return EncodedSample(sample, prompt.context + prompt.question, [], scored)
+    return EncodedSample(sample, prompt.context, prompt.question, scored)
 
 
 @dataclass
@@ -75,12 +75,12 @@ class Answer:
     Attributes:
         text: the answer.
         new_tokens: how many tokens it has, without the one that ended it.
-        log_probs: of each of `Question.steps`, where these are scored.
+        log_probs: of each of `EncodedSample.steps`, where these are scored.
         prompt_ms: the prompt pass; with a shared one, that pass and making the policy's cache from it.
         token_ms: median decode step of the answer; None where there was none.
         shared: whether the prompt pass was shared.
-        batch: how many questions were answered together; times are of the whole batch.
-        held: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
+        batch: how many samples were answered together; times are of the whole batch.
+        totals: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
     """
 
     text: str = ""
@@ -90,26 +90,15 @@ class Answer:
     token_ms: float | None = None
     shared: bool = False
     batch: int = 1
-    held: dict[str, Any] = field(default_factory=dict)
+    totals: dict[str, Any] = field(default_factory=dict)
 
 
 @torch.inference_mode()
-def record(model: "PreTrainedModel", *questions: Question) -> SharedPass:
-    """Run the prompt of one or more questions of the same shape once for several policies."""
+def record(model: "PreTrainedModel", *samples: EncodedSample) -> SharedPass:
+    """Run the prompt of one or more samples of the same shape once for several policies."""
     started = now(model)
-    prompt = kvpress.record_prompt(model, _ids(model, questions))
+    prompt = kvpress.record_prompt(model, _ids(model, samples))
     return SharedPass(prompt, (now(model) - started) * 1e3)
-
-
-def answer(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    policies: Sequence[kvpress.Policy],
-    question: Question,
-    shared: SharedPass | None = None,
-) -> Answer:
-    """Answer one question; see `answer_batch`."""
-    return answer_batch(model, tokenizer, policies, [question], shared)[0]
 
 
 @torch.inference_mode()
@@ -117,24 +106,24 @@ def answer_batch(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
     policies: Sequence[kvpress.Policy],
-    questions: Sequence[Question],
+    samples: Sequence[EncodedSample],
     shared: SharedPass | None = None,
 ) -> list[Answer]:
-    """Answer questions of the same shape together under policies, on a model that is not patched.
+    """Answer samples of the same shape together under policies, on a model that is not patched.
 
     Without padding each sequence of a batch is treated as it is alone. One whose answer has ended is fed on until all
     have, and what it held is noted when it ended.
 
     Args:
-        shared: the questions' recorded prompt pass, for policies that can share one; None runs it.
+        shared: the samples' recorded prompt pass, for policies that can share one; None runs it.
     """
-    found = [Answer(shared=shared is not None, batch=len(questions)) for _ in questions]
+    found = [Answer(shared=shared is not None, batch=len(samples)) for _ in samples]
     with kvpress.patch(model, list(policies)) as handle:
         started = now(model)
         if shared is not None:
             cache, logits = handle.adopt_prompt(shared.prompt), shared.prompt.logits
         else:
-            output = model(_ids(model, questions), use_cache=True, logits_to_keep=1)
+            output = model(_ids(model, samples), use_cache=True, logits_to_keep=1)
             cache, logits = output[CACHE], output.logits[:, -1]
         prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
         times: list[float] = []
@@ -146,47 +135,47 @@ def answer_batch(
             times.append((now(model) - started) * 1e3)
             return logits
 
-        def held() -> dict[str, Any]:
+        def cache_totals() -> dict[str, Any]:
             totals = handle.report().to_dict()
-            if len(questions) > 1:  # the report sums over a batch's sequences
-                totals |= {name: totals[name] // len(questions) for name in ("seen", "bytes", "full_bytes")}
-                totals["kept"] /= len(questions)
+            if len(samples) > 1:  # the report sums over a batch's sequences
+                totals |= {name: totals[name] // len(samples) for name in ("seen", "bytes", "full_bytes")}
+                totals["kept"] /= len(samples)
             return {name: value for name, value in totals.items() if name not in ("policy", "layers")}
 
-        for at, tokens in enumerate(zip(*(question.steps for question in questions), strict=True)):
-            if questions[0].scored:
+        for at, tokens in enumerate(zip(*(sample.steps for sample in samples), strict=True)):
+            if samples[0].scored:
                 log_probs = logits.float().log_softmax(-1)
                 for row, token in enumerate(tokens):
                     found[row].log_probs.append(float(log_probs[row, token]))
-                if at + 1 == len(questions[0].steps):
+                if at + 1 == len(samples[0].steps):
                     break  # nothing comes after it
             logits = step(list(tokens))
-        if not questions[0].scored:
+        if not samples[0].scored:
             times.clear()
-            _write(model, tokenizer, questions, found, logits, step, held)
+            _write(model, tokenizer, samples, found, logits, step, cache_totals)
         for one in found:
             one.prompt_ms, one.token_ms = prompt_ms, statistics.median(times) if times else None
-            one.held = one.held or held()
+            one.totals = one.totals or cache_totals()
     return found
 
 
 def _write(
     model: "PreTrainedModel",
     tokenizer: "PreTrainedTokenizerBase",
-    questions: Sequence[Question],
+    samples: Sequence[EncodedSample],
     found: list[Answer],
     logits: torch.Tensor,
     step: Callable[[list[int]], torch.Tensor],
-    held: Callable[[], dict[str, Any]],
+    cache_totals: Callable[[], dict[str, Any]],
 ) -> None:
-    """Greedy answers, each until it ends; `step` feeds a token per sequence, `held` says what the cache holds now."""
+    """Greedy answers, each until it ends; `step` feeds a token per sequence, `cache_totals` says what the cache holds now."""
     ends = end_tokens(model, tokenizer)
-    written: list[list[int]] = [[] for _ in questions]
-    writing = set(range(len(questions)))
+    written: list[list[int]] = [[] for _ in samples]
+    writing = set(range(len(samples)))
     while True:
         chosen = logits.argmax(-1).tolist()
         for row in sorted(writing):
-            sample, tokens = questions[row].sample, written[row]
+            sample, tokens = samples[row].source, written[row]
             stop = sample.meta.get("stop")
             if chosen[row] not in ends:
                 tokens.append(chosen[row])
@@ -198,14 +187,14 @@ def _write(
             found[row].new_tokens = len(tokens)
             found[row].text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             if writing:  # the cache goes on growing
-                found[row].held = held()
+                found[row].totals = cache_totals()
         if not writing:
             return
         logits = step(chosen)
 
 
-def _ids(model: "PreTrainedModel", questions: Sequence[Question]) -> torch.Tensor:
-    return torch.tensor([question.prompt for question in questions], device=model.device)
+def _ids(model: "PreTrainedModel", samples: Sequence[EncodedSample]) -> torch.Tensor:
+    return torch.tensor([sample.prompt for sample in samples], device=model.device)
 
 
 def end_tokens(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase") -> set[int]:

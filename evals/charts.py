@@ -18,7 +18,7 @@ CHAR = 8.3  # width of a label's letter where it is largest, on a phone
 
 @dataclass(frozen=True)
 class Mark:
-    """One arm in a scatter plot.
+    """One policy in a scatter plot.
 
     Attributes:
         x, y, low, high: cost, score, and the score's interval.
@@ -28,7 +28,7 @@ class Mark:
         kind: index of its shape and colour.
         front: no other is cheaper and as good, or better and as cheap.
         hollow: it lacks samples that others have.
-        runs: ids of its points.
+        runs: ids of its runs.
     """
 
     x: float
@@ -112,7 +112,7 @@ def heat_map(
     """Mean score by depth (rows) and length (columns); a cell without samples stays empty.
 
     Args:
-        cells: (row, column) -> mean, samples, ids of the points.
+        cells: (row, column) -> mean, samples, ids of the runs.
     """
     wide, high, left, top = 46, 24, 40, 4
     width, height = left + wide * len(columns) + 4, top + high * len(rows) + 18

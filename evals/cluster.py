@@ -1,4 +1,4 @@
-"""Run a plan's points on the workers of a Ray cluster: each point is a task, and each worker keeps the model it has loaded.
+"""Make a plan's runs on the workers of a Ray cluster: each run is a task, and each worker keeps the model it has loaded.
 
 Results lie in the same directories, with the same locks and the same resume, as those of a local run; so `out` must be a
 folder that every node sees. What a lost worker had answered is there, and another one goes on with it.
@@ -19,41 +19,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from kvpress.evals.answer import free_memory
-from kvpress.evals.config import ModelSpec, Plan, Point, RayOptions
-from kvpress.evals.located import variables
-from kvpress.evals.runner import Outcome, RunError, pending, run
+from kvpress.evals.config import ModelSpec, Plan, RayOptions, Run
+from kvpress.evals.locations import variables
+from kvpress.evals.runner import Outcome, RunError, check_clean, pending, run_plan
 from kvpress.evals.store import StoreError, write_whole
 from kvpress.models import load_model
 from kvpress.registry import import_all, to_import
 
 PATIENCE = 60.0
-"""Seconds that a point waits for the lock of a lost worker, which a file server may hold a little longer."""
-
-
-@dataclass
-class Job:
-    """A point, and how often it was begun."""
-
-    point: Point
-    begun: int = 0
-
-
-@dataclass
-class Hand:
-    """A worker of the cluster, and the model that it holds."""
-
-    actor: Any
-    model: ModelSpec | None = None
+"""Seconds that a run waits for the lock of a lost worker, which a file server may hold a little longer."""
 
 
 class Worker:
-    """In a process of the cluster: runs points one after the other, and loads a model only if it is another one."""
+    """A process of the cluster: makes runs one after the other, and loads a model only if it is another one."""
 
     def __init__(self, folder: str, variables: dict[str, str]) -> None:
         os.environ.update(variables)
         if Path(folder).is_dir():
             os.chdir(folder)  # relative paths of models and data mean the same as where the run was started
-        self._held: tuple[Any, Any] | None = None
+        self._loaded: tuple[Any, Any] | None = None
 
     def sees(self, mark: str, policies: dict[str, str]) -> tuple[str, bool]:
         """This node's name, and whether it has the file. Imports the policies, which plans that are sent here name only."""
@@ -61,27 +45,27 @@ class Worker:
         return os.uname().nodename, Path(mark).is_file()
 
     def run(self, plan: Plan, retry: bool, patience: float) -> Outcome:
-        """Run the plan's point; if another process writes it, try again for `patience` seconds."""
+        """Make the plan's run; if another process writes it, try again for `patience` seconds."""
         until = time.monotonic() + patience
         while True:
-            outcome = run(plan, Console(quiet=True), retry=retry, loader=self._load)
+            outcome = run_plan(plan, Console(quiet=True), retry=retry, loader=self._load)
             if not outcome.left_to_others or time.monotonic() > until:
                 return outcome
             time.sleep(1)
 
     def _load(self, *names: str, **placement: Any) -> Any:
         wanted = names, placement
-        if self._held is None or self._held[0] != wanted:
-            self._held = None
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = None
             free_memory()
-            self._held = wanted, load_model(*names, **placement)
-        return self._held[1]
+            self._loaded = wanted, load_model(*names, **placement)
+        return self._loaded[1]
 
 
 def run_on_ray(plan: Plan, console: Console | None = None, *, retry: bool = False) -> Outcome:
-    """Answer every sample of every point that has no row yet, point by point on a cluster's workers.
+    """Answer every sample of every run that has no row yet, run by run on a cluster's workers.
 
-    Each point makes its own prompt passes.
+    Each run makes its own prompt passes.
 
     Args:
         retry: answer those again that failed.
@@ -95,39 +79,49 @@ def run_on_ray(plan: Plan, console: Console | None = None, *, retry: bool = Fals
     console = console or Console()
     outcome = Outcome()
     plan = replace(plan, out=plan.out.resolve())
-    jobs = [Job(point) for point in pending(plan, outcome, retry)]
-    if not jobs:
+    missing = pending(plan, outcome, retry)
+    if not missing:
         return outcome
+    check_clean(plan.out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     progress = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with _connected(plan.ray) as ray, _marked(plan.out) as mark, progress:
-        bar = progress.add_task("runs", total=len(jobs))
-        for done in _Crowd(ray, plan, jobs, mark, retry):
+        bar = progress.add_task("runs", total=len(missing))
+        for done in _WorkerPool(ray, plan, missing, mark, retry):
             for field in fields(Outcome):
                 setattr(outcome, field.name, getattr(outcome, field.name) + getattr(done, field.name))
             progress.advance(bar)
     return outcome
 
 
-class _Crowd:
-    """Workers and the jobs that they do; iterating gives each job's outcome as it is done."""
+@dataclass
+class _WorkerHandle:
+    """A worker of the cluster: its Ray actor, and the model that it has loaded."""
 
-    def __init__(self, ray: Any, plan: Plan, jobs: list[Job], mark: Path, retry: bool) -> None:
-        self._ray, self._plan, self._waiting, self._mark, self._retry = ray, plan, jobs, mark, retry
-        self._needs = _needs(ray, plan.ray, jobs)
-        found = {name for job in jobs for name in variables(job.point.fields.model)}
+    actor: Any
+    model: ModelSpec | None = None
+
+
+class _WorkerPool:
+    """Workers, and the runs that they make; iterating gives each run's outcome as it is done."""
+
+    def __init__(self, ray: Any, plan: Plan, runs: list[Run], mark: Path, retry: bool) -> None:
+        self._ray, self._plan, self._waiting, self._mark, self._retry = ray, plan, runs, mark, retry
+        self._attempts = dict.fromkeys((run.id for run in runs), 0)
+        self._needs = _needs(ray, plan.ray, runs)
+        found = {name for run in runs for name in variables(run.fields.model)}
         actor = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_restarts=0)(Worker)
         self._make = lambda: actor.remote(os.getcwd(), {name: os.environ[name] for name in found})
-        self._policies = to_import(policy for job in jobs for policy in job.point.policies)
-        self._starting: dict[Any, Hand] = {}
-        self._idle: list[Hand] = []
-        self._busy: dict[Any, tuple[Hand, Job]] = {}
+        self._policies = to_import(policy for run in runs for policy in run.policies)
+        self._starting: dict[Any, _WorkerHandle] = {}
+        self._idle: list[_WorkerHandle] = []
+        self._busy: dict[Any, tuple[_WorkerHandle, Run]] = {}
         self._failed_starts = 0
 
     def __iter__(self) -> Iterator[Outcome]:
         try:
             while self._waiting or self._busy:
-                self._hire()
+                self._start()
                 self._assign()
                 refs = [*self._starting, *self._busy]
                 done, _ = self._ray.wait(refs, timeout=5)  # then look again what room there is
@@ -137,12 +131,12 @@ class _Crowd:
                     elif (outcome := self._ended(ref)) is not None:
                         yield outcome
         finally:
-            hands = [*self._starting.values(), *self._idle, *(hand for hand, _ in self._busy.values())]
-            for hand in hands:
-                self._ray.kill(hand.actor)
+            workers = [*self._starting.values(), *self._idle, *(worker for worker, _ in self._busy.values())]
+            for worker in workers:
+                self._ray.kill(worker.actor)
 
-    def _hire(self) -> None:
-        """As many workers as there is room and work for."""
+    def _start(self) -> None:
+        """Start as many workers as there is room and work for."""
         room = sum(_fitting(node, self._needs) for node in _nodes(self._ray))
         if self._plan.ray.workers is not None:
             room = min(room, self._plan.ray.workers)
@@ -152,11 +146,11 @@ class _Crowd:
                 f"{_lacking(self._ray, self._needs)}; what was answered is kept: started again, the run goes on"
             )
         for _ in range(min(room, len(self._waiting) + len(self._busy)) - here):
-            hand = Hand(self._make())
-            self._starting[hand.actor.sees.remote(str(self._mark), self._policies)] = hand
+            worker = _WorkerHandle(self._make())
+            self._starting[worker.actor.sees.remote(str(self._mark), self._policies)] = worker
 
     def _started(self, ref: Any) -> None:
-        hand = self._starting.pop(ref)
+        worker = self._starting.pop(ref)
         try:
             name, sees = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:  # a policy that cannot be imported there
@@ -175,35 +169,35 @@ class _Crowd:
             raise RunError(
                 f"node {name} does not see {self._plan.out}; out must be a folder that all nodes share (and writable on each)"
             )
-        self._idle.append(hand)
+        self._idle.append(worker)
 
     def _assign(self) -> None:
-        """Give each idle worker a job, if there is one of the model that it holds."""
+        """Give each idle worker a run, if there is one of the model that it has loaded."""
         while self._idle and self._waiting:
-            hand = self._idle.pop()
-            job = next((job for job in self._waiting if job.point.model == hand.model), self._waiting[0])
-            self._waiting.remove(job)
-            hand.model = job.point.model
-            one = replace(self._plan, points=(job.point,), launcher="local")
-            ref = hand.actor.run.remote(one, self._retry, PATIENCE if job.begun else 0.0)
-            job.begun += 1
-            self._busy[ref] = hand, job
+            worker = self._idle.pop()
+            run = next((run for run in self._waiting if run.model == worker.model), self._waiting[0])
+            self._waiting.remove(run)
+            worker.model = run.model
+            patience = PATIENCE if self._attempts[run.id] else 0.0
+            self._attempts[run.id] += 1
+            alone = replace(self._plan, runs=(run,), launcher="local")
+            self._busy[worker.actor.run.remote(alone, self._retry, patience)] = worker, run
 
     def _ended(self, ref: Any) -> Outcome | None:
-        """A job's outcome; None if its worker was lost and the job waits again."""
-        hand, job = self._busy.pop(ref)
+        """A run's outcome; None if its worker was lost and the run waits again."""
+        worker, run = self._busy.pop(ref)
         try:
             outcome: Outcome = self._ray.get(ref)
         except self._ray.exceptions.RayTaskError as error:  # what the run itself refused
-            self._ray.kill(hand.actor)
+            self._ray.kill(worker.actor)
             raise (error.cause or error) from None
         except self._ray.exceptions.RayError:  # the worker, or its node, is gone
-            self._ray.kill(hand.actor)
-            if job.begun >= self._plan.ray.attempts:
+            self._ray.kill(worker.actor)
+            if self._attempts[run.id] >= self._plan.ray.attempts:
                 return Outcome(lost=1)
-            self._waiting.insert(0, job)
+            self._waiting.insert(0, run)
             return None
-        self._idle.append(hand)
+        self._idle.append(worker)
         return outcome
 
 
@@ -249,7 +243,7 @@ def _marked(out: Path) -> Iterator[Path]:
         mark.unlink(missing_ok=True)
 
 
-def _needs(ray: Any, options: RayOptions, jobs: list[Job]) -> dict[str, float]:
+def _needs(ray: Any, options: RayOptions, runs: list[Run]) -> dict[str, float]:
     """What a worker needs of a node.
 
     Raises:
@@ -257,7 +251,7 @@ def _needs(ray: Any, options: RayOptions, jobs: list[Job]) -> dict[str, float]:
     """
     gpus = options.num_gpus
     if gpus is None:
-        may_use = any(job.point.fields.device != "cpu" for job in jobs)
+        may_use = any(run.fields.device != "cpu" for run in runs)
         gpus = float(may_use and any(node.get("GPU", 0) >= 1 for node in _nodes(ray)))
     needs = {"CPU": options.num_cpus, "GPU": gpus}
     if not any(_fitting(node, needs) for node in _nodes(ray)):

@@ -10,12 +10,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from kvpress.evals.cluster import run_on_ray
-from kvpress.evals.config import ModelSpec, Plan, Point
+from kvpress.evals.config import ModelSpec, Plan, Run
+from kvpress.evals.executor import is_main_process
 from kvpress.evals.leaderboard import write_leaderboard
 from kvpress.evals.results import label, load_results
-from kvpress.evals.runner import Outcome, make_questions, run
-from kvpress.evals.store import PointStore, is_locked, read_rows
-from kvpress.evals.team import leads
+from kvpress.evals.runner import Outcome, encode_samples, run_plan
+from kvpress.evals.store import ResultsFolder, is_locked
 from kvpress.models import ModelLoadError, load_tokenizer
 
 
@@ -28,20 +28,20 @@ def ablate(
         export: also write the runs' results there, as `kvpress.evals.leaderboard.write_leaderboard` does.
     """
     if dry_run:
-        _show(console, grid(plan))
+        _print_table(console, grid(plan))
         for line in cost(plan):
             console.print(line, highlight=False, soft_wrap=True)
         return 0
-    outcome = (run_on_ray if plan.launcher == "ray" else run)(plan, console, retry=retry)
-    if not leads():
+    outcome = (run_on_ray if plan.launcher == "ray" else run_plan)(plan, console, retry=retry)
+    if not is_main_process():
         return 0  # another process says it
     if export is not None:
-        write_leaderboard([plan.out / point.id for point in plan.points], export)
-    console.print(said(outcome, plan.out), highlight=False, soft_wrap=True)
+        write_leaderboard([plan.out], export, only={run.id for run in plan.runs})
+    console.print(summary(outcome, plan.out), highlight=False, soft_wrap=True)
     return outcome.exit_code
 
 
-def said(outcome: Outcome, out: Path) -> str:
+def summary(outcome: Outcome, out: Path) -> str:
     """An outcome in a line."""
     parts = [f"{outcome.finished} runs finished with {outcome.answered} new answers"]
     if outcome.finished_before:
@@ -56,17 +56,16 @@ def said(outcome: Outcome, out: Path) -> str:
 
 
 def grid(plan: Plan) -> Table:
-    """A plan's points and how far they are."""
-    rows = []
-    for point in plan.points:
-        folder = plan.out / point.id
-        mark = PointStore(folder).finished
-        answered = 0 if mark else len(read_rows(folder))
-        state = "finished" if mark else f"{answered} answered" if answered else "new"
-        fields = point.fields
+    """A plan's runs and how far they are."""
+    rows, results = [], ResultsFolder(plan.out)
+    for run in plan.runs:
+        is_finished = results.finished(run.id) is not None
+        answered = 0 if is_finished else len(results.rows(run.id))
+        state = "finished" if is_finished else f"{answered} answered" if answered else "new"
+        fields = run.fields
         rows.append(
             {
-                **_who(point.id, point.policy, fields.model, point.task.label, fields.length, fields.query_aware),
+                **_run_cells(run.id, run.policy, fields.model, run.task.label, fields.length, fields.query_aware),
                 "state": state,
             }
         )
@@ -75,45 +74,46 @@ def grid(plan: Plan) -> Table:
 
 def cost(plan: Plan) -> Iterable[str]:
     """What is still to be computed, in lines."""
-    by_model: dict[ModelSpec, list[Point]] = {}
-    for point in plan.points:
-        if PointStore(plan.out / point.id).finished is None:
-            by_model.setdefault(point.model, []).append(point)
+    results = ResultsFolder(plan.out)
+    by_model: dict[ModelSpec, list[Run]] = {}
+    for run in plan.runs:
+        if results.finished(run.id) is None:
+            by_model.setdefault(run.model, []).append(run)
     if not by_model:
-        yield f"{len(plan.points)} runs, all finished; nothing to do"
-    for spec, points in by_model.items():
-        what = f"{spec}: {len(points)} runs"
+        yield f"{len(plan.runs)} runs, all finished; nothing to do"
+    for spec, runs in by_model.items():
+        what = f"{spec}: {len(runs)} runs"
         try:
             tokenizer = load_tokenizer(spec.name)
         except ModelLoadError as error:
             yield f"{what}; how many tokens they read is not known: {error}"
             continue
-        alike: dict[str, list[Point]] = {}
-        for point in points:
-            alike.setdefault(point.samples_id, []).append(point)
+        alike: dict[str, list[Run]] = {}
+        for run in runs:
+            alike.setdefault(run.samples_id, []).append(run)
         answers = passes = tokens = tokens_alone = steps = 0
         for group in alike.values():
-            rows = [read_rows(plan.out / point.id) for point in group]
-            for question in make_questions(group[0], tokenizer):
-                missing = [p for p, held in zip(group, rows, strict=True) if question.sample.index not in held]
-                exact = [point for point in missing if all(policy.leaves_prompts_exact for policy in point.policies)]
-                runs = len(missing) - (max(0, len(exact) - 1) if plan.share_prompts else 0)
+            rows = [results.rows(run.id) for run in group]
+            for sample in encode_samples(group[0], tokenizer):
+                missing = [p for p, held in zip(group, rows, strict=True) if sample.source.index not in held]
+                exact = [run for run in missing if all(policy.leaves_prompts_exact for policy in run.policies)]
+                prompts = len(missing) - (max(0, len(exact) - 1) if plan.share_prompts else 0)
                 answers += len(missing)
-                passes += runs
-                tokens += runs * len(question.prompt)
-                tokens_alone += len(missing) * len(question.prompt)
-                steps += len(missing) * (len(question.steps) + max(0, question.sample.max_new_tokens - 1))
+                passes += prompts
+                tokens += prompts * len(sample.prompt)
+                tokens_alone += len(missing) * len(sample.prompt)
+                steps += len(missing) * (len(sample.steps) + max(0, sample.source.max_new_tokens - 1))
         shared = f" (without sharing: {answers:,} of {tokens_alone:,})" if answers > passes else ""
         yield f"{what}, {answers:,} answers: {passes:,} prompt passes of {tokens:,} tokens{shared}, at most {steps:,} decode steps"
-        speed = _speed(plan)
+        speed = _speed(plan, results)
         if speed is not None:
             minutes = (tokens * speed[0] + steps * speed[1]) / 60e3
             yield f"about {minutes:.0f} minutes at the median speed of the answers that are in {plan.out}"
 
 
-def _speed(plan: Plan) -> tuple[float, float] | None:
+def _speed(plan: Plan, results: ResultsFolder) -> tuple[float, float] | None:
     """Median milliseconds per prompt token and per decode step of what is there already."""
-    rows = [row for point in plan.points for row in read_rows(plan.out / point.id).values() if row["error"] is None]
+    rows = [row for run in plan.runs for row in results.rows(run.id).values() if row["error"] is None]
     prompts = [row["prompt_ms"] / row["prompt_tokens"] for row in rows]
     steps = [row["token_ms"] for row in rows if row["token_ms"] is not None]
     return (statistics.median(prompts), statistics.median(steps)) if prompts and steps else None
@@ -124,21 +124,21 @@ def ls(folders: Sequence[Path], console: Console) -> None:
     rows = []
     for result in load_results(list(folders)):
         figures, config = result.figures, result.config
-        state = "finished" if result.finished else "running" if is_locked(result.folder) else "unfinished"
+        state = "finished" if result.finished else "running" if is_locked(result.path) else "unfinished"
         failed = f", {figures.failed} failed" if figures.failed else ""
         model = config["definition"]["model"]
         rows.append(
             {
-                **_who(result.id, config["policy"], model, config["task"], config["length"], result.query_aware),
+                **_run_cells(result.id, config["policy"], model, config["task"], config["length"], result.query_aware),
                 "n": str(len(figures.samples)),
                 "score": "–" if figures.estimate is None else f"{figures.estimate.mean:.3f}",
                 "state": state + failed,
             }
         )
-    _show(console, _table(rows))
+    _print_table(console, _table(rows))
 
 
-def _who(run: str, policy: str, model: str, task: str, length: int | None, query_aware: bool) -> dict[str, str]:
+def _run_cells(run: str, policy: str, model: str, task: str, length: int | None, query_aware: bool) -> dict[str, str]:
     """The cells that say which run it is."""
     return {
         "run": run,
@@ -163,6 +163,6 @@ def _table(rows: Sequence[dict[str, str]]) -> Table:
     return table
 
 
-def _show(console: Console, table: Table) -> None:
+def _print_table(console: Console, table: Table) -> None:
     """As wide as the terminal; where there is none, as wide as it is: no search finds a name that is broken in two."""
     (console if console.is_terminal else Console(file=console.file, width=1000)).print(table)

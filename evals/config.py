@@ -1,4 +1,4 @@
-"""What a run is to do: a YAML file with defaults and a sweep, checked whole before anything loads, and its points."""
+"""What a run is to do: a YAML file with defaults and a sweep, checked whole before anything loads, and its runs."""
 
 import hashlib
 import itertools
@@ -14,11 +14,11 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from kvpress.errors import PolicyError, nearest
-from kvpress.evals.located import ConfigError, Path_, Places, expand, load, place
+from kvpress.evals.locations import ConfigError, KeyPath, Locations, expand, load, location_of
 from kvpress.evals.task import Task, TaskError
 from kvpress.evals.tasks import make_task
 from kvpress.policy import Policy, check_budget
-from kvpress.registry import absolute, find_policy, make_policies, make_policy, origin
+from kvpress.registry import absolute, make_policies, origin
 
 LENGTH_FIELDS = ("length", "lengths", "max_length")
 """The fields in which tasks take a length; the first that a task has is what `length` sets."""
@@ -69,15 +69,15 @@ class Fields(BaseModel):
 
 
 class RayOptions(BaseModel):
-    """How `launcher: ray` runs points.
+    """How `launcher: ray` runs runs.
 
     Attributes:
         address: of a running cluster ("auto", "host:6379"), or "local" to start one for the run; None for $RAY_ADDRESS, else a
             cluster that runs on this machine, else one started for the run.
-        num_gpus: GPUs per worker; None for one if the cluster has any and a point may use it.
+        num_gpus: GPUs per worker; None for one if the cluster has any and a run may use it.
         num_cpus: cores per worker.
         workers: how many at once at most; None for as many as the cluster has room for.
-        attempts: how often a point is begun, when workers are lost with it.
+        attempts: how often a run is begun, when workers are lost with it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -93,14 +93,14 @@ class File(BaseModel):
     """A configuration file.
 
     Attributes:
-        out: folder for the points' directories.
-        defaults: fields of every point.
+        out: folder for the runs' directories.
+        defaults: fields of every run.
         sweep: field -> values, each combined with each; or a list of such mappings, one grid after the other. A dotted
             field (policy.window, task.repeats) sets a part.
         share_prompts: whether policies that leave a prompt's attention exact share one pass over it.
         allow_extrapolation: whether prompts may be longer than the model was made for.
         batch_size: how many samples of the same prompt length and the same number of new tokens are answered together.
-        launcher: "local" runs point after point in this process; "ray" gives each to a worker of a cluster.
+        launcher: "local" runs run after run in this process; "ray" gives each to a worker of a cluster.
         ray: how; see `RayOptions`.
     """
 
@@ -139,7 +139,7 @@ class ModelSpec:
 
 
 @dataclass(frozen=True)
-class Point:
+class Run:
     """One combination, checked and built.
 
     Attributes:
@@ -160,7 +160,7 @@ class Point:
 
     @property
     def samples_id(self) -> str:
-        """The same for points that differ in the policy only: they answer the same samples."""
+        """The same for runs that differ in the policy only: they answer the same samples."""
         return digest({**self.definition, "policy": None})
 
     @property
@@ -177,6 +177,12 @@ class Point:
         return " + ".join(
             policy.describe() + (f" from {source}" if (source := origin(policy)) else "") for policy in self.policies
         )
+
+    @property
+    def budget(self) -> Any:
+        """The budget, if one of the policies takes it; else None."""
+        given = self.fields.budget
+        return given if given is not None and any(policy.accepts_budget(given) for policy in self.policies) else None
 
     @property
     def where(self) -> str:
@@ -196,7 +202,7 @@ class Point:
             "policy": self.policy,
             "policy_names": [policy.name for policy in self.policies],
             "kind": " + ".join(dict.fromkeys(policy.kind for policy in self.policies)),
-            "budget": self.fields.budget,
+            "budget": self.budget,
             "task": self.task.label,
             "metric": self.task.metric,
             "length": self.fields.length,
@@ -208,10 +214,10 @@ class Point:
 
 @dataclass(frozen=True)
 class Plan:
-    """All points of a run, in order, and how to run them; see `File`."""
+    """All runs of a run, in order, and how to run them; see `File`."""
 
     out: Path
-    points: tuple[Point, ...]
+    runs: tuple[Run, ...]
     share_prompts: bool = True
     allow_extrapolation: bool = False
     batch_size: int = 1
@@ -225,12 +231,12 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     Args:
         path: the file.
         settings: overrides "a.b=c". A top-level key of the file is set there (sweep.budget=[0.1,0.2], out=x); any other name
-            is a point's field, which then has this one value: a sweep over it goes away.
+            is a run's field, which then has this one value: a sweep over it goes away.
 
     Raises:
         ConfigError: anything that cannot work, with file and line.
     """
-    tree, places = load(path)
+    tree, locations = load(path)
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: no configuration in it; give a mapping with out, defaults and sweep")
     sweep = tree.get("sweep")
@@ -238,37 +244,36 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
         for key in part if isinstance(part, dict) else ():
             if key.partition(".")[0] == "policy":  # files of policies are relative to this file
                 part[key] = absolute(part[key], path.parent)
-    return make_plan(tree, places, settings)
+    return make_plan(tree, locations, settings)
 
 
-def make_plan(tree: dict[str, Any], places: Places | None = None, settings: Sequence[str] = ()) -> Plan:
+def make_plan(tree: dict[str, Any], locations: Locations | None = None, settings: Sequence[str] = ()) -> Plan:
     """The plan of a configuration that is read already; see `read_plan`."""
-    places = {(): "configuration"} if places is None else places
+    locations = {(): "configuration"} if locations is None else locations
     for setting in settings:
-        _override(tree, places, setting)
-    file = _validate(File, tree, places, ())
+        _override(tree, locations, setting)
+    file = _validate(File, tree, locations, ())
     grids = [file.sweep] if isinstance(file.sweep, dict) else file.sweep
-    paths: list[Path_] = [("sweep",)] if isinstance(file.sweep, dict) else [("sweep", i) for i in range(len(grids))]
-    points: dict[str, Point] = {}
-    combinations = (c for grid, at in zip(grids, paths, strict=True) for c in _combinations(file, grid, at, places))
-    for tree_of_point, places_of_point in combinations:
-        point = _point(tree_of_point, places_of_point)
-        points.setdefault(point.id, point)  # a policy without a budget comes once for all budgets
-    for point in points.values():
-        if point.fields.budget is not None and not any(p.takes_budget for one in points.values() for p in one.policies):
-            given = [path for path in places if "budget" in path]
-            where = place(places, given[0] if given else ())
-            raise ConfigError(
-                f"{where}: budget={point.fields.budget!r}, but none of the policies takes one; leave it out"
-            )
-    if file.launcher == "ray" and any(point.fields.tp_plan for point in points.values()):
+    paths: list[KeyPath] = [("sweep",)] if isinstance(file.sweep, dict) else [("sweep", i) for i in range(len(grids))]
+    runs: dict[str, Run] = {}
+    combinations = (c for grid, at in zip(grids, paths, strict=True) for c in _combinations(file, grid, at, locations))
+    for tree_of_run, locations_of_run in combinations:
+        run = _run(tree_of_run, locations_of_run)
+        runs.setdefault(run.id, run)  # a policy without a budget comes once for all budgets
+    given = [run.fields.budget for run in runs.values() if run.fields.budget is not None]
+    if given and all(run.budget is None for run in runs.values()):
+        written = [path for path in locations if "budget" in path]
+        where = location_of(locations, written[0] if written else ())
+        takes = "a share, only entries" if any(p.takes_budget for run in runs.values() for p in run.policies) else "one"
+        raise ConfigError(f"{where}: budget={given[0]!r}, but none of the policies takes {takes}; leave it out")
+    if file.launcher == "ray" and any(run.fields.tp_plan for run in runs.values()):
         raise ConfigError(
-            f"{place(places, ('launcher',))}: launcher='ray' with tp_plan; a split model runs under torchrun, on Ray use "
+            f"{location_of(locations, ('launcher',))}: launcher='ray' with tp_plan; a split model runs under torchrun, on Ray use "
             "device_map and ray.num_gpus"
         )
     return Plan(
-        Path(_expand(file.out, places, ("out",))),
-        tuple(points.values()),
+        Path(_expand(file.out, locations, ("out",))),
+        tuple(runs.values()),
         file.share_prompts,
         file.allow_extrapolation,
         file.batch_size,
@@ -282,7 +287,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def _override(tree: dict[str, Any], places: Places, setting: str) -> None:
+def _override(tree: dict[str, Any], locations: Locations, setting: str) -> None:
     name, equals, text = setting.partition("=")
     keys = tuple(name.split("."))
     try:
@@ -303,12 +308,12 @@ def _override(tree: dict[str, Any], places: Places, setting: str) -> None:
                 del grid[key]
             if len(keys) > 1 and keys[0] in grid:  # part of what is swept over: set in each of its values
                 grid[name] = [value]
-                places[("sweep", i, name) if isinstance(sweep, list) else ("sweep", name)] = f"--set {setting!r}"
+                locations[("sweep", i, name) if isinstance(sweep, list) else ("sweep", name)] = f"--set {setting!r}"
         keys = ("defaults", *keys)
     _set(tree, keys, value)
-    for path in [path for path in places if path[: len(keys)] == keys]:
-        del places[path]
-    places[keys] = f"--set {setting!r}"
+    for path in [path for path in locations if path[: len(keys)] == keys]:
+        del locations[path]
+    locations[keys] = f"--set {setting!r}"
 
 
 def _set(tree: dict[str, Any], keys: Sequence[Any], value: Any) -> None:
@@ -323,12 +328,12 @@ def _set(tree: dict[str, Any], keys: Sequence[Any], value: Any) -> None:
 
 
 def _combinations(
-    file: File, grid: dict[str, list[Any]], at: Path_, places: Places
-) -> Iterator[tuple[dict[str, Any], Places]]:
-    """Each point's fields, and where each of them stands."""
+    file: File, grid: dict[str, list[Any]], at: KeyPath, locations: Locations
+) -> Iterator[tuple[dict[str, Any], Locations]]:
+    """Each run's fields, and where each of them stands."""
     for key, values in grid.items():
         first, _, part = key.partition(".")
-        where = place(places, (*at, key))
+        where = location_of(locations, (*at, key))
         if first not in Fields.model_fields or (part and first not in ("policy", "task")):
             raise ConfigError(
                 f"{where}: there is no field {key!r} to sweep over{nearest(first, list(Fields.model_fields))}"
@@ -339,28 +344,28 @@ def _combinations(
     for chosen in itertools.product(*(range(len(grid[key])) for key in grid)):
         index = dict(zip(grid, chosen, strict=True))
         tree = dict(file.defaults)
-        found: Places = {path[1:]: where for path, where in places.items() if path[:1] == ("defaults",)}
+        found: Locations = {path[1:]: where for path, where in locations.items() if path[:1] == ("defaults",)}
         for key in order:
             keys, source = tuple(key.split(".")), (*at, key, index[key])
             if len(keys) > 1 and isinstance(tree.get(keys[0]), list):
                 raise ConfigError(
-                    f"{place(places, source)}: {key!r} is unclear, for {keys[0]} is a list; sweep over whole lists"
+                    f"{location_of(locations, source)}: {key!r} is unclear, for {keys[0]} is a list; sweep over whole lists"
                 )
             _set(tree, keys, grid[key][index[key]])
             found = {path: where for path, where in found.items() if path[: len(keys)] != keys}
-            found[keys] = place(places, source)
-            found |= {(*keys, *p[len(source) :]): where for p, where in places.items() if p[: len(source)] == source}
+            found[keys] = location_of(locations, source)
+            found |= {(*keys, *p[len(source) :]): where for p, where in locations.items() if p[: len(source)] == source}
         yield tree, found
 
 
-def _validate(model: type[Any], tree: dict[str, Any], places: Places, at: Path_) -> Any:
+def _validate(model: type[Any], tree: dict[str, Any], locations: Locations, at: KeyPath) -> Any:
     try:
         return model.model_validate(tree)
     except ValidationError as errors:
         # a name that is not known is often the reason of what is missing
         error = min(errors.errors(), key=lambda error: error["type"] != "extra_forbidden")
         path, value = _follow(tree, error["loc"])
-        where, name = place(places, (*at, *path)), ".".join(map(str, path))
+        where, name = location_of(locations, (*at, *path)), ".".join(map(str, path))
         if error["type"] == "extra_forbidden":
             known = list((RayOptions if path[0] == "ray" else model).model_fields)
             raise ConfigError(f"{where}: there is no field {name!r}{nearest(str(path[-1]), known)}") from errors
@@ -372,9 +377,9 @@ def _validate(model: type[Any], tree: dict[str, Any], places: Places, at: Path_)
         raise ConfigError(f"{where}: {shown}{said[0].lower()}{said[1:]}") from errors
 
 
-def _follow(tree: Any, location: Sequence[str | int]) -> tuple[Path_, Any]:
+def _follow(tree: Any, location: Sequence[str | int]) -> tuple[KeyPath, Any]:
     """The path that pydantic means, and what stands there: among the keys it names the alternatives that it tried."""
-    path: Path_ = ()
+    path: KeyPath = ()
     key: Any
     for key in location:
         if (isinstance(tree, dict) and key in tree) or (isinstance(tree, list) and isinstance(key, int)):
@@ -382,42 +387,46 @@ def _follow(tree: Any, location: Sequence[str | int]) -> tuple[Path_, Any]:
     return path, tree
 
 
-def _point(tree: dict[str, Any], places: Places) -> Point:
+def _run(tree: dict[str, Any], locations: Locations) -> Run:
     """Check one combination and build what it names."""
-    written: Fields = _validate(Fields, tree, places, ())
+    written: Fields = _validate(Fields, tree, locations, ())
     try:
-        policies = _policies(written)
+        specs = written.policy if isinstance(written.policy, list) else [written.policy]
+        named = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
+        policies = tuple(make_policies(named, written.budget))
     except PolicyError as error:
-        raise ConfigError(f"{_blame(places, 'policy', written.policy, str(error))}: {error}") from error
+        raise ConfigError(f"{_blame(locations, 'policy', written.policy, str(error))}: {error}") from error
     try:
         raw = _task_spec(written)
         task = make_task(raw)
     except TaskError as error:
-        raise ConfigError(f"{_blame(places, 'task', written.task, str(error))}: {error}") from error
+        raise ConfigError(f"{_blame(locations, 'task', written.task, str(error))}: {error}") from error
     if len(_placement(written)) > (written.device == "auto"):
         both = ", ".join(f"{name}={value!r}" for name, value in _placement(written).items())
-        where = place(places, ("tp_plan",) if written.tp_plan else ("device_map",))
+        where = location_of(locations, ("tp_plan",) if written.tp_plan else ("device_map",))
         also = "" if written.device == "auto" else f", device={written.device!r}"
         raise ConfigError(f"{where}: {both}{also}: each of them places the model; keep one")
-    _expand(written.model, places, ("model",))
-    built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, places, ("task",)))
+    _expand(written.model, locations, ("model",))
+    built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, locations, ("task",)))
     if task.name == "perplexity":
         if written.query_aware:
-            where = place(places, ("query_aware",) if ("query_aware",) in places else ("task", "name"))
+            where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
             raise ConfigError(f"{where}: perplexity has no question to compress with; set query_aware: false")
         if (mode := getattr(task, "mode", "decode")) != "decode":
-            raise ConfigError(f"{place(places, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}")
+            raise ConfigError(
+                f"{location_of(locations, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}"
+            )
     definition = {
         "model": written.model,
         "device": written.device,
         "dtype": written.dtype,
         "policy": [_definition(policy) for policy in policies],
-        "task": task.to_dict(),  # with ${...} as written: a point is the same on every machine
+        "task": task.to_dict(),  # with ${...} as written: a run is the same on every machine
         "query_aware": written.query_aware,
         "samples": written.samples,
         **_placement(written),
     }
-    return Point(written, policies, built, json.loads(json.dumps(definition)))
+    return Run(written, policies, built, json.loads(json.dumps(definition)))
 
 
 def _definition(policy: Policy) -> dict[str, Any]:
@@ -429,44 +438,6 @@ def _placement(written: Fields) -> dict[str, Any]:
     """Those of device_map and tp_plan that are given."""
     placed = {"device_map": written.device_map, "tp_plan": written.tp_plan}
     return {name: value for name, value in placed.items() if value is not None}
-
-
-def _policies(written: Fields) -> tuple[Policy, ...]:
-    specs = written.policy if isinstance(written.policy, list) else [written.policy]
-    mappings = [{"name": spec} if isinstance(spec, str) else dict(spec) for spec in specs]
-    takers = [m for m in mappings if _takes(_class(m), written.budget)]
-    if written.budget is not None and len(takers) > 1:
-        names = " and ".join(str(m["name"]) for m in takers)
-        raise PolicyError(
-            f"budget={written.budget!r} is unclear, for {names} take one each; set it in the policies' own fields"
-        )
-    return tuple(make_policies([_policy(m, written.budget if m in takers else None) for m in mappings]))
-
-
-def _class(mapping: dict[str, Any]) -> type[Policy] | None:
-    """The policy class of a mapping; None if there is none, which `make_policy` says."""
-    try:
-        return find_policy(mapping.get("name"))
-    except PolicyError:
-        return None
-
-
-def _takes(cls: type[Policy] | None, budget: Any) -> bool:
-    """Whether a policy takes this budget: some take entries alone, and have fields of their own."""
-    return cls is not None and cls.takes_budget and (cls.takes_share or not isinstance(budget, float))
-
-
-def _policy(mapping: dict[str, Any], budget: Any) -> Policy:
-    own = {key: value for key, value in mapping.items() if key != "name"}
-    cls = _class(mapping)
-    if budget is None or cls is None or not own.keys() <= {field.name for field in cls.parameters()}:
-        return make_policy(mapping)  # which says what is wrong
-    if "budget" in own:
-        raise PolicyError(f"budget={budget!r} and policy.budget={own['budget']!r}; keep one of them")
-    try:
-        return make_policy({**mapping, "budget": budget})
-    except TypeError as error:  # a field that the budget itself sets
-        raise PolicyError(f"budget={budget!r} does not go with {own} for {cls.name}; keep one of them") from error
 
 
 def _task_spec(written: Fields) -> dict[str, Any]:
@@ -488,25 +459,25 @@ def _task_spec(written: Fields) -> dict[str, Any]:
     return spec
 
 
-def _blame(places: Places, field: str, spec: Any, message: str) -> str:
+def _blame(locations: Locations, field: str, spec: Any, message: str) -> str:
     """Where the fault that a message tells of stands: at the part that it names, else at another field, else the whole."""
     parts = list(spec) if isinstance(spec, dict) else []
     if "unknown" in message:
-        return place(places, (field, "name"))
+        return location_of(locations, (field, "name"))
     for key in parts:
         if key != "name" and re.search(rf"\b{re.escape(key)}\b", message):
-            return place(places, (field, key))
+            return location_of(locations, (field, key))
     for key in ("budget", "length", "seed"):
-        if (key,) in places and message.startswith(f"{key}="):
-            return places[key,]
-    return place(places, (field,))
+        if (key,) in locations and message.startswith(f"{key}="):
+            return locations[key,]
+    return location_of(locations, (field,))
 
 
-def _expand(value: Any, places: Places, path: Path_) -> Any:
+def _expand(value: Any, locations: Locations, path: KeyPath) -> Any:
     try:
         return expand(value)
     except KeyError as error:
-        where = place(places, path)
+        where = location_of(locations, path)
         raise ConfigError(
             f"{where}: the environment variable {error.args[0]} is not set; set it, or write the path"
         ) from error

@@ -52,16 +52,60 @@ def packages() -> dict[str, str]:
 
 @cache
 def commit() -> str | None:
-    """The commit of the checkout that kvpress runs from, with -dirty if files differ from it; None for an install."""
-    folder = Path(kvpress.__file__).resolve().parent.parent
-    if not (folder / ".git").exists():
+    """The commit of the checkout that kvpress runs from, with -dirty if its tracked files differ; None for an install.
+
+    Files below docs/ do not count: no answer depends on them, and kept results are among them.
+    """
+    tree = checkout()
+    if tree is None:
         return None
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
+        name = _git(tree, "describe", "--always", "--abbrev=12", "--exclude=*").strip()
+        return name + "-dirty" * bool(changed_files(tree, untracked=False))
+    except GitError:
         return None
-    return done.stdout.strip() or None
+
+
+class GitError(RuntimeError):
+    """git does not say what was asked; the message has its reason."""
+
+
+def checkout() -> Path | None:
+    """The git work tree that kvpress runs from; None for an install."""
+    folder = Path(kvpress.__file__).resolve().parent.parent
+    return folder if (folder / ".git").exists() else None
+
+
+def documentation_tree(path: Path) -> Path | None:
+    """The git work tree that `path`, which need not exist, is in, if it is in or below its docs/; else None."""
+    path = path.resolve()
+    tree = next((folder for folder in (path, *path.parents) if (folder / ".git").exists()), None)
+    return tree if tree is not None and path.is_relative_to(tree / "docs") else None
+
+
+def changed_files(tree: Path, *, untracked: bool = True) -> list[str]:
+    """Files of a git work tree, outside of its docs/, that are not as its commit has them.
+
+    Args:
+        untracked: whether files that git neither tracks nor ignores are among them.
+
+    Raises:
+        GitError: git cannot be asked.
+    """
+    kind = "--untracked-files=all" if untracked else "--untracked-files=no"
+    said = _git(tree, "status", "--porcelain", "-z", "--no-renames", kind, "--", ".", ":(exclude,top)docs")
+    return [entry[3:] for entry in said.split("\0") if entry]
+
+
+def _git(tree: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(tree), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise GitError(str(error)) from error
+    if done.returncode:
+        raise GitError(" ".join(done.stderr.split()) or f"git ended with {done.returncode}")
+    return done.stdout
 
 
 def devices(model: "PreTrainedModel") -> int:

@@ -1,14 +1,14 @@
 """One line per policy, task family and length, as leaderboards of KV-cache compression have it, in a CSV file."""
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvpress.evals.results import Arm, Result, Setting, load_results, settings
-from kvpress.evals.store import CONFIG, StoreError, csv_text, make_folder, write_whole
+from kvpress.evals.results import PolicyResult, Result, Setting, load_results, settings
+from kvpress.evals.store import StoreError, csv_text, make_folder, run_paths, write_whole
 
 
-def write_leaderboard(folders: Sequence[Path], path: Path) -> int:
+def write_leaderboard(folders: Sequence[Path], path: Path, only: Container[str] | None = None) -> int:
     """Write what the runs in and below the folders found, best score first within each data set; how many lines.
 
     | column | meaning |
@@ -24,15 +24,18 @@ def write_leaderboard(folders: Sequence[Path], path: Path) -> int:
     | `kept_bytes`, `kept_of_full` | what the cache held at the end; over what transformers' own would hold |
     | `read_share` | entries that decode steps read, of those full attention reads |
     | `prompt_ms`, `ms_per_token` | medians; of a whole batch where `batch` is above 1 |
-    | `dtype_hardware`, `commit`, `runs` | where it ran, with which version, and the directories |
+    | `dtype_hardware`, `commit`, `runs` | where it ran, with which version, and the runs' ids |
 
     Folders that are not there, or hold no run, are passed over.
+
+    Args:
+        only: ids of the runs that count; None for all.
 
     Raises:
         StoreError: no sample has an answer, or the file cannot be written.
     """
-    there = [folder for folder in folders if folder.is_dir() and any(folder.rglob(CONFIG))]
-    rows = rows_of(load_results(there)) if there else []
+    results = load_results([folder for folder in folders if run_paths(folder)])
+    rows = rows_of([result for result in results if only is None or result.id in only])
     if not rows:
         raise StoreError(f"no sample has an answer yet, so that there is nothing to write to {path}")
     make_folder(path.parent)
@@ -46,10 +49,10 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     for result in results:
         by_length.setdefault(result.config["length"], []).append(result)
     rows = [
-        _row(length, setting, arm)
+        _row(length, setting, entry)
         for length, alike in by_length.items()
         for setting in settings(alike)
-        for arm in setting.arms
+        for entry in setting.policies
     ]
     return sorted(
         rows,
@@ -57,11 +60,11 @@ def rows_of(results: Sequence[Result]) -> list[dict[str, Any]]:
     )
 
 
-def _row(length: int | None, setting: Setting, arm: Arm) -> dict[str, Any]:
-    figures, mean = arm.figures, arm.figures.estimate
-    assert mean is not None  # an arm has answers
-    apart = None if arm.is_reference else figures.difference(setting.reference)
-    budgets = {None if arm.is_reference else result.config["budget"] for result, _ in figures.samples}
+def _row(length: int | None, setting: Setting, entry: PolicyResult) -> dict[str, Any]:
+    figures, mean = entry.figures, entry.figures.estimate
+    assert mean is not None  # a setting lists those that have answers
+    apart = None if entry.is_reference else figures.difference(setting.reference)
+    budgets = {None if entry.is_reference else result.config["budget"] for result, _ in figures.samples}
     seen, kept = figures.mean("seen") or 0.0, figures.mean("kept") or 0.0
     last = figures.samples[0][0].sessions[-1]
     return {
@@ -69,8 +72,8 @@ def _row(length: int | None, setting: Setting, arm: Arm) -> dict[str, Any]:
         "length": length,
         "tasks": len(figures.scores),
         "model": setting.model,
-        "policy": arm.policy,
-        "kind": arm.kind,
+        "policy": entry.policy,
+        "kind": entry.kind,
         "budget": budgets.pop() if len(budgets) == 1 else None,
         "compression_ratio": round(1 - kept / seen, 4) if seen else None,
         "query_aware": setting.query_aware,

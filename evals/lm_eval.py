@@ -78,7 +78,7 @@ class KVPressLM(HFLM):
         """What the model writes under the policy; greedy unless the task says otherwise."""
         before = len(self.held)
         texts: list[str] = super().generate_until(requests, disable_tqdm)
-        self._tell(before)
+        self._log_totals(before)
         return texts
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -90,7 +90,7 @@ class KVPressLM(HFLM):
         self._check_seen()
         before = len(self.held)
         answers: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
-        self._tell(before)
+        self._log_totals(before)
         return answers
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
@@ -105,7 +105,7 @@ class KVPressLM(HFLM):
             answers: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
         except PolicyError as error:
             raise PolicyError(f"loglikelihood_rolling has no context and decodes the whole text: {error}") from error
-        self._tell(before)
+        self._log_totals(before)
         return answers
 
     def get_model_info(self) -> dict[str, Any]:
@@ -180,7 +180,7 @@ class KVPressLM(HFLM):
             "read_share": statistics.fmean(total.read_share for total in self.held),
         }
 
-    def _tell(self, before: int) -> None:
+    def _log_totals(self, before: int) -> None:
         """Log the totals, if batches came to those that there were before."""
         if len(self.held) > before and (found := self._totals()):
             logger.info(

@@ -6,7 +6,7 @@ from html import escape
 from importlib.resources import files
 
 from kvpress.evals.charts import SHAPES, Mark, heat_map, scatter, shape
-from kvpress.evals.results import Arm, Figures, Result, Row, Setting, differences, label, length_of
+from kvpress.evals.results import Figures, PolicyResult, Result, Row, Setting, differences, label, length_of
 from kvpress.evals.statistics import Difference, Estimate, pareto
 
 NONE = "–"
@@ -29,9 +29,9 @@ def page(
 
     Args:
         found: the settings, each a section.
-        results: all points, for the table of runs.
+        results: all runs, for their table.
         notes: what a reader should know first.
-        links: point's id -> its directory, relative to the page.
+        links: run's id -> where it is, relative to the page.
     """
     style, script = (
         (files("kvpress.evals") / "data" / name).read_text(encoding="utf-8") for name in ("report.css", "report.js")
@@ -49,21 +49,21 @@ def page(
 
 HOW_TO_READ = """<p class="soft">Scores are means over samples (over tasks first), with 95 % bootstrap intervals. A difference
 is to full attention on the same samples; n.s. marks one that chance alone may have made. Bytes and times are measured, never
-nominal. Each number leads to its runs, each run to its directory. One difference in twenty without any cause would still
+nominal. Each number leads to its runs, each run to its rows. One difference in twenty without any cause would still
 be taken for significant: look for what several tasks agree on.</p>"""
 
 
 def section(setting: Setting) -> str:
-    """One setting: charts, arms, tasks, lengths, heat maps."""
+    """One setting: charts, policies, tasks, lengths, heat maps."""
     parts = [f"<section>\n<h2>{escape(setting.title)}</h2>", f'<p class="soft">{escape(setting.machine)}</p>']
     if setting.reference is None:
         parts.append('<p class="warn">Full attention did not run here, so that there is nothing to compare with.</p>')
-    if not all(arm.complete for arm in setting.arms):
+    if not all(entry.complete for entry in setting.policies):
         parts.append(
             '<p class="warn">Policies marked * lack samples that others have: compare their difference to full attention, '
             "not their score. They are hollow in the charts and never on the front.</p>"
         )
-    parts += [chips(setting), charts(setting), "<h3>Policies</h3>", arms_table(setting)]
+    parts += [chips(setting), charts(setting), "<h3>Policies</h3>", policies_table(setting)]
     if len(setting.tasks) > 1:
         parts += ["<h3>Score by task</h3>", pivot(setting, setting.tasks, lambda result, row: result.config["task"])]
     if len(setting.lengths) > 1:
@@ -78,8 +78,8 @@ def section(setting: Setting) -> str:
 def chips(setting: Setting) -> str:
     """A button for each policy, with the mark of its kind."""
     found: dict[str, str] = {}
-    for arm in setting.arms:
-        found.setdefault(policy_of(arm), arm.kind)
+    for entry in setting.policies:
+        found.setdefault(policy_of(entry), entry.kind)
     buttons = "".join(
         f'<button type="button" class="k{kind_index(setting, kind)}" data-policy="{escape(policy)}" aria-pressed="false" '
         f'title="{escape(kind)}"><svg viewBox="-7 -7 14 14" aria-hidden="true">'
@@ -97,17 +97,17 @@ def charts(setting: Setting) -> str:
         ("bytes", 2**-20, "cache after the answer, MiB", lambda figures: figures.mean("bytes")),
         ("token_ms", 1.0, "ms per token", lambda figures: figures.median("token_ms")),
     ):
-        costs = [(arm, cost(arm.figures)) for arm in setting.arms]
-        known = [(arm, value * scale) for arm, value in costs if value is not None]
+        costs = [(entry, cost(entry.figures)) for entry in setting.policies]
+        known = [(entry, value * scale) for entry, value in costs if value is not None]
         if not known:
             continue
-        whole = [i for i, (arm, _) in enumerate(known) if arm.complete]
+        whole = [i for i, (entry, _) in enumerate(known) if entry.complete]
         front = {whole[i] for i in pareto([(known[i][1], _mean(known[i][0])) for i in whole])}
-        marks = [_mark(setting, arm, x, i in front) for i, (arm, x) in enumerate(known)]
+        marks = [_mark(setting, entry, x, i in front) for i, (entry, x) in enumerate(known)]
         caption = "Dashed: no policy is better at this cost or less."
         if (
             name == "token_ms"
-            and len({row["prompt_tokens"] for arm in setting.arms for _, row in arm.figures.samples}) > 1
+            and len({row["prompt_tokens"] for entry in setting.policies for _, row in entry.figures.samples}) > 1
         ):
             caption += " Median over prompts of several lengths."
         svg = scatter(marks, x_title, y_title, setting.percent)
@@ -115,49 +115,49 @@ def charts(setting: Setting) -> str:
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
-def _mark(setting: Setting, arm: Arm, x: float, front: bool) -> Mark:
-    found = arm.figures.estimate
+def _mark(setting: Setting, entry: PolicyResult, x: float, front: bool) -> Mark:
+    found = entry.figures.estimate
     assert found is not None
-    tip = f"{arm.policy}: {found.mean:.1%} ({found.low:.1%} to {found.high:.1%}) at {x:.4g}"
-    name = arm.label if len(arm.label) <= 26 else f"{arm.label[:25]}…"
+    tip = f"{entry.policy}: {found.mean:.1%} ({found.low:.1%} to {found.high:.1%}) at {x:.4g}"
+    name = entry.label if len(entry.label) <= 26 else f"{entry.label[:25]}…"
     return Mark(
-        x, found.mean, found.low, found.high, name, tip, policy_of(arm), kind_index(setting, arm.kind), front,
-        not arm.complete, arm.figures.runs,
+        x, found.mean, found.low, found.high, name, tip, policy_of(entry), kind_index(setting, entry.kind), front,
+        not entry.complete, entry.figures.runs,
     )  # fmt: skip
 
 
-def _mean(arm: Arm) -> float:
-    found = arm.figures.estimate
+def _mean(entry: PolicyResult) -> float:
+    found = entry.figures.estimate
     assert found is not None
     return found.mean
 
 
 def kind_index(setting: Setting, kind: str) -> int:
     """The shape and colour of a kind of policies: in the order in which they come."""
-    kinds = list(dict.fromkeys(arm.kind for arm in setting.arms))
+    kinds = list(dict.fromkeys(entry.kind for entry in setting.policies))
     return kinds.index(kind) % len(SHAPES)
 
 
-def policy_of(arm: Arm) -> str:
-    """What arms that differ in their budget share."""
-    return " + ".join(arm.names)
+def policy_of(entry: PolicyResult) -> str:
+    """What policies that differ in their budget share."""
+    return " + ".join(entry.names)
 
 
-def arms_table(setting: Setting) -> str:
+def policies_table(setting: Setting) -> str:
     """One row per policy and parameters."""
     columns = ("policy", "kind", "n", score_title(setting.percent), "to full", *MEASURES)
     rows = []
-    for arm in setting.arms:
-        figures = arm.figures
-        star = "" if arm.complete else " *"
+    for entry in setting.policies:
+        figures = entry.figures
+        star = "" if entry.complete else " *"
         failed = f" +{figures.failed} failed" if figures.failed else ""
         rows.append(
             [
-                Cell(escape(arm.label) + star, arm.label, text=True),
-                Cell(escape(arm.kind), arm.kind, text=True),
+                Cell(escape(entry.label) + star, entry.label, text=True),
+                Cell(escape(entry.kind), entry.kind, text=True),
                 number(len(figures.samples), f"{{:.0f}}{failed}", figures.runs),
                 estimate_cell(figures.estimate, figures.runs, setting.percent),
-                difference_cell(None if arm.is_reference else figures.difference(setting.reference), figures.runs),
+                difference_cell(None if entry.is_reference else figures.difference(setting.reference), figures.runs),
                 *measure_cells(figures),
             ]
         )
@@ -182,15 +182,15 @@ def pivot(setting: Setting, names: Sequence[str], name_of: Callable[[Result, Row
     """Scores by policy (rows) and something else (columns)."""
     references = [setting.reference.part(_is(name_of, name)) if setting.reference else None for name in names]
     rows = []
-    for arm in setting.arms:
-        cells = [Cell(escape(arm.label), arm.label, text=True)]
+    for entry in setting.policies:
+        cells = [Cell(escape(entry.label), entry.label, text=True)]
         for name, reference in zip(names, references, strict=True):
-            figures = arm.figures.part(_is(name_of, name))
+            figures = entry.figures.part(_is(name_of, name))
             found = figures.estimate
             if found is None:
                 cells.append(Cell(NONE, None))
                 continue
-            apart = None if arm.is_reference else figures.difference(reference)
+            apart = None if entry.is_reference else figures.difference(reference)
             shown = link(score(found.mean, setting.percent), figures.runs)
             tip = f"{score(found.low, setting.percent)} to {score(found.high, setting.percent)}, n={found.n}"
             cells.append(Cell(f'<span title="{tip}">{shown}</span>{mark_of(apart)}', found.mean))
@@ -207,20 +207,20 @@ def _is(name_of: Callable[[Result, Row], str], name: str) -> Callable[[Result, R
 def heat_maps(setting: Setting, task: str) -> str:
     """One map per policy of a task whose samples have a depth; nothing for another."""
     maps, depths, lengths = [], set(), set()
-    for arm in setting.arms:
+    for entry in setting.policies:
         cells: dict[tuple[float, tuple[float, str]], list[tuple[float, str]]] = {}
-        for result, row in arm.figures.samples:
+        for result, row in entry.figures.samples:
             if result.config["task"] == task and isinstance(row["meta"].get("depth"), int | float):
                 where = (float(row["meta"]["depth"]), length_of(row))
                 cells.setdefault(where, []).append((row["score"], result.id))
         depths |= {depth for depth, _ in cells}
         lengths |= {length for _, length in cells}
-        maps.append((arm, cells))
+        maps.append((entry, cells))
     if not depths:
         return ""
     rows, columns = sorted(depths), sorted(lengths)
     drawn = []
-    for arm, cells in maps:
+    for entry, cells in maps:
         if cells:
             values = {
                 (rows.index(depth), columns.index(length)): (
@@ -231,9 +231,9 @@ def heat_maps(setting: Setting, task: str) -> str:
                 for (depth, length), found in cells.items()
             }
             names = [f"{depth:.0%}" for depth in rows], [name for _, name in columns]
-            svg = heat_map(values, *names, arm.policy)
-            caption = f"<figcaption>{escape(arm.label)}</figcaption>"
-            drawn.append(f'<figure data-map="{escape(policy_of(arm))}">{caption}{svg}</figure>')
+            svg = heat_map(values, *names, entry.policy)
+            caption = f"<figcaption>{escape(entry.label)}</figcaption>"
+            drawn.append(f'<figure data-map="{escape(policy_of(entry))}">{caption}{svg}</figure>')
     return (
         f"<h3>{escape(task)}: score in percent by depth (down) and length (across)</h3>\n"
         f'<div class="maps">{"".join(drawn)}</div>'
@@ -241,7 +241,7 @@ def heat_maps(setting: Setting, task: str) -> str:
 
 
 def runs_table(found: Sequence[Setting], results: Sequence[Result], links: dict[str, str]) -> str:
-    """One row per point, with its directory."""
+    """One row per run, with where it is."""
     columns = ("policy", "run", "task", "length", "question", "seed", "n", "failed", "score", "to full", *MEASURES, "model",
                "commit")  # fmt: skip
     rows, ids = [], []

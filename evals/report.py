@@ -12,7 +12,7 @@ from kvpress.evals.store import StoreError, csv_text, make_folder, write_whole
 
 
 def write_report(folders: Sequence[Path], out: Path, title: str = "kvpress evaluation") -> list[Path]:
-    """Gather all points in and below the folders, and write the report's three files.
+    """Gather all runs in and below the folders, and write the report's three files.
 
     Raises:
         StoreError: a folder without results, a broken file, or an `out` that cannot be written.
@@ -25,7 +25,7 @@ def write_report(folders: Sequence[Path], out: Path, title: str = "kvpress evalu
         )
     make_folder(out)
     # Relative paths: a folder of results stays whole when it is moved.
-    links = {r.id: quote(Path(os.path.relpath(r.folder, out)).as_posix()) + "/" for r in results}
+    links = {r.id: quote(Path(os.path.relpath(r.path, out)).as_posix()) + "/" * r.path.is_dir() for r in results}
     written = {
         "report.html": page(title, found, results, notes(results), links),
         "report.md": markdown(title, found, notes(results)),
@@ -41,7 +41,7 @@ def notes(results: Sequence[Result]) -> list[str]:
     found = []
     failed, unfinished = sum(r.failed for r in results), sum(not r.finished for r in results)
     if failed:
-        found.append(f"{failed} sample(s) failed and are left out; see error in their runs' samples.jsonl.")
+        found.append(f"{failed} sample(s) failed and are left out; their rows say why (error).")
     if unfinished:
         found.append(f"{unfinished} of {len(results)} runs are not finished.")
     commits = {session["commit"] or session["kvpress"] for result in results for session in result.sessions}
@@ -51,7 +51,7 @@ def notes(results: Sequence[Result]) -> list[str]:
 
 
 def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, Any]]:
-    """One flat row per point, with numbers as they were measured."""
+    """One flat row per run, with numbers as they were measured."""
     rows = []
     for result, apart in zip(results, differences(results), strict=True):
         config, figures, last = result.config, result.figures, result.sessions[-1]
@@ -91,7 +91,7 @@ def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, 
                 "token_ms": figures.median("token_ms"),
                 "commit": last["commit"],
                 "kvpress": last["kvpress"],
-                "directory": links[result.id],
+                "path": links[result.id],
             }
         )
     return rows
@@ -105,7 +105,7 @@ def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> s
     for setting in found:
         lines += [f"## {setting.title}", "", f"{setting.machine}; tasks: {', '.join(setting.tasks)}", ""]
         lines += ["| policy | n | score | 95 % | to full | MiB | of full | read | token ms | runs |", "|---" * 10 + "|"]
-        lines += [_line(setting, i) for i in range(len(setting.arms))]
+        lines += [_line(setting, i) for i in range(len(setting.policies))]
         lines.append("")
     lines.append(
         "Scores and differences in points of a hundred, with 95 % bootstrap intervals; n.s.: chance alone may have made the "
@@ -115,16 +115,16 @@ def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> s
 
 
 def _line(setting: Setting, index: int) -> str:
-    arm = setting.arms[index]
-    figures, mean = arm.figures, arm.figures.estimate
+    entry = setting.policies[index]
+    figures, mean = entry.figures, entry.figures.estimate
     assert mean is not None
     scale = 100
-    apart = None if arm.is_reference else figures.difference(setting.reference)
+    apart = None if entry.is_reference else figures.difference(setting.reference)
     to_full = "–" if apart is None else f"{apart.mean * scale:+.1f}{'' if apart.significant else ' n.s.'}"
     token_ms = figures.median("token_ms")
     share = figures.share("bytes", "full_bytes")
     cells = (
-        arm.label + ("" if arm.complete else " *"),
+        entry.label + ("" if entry.complete else " *"),
         len(figures.samples),
         f"{mean.mean * scale:.1f}",
         f"{mean.low * scale:.1f} to {mean.high * scale:.1f}",

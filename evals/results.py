@@ -1,4 +1,4 @@
-"""What runs left on disk, gathered for a report: settings, arms, and figures of any part of their samples."""
+"""Saved runs gathered for a report: settings, the policies in each, and figures of any part of their samples."""
 
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpress.evals.statistics import Difference, Estimate, difference, estimate
-from kvpress.evals.store import CONFIG, FINISHED, find_points, read_json, read_rows, read_sessions
+from kvpress.evals.store import find_runs
 
 REFERENCE = ["full"]
 """The policies' names of what the others are compared with."""
@@ -19,9 +19,17 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Result:
-    """One point's directory."""
+    """One run, with its samples' latest rows.
 
-    folder: Path
+    Attributes:
+        path: its directory, or the runs.jsonl that it is packed in.
+        config: as in config.json.
+        sessions: the environment of each session, in order.
+        rows: index -> row.
+        finished: whether no sample is missing.
+    """
+
+    path: Path
     config: dict[str, Any]
     sessions: list[dict[str, Any]]
     rows: dict[int, Row]
@@ -56,16 +64,16 @@ class Result:
 
     @property
     def figures(self) -> "Figures":
-        """Of all the point's samples."""
+        """Of all the run's samples."""
         return Figures([(self, row) for row in self.answered], self.failed)
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Samples of one arm, and what was measured over them.
+    """Samples of one policy, and what was measured over them.
 
     Attributes:
-        samples: each with the point that it belongs to.
+        samples: each with the run that it belongs to.
         failed: samples that have no answer.
     """
 
@@ -74,7 +82,7 @@ class Figures:
 
     @cached_property
     def runs(self) -> list[str]:
-        """The points' ids."""
+        """The runs' ids."""
         return list(dict.fromkeys(result.id for result, _ in self.samples))
 
     @cached_property
@@ -123,8 +131,15 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One policy with its parameters, over all samples of a setting."""
+class PolicyResult:
+    """One policy with its parameters, over all samples of a setting.
+
+    Attributes:
+        policy: as it describes itself.
+        names: of the policies that act together.
+        kind: what it does, as `Policy.kind`.
+        complete: whether it answered every sample that any policy of the setting answered.
+    """
 
     policy: str
     names: list[str]
@@ -143,18 +158,18 @@ class Arm:
 
 @dataclass(frozen=True)
 class Setting:
-    """Arms that can be compared: one model in one precision on one machine, one form of the question, one family of tasks."""
+    """Policies that can be compared: one model in one precision on one machine, one form of the question, one family of tasks."""
 
     model: str
     machine: str
     query_aware: bool
     family: str
-    arms: list[Arm] = field(default_factory=list)
+    policies: list[PolicyResult] = field(default_factory=list)
 
     @property
     def reference(self) -> Figures | None:
         """Full attention, if it ran."""
-        return next((arm.figures for arm in self.arms if arm.is_reference), None)
+        return next((entry.figures for entry in self.policies if entry.is_reference), None)
 
     @property
     def title(self) -> str:
@@ -172,12 +187,12 @@ class Setting:
 
     @property
     def tasks(self) -> list[str]:
-        return sorted({task for arm in self.arms for task in arm.figures.scores})
+        return sorted({task for entry in self.policies for task in entry.figures.scores})
 
     @property
     def lengths(self) -> list[str]:
         """In order, from the shortest."""
-        found = {length_of(row) for arm in self.arms for _, row in arm.figures.samples}
+        found = {length_of(row) for entry in self.policies for _, row in entry.figures.samples}
         return [name for _, name in sorted(found)]
 
 
@@ -197,23 +212,22 @@ def length_of(row: Row) -> tuple[float, str]:
     return limit, f"to {limit // 1024}k"
 
 
-def load_results(folders: list[Path]) -> list[Result]:
-    """All points in and below the folders; of one that lies there twice, the directory with more samples.
+def load_results(folders: Sequence[Path]) -> list[Result]:
+    """All runs in and below the folders; of one that is there twice, what has more answers.
 
     Raises:
         StoreError: a folder without results, or a broken file.
     """
     found: dict[str, Result] = {}
-    for folder in find_points(folders):
-        finished = (folder / FINISHED).is_file()
-        result = Result(folder, read_json(folder / CONFIG), read_sessions(folder), read_rows(folder), finished)
+    for saved in find_runs(folders):
+        result = Result(saved.path, saved.config, saved.sessions, saved.rows, saved.finished is not None)
         if result.sessions and (result.id not in found or len(result.answered) > len(found[result.id].answered)):
             found[result.id] = result
     return sorted(found.values(), key=_order)
 
 
 def differences(results: Sequence[Result]) -> list[Difference | None]:
-    """Of each point to full attention on the same samples; None for full attention, and where it did not run."""
+    """Of each run to full attention on the same samples; None for full attention, and where it did not run."""
     references = {result.config["samples_id"]: result.figures for result in results if result.is_reference}
     return [
         None if result.is_reference else result.figures.difference(references.get(result.config["samples_id"]))
@@ -234,16 +248,16 @@ def settings(results: Iterable[Result]) -> list[Setting]:
         for result in members:
             by_policy.setdefault(result.config["policy"], []).append(result)
         everything = {(r.config["samples_id"], row["index"]) for r in members for row in r.answered}
-        arms = []
+        policies = []
         for policy, own in by_policy.items():
             samples = [(result, row) for result in own for row in result.answered]
             if samples:
                 config, failed = own[0].config, sum(result.failed for result in own)
                 figures = Figures(samples, failed)
                 complete = sum(map(len, figures.scores.values())) == len(everything)
-                arms.append(Arm(policy, config["policy_names"], config["kind"], figures, complete))
-        if arms:
-            found.append(Setting(*key, arms))
+                policies.append(PolicyResult(policy, config["policy_names"], config["kind"], figures, complete))
+        if policies:
+            found.append(Setting(*key, policies))
     return found
 
 

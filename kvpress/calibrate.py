@@ -21,7 +21,7 @@ TAIL = 16  # last tokens of a prompt that are fed one by one, so that the policy
 
 
 @dataclass(frozen=True)
-class Question:
+class Example:
     """A prompt and its right continuation, token ids."""
 
     prompt: list[int]
@@ -54,45 +54,45 @@ def calibration_values(model: Any, policy: Policy) -> list[Any]:
 
 
 @torch.inference_mode()
-def calibrate(model: Any, policy: Policy, questions: Sequence[Question]) -> Iterator[Trial]:
-    """Try every value of the policy's calibrated field on the questions; one result per value, in order.
+def calibrate(model: Any, policy: Policy, examples: Sequence[Example]) -> Iterator[Trial]:
+    """Try every value of the policy's calibrated field on the examples; one result per value, in order.
 
-    Each question's prompt is run once and shared by all values; its last tokens and the answer are fed one by one, so that
+    Each example's prompt is run once and shared by all values; its last tokens and the answer are fed one by one, so that
     the policy acts on them.
 
     Args:
         model: a model that is not patched.
         policy: its other fields are kept.
-        questions: prompts of more than `TAIL` tokens, with their answers.
+        examples: prompts of more than `TAIL` tokens, with their answers.
 
     Raises:
         PolicyError: nothing to calibrate, a prompt that is too short, or a policy whose prompts cannot be shared.
     """
     values = calibration_values(model, policy)
-    for question in questions:
-        if len(question.prompt) <= TAIL + 1 or not question.answer:
+    for example in examples:
+        if len(example.prompt) <= TAIL + 1 or not example.answer:
             raise PolicyError(
-                f"a prompt of {len(question.prompt)} tokens with {len(question.answer)} of answer cannot calibrate; give more than "
+                f"a prompt of {len(example.prompt)} tokens with {len(example.answer)} of answer cannot calibrate; give more than "
                 f"{TAIL + 1} and at least 1"
             )
     device = next(model.parameters()).device
-    prompts = [record_prompt(model, torch.tensor([question.prompt[:-TAIL]], device=device)) for question in questions]
+    prompts = [record_prompt(model, torch.tensor([example.prompt[:-TAIL]], device=device)) for example in examples]
     for value in values:
         with patch(model, replace(policy, **{str(policy.calibrated): value})) as handle:
-            scores = [_answer(model, handle, prompt, one) for prompt, one in zip(prompts, questions, strict=True)]
+            scores = [_answer(model, handle, prompt, one) for prompt, one in zip(prompts, examples, strict=True)]
         chosen = torch.cat([log_probability for log_probability, _ in scores])
         hits = torch.cat([hit for _, hit in scores])
         yield Trial(value, chosen.mean().item(), hits.float().mean().item())
 
 
-def _answer(model: Any, handle: Handle, prompt: SharedPrompt, question: Question) -> tuple[Tensor, Tensor]:
+def _answer(model: Any, handle: Handle, prompt: SharedPrompt, example: Example) -> tuple[Tensor, Tensor]:
     """Log-probability of each token of the answer, and whether it was the most likely one."""
     cache = handle.adopt_prompt(prompt)
-    fed = question.prompt[-TAIL:] + question.answer[:-1]
+    fed = example.prompt[-TAIL:] + example.answer[:-1]
     device = prompt.logits.device
     logits = [model(torch.tensor([[token]], device=device), **{CACHE: cache}).logits[0, -1] for token in fed]
-    log_probabilities = torch.stack(logits[-len(question.answer) :]).float().log_softmax(-1)
-    answer = torch.tensor(question.answer, device=device)
+    log_probabilities = torch.stack(logits[-len(example.answer) :]).float().log_softmax(-1)
+    answer = torch.tensor(example.answer, device=device)
     return log_probabilities.gather(1, answer[:, None])[:, 0], log_probabilities.argmax(-1) == answer
 
 

@@ -140,7 +140,7 @@ def calibrate(
         sizes = [parse(part, int, "--lengths") for part in lengths.split(",")]
         fields = {"budget": parse(budget, number, "--budget")} if budget else {}
         import kvpress
-        from kvpress.calibrate import Question, Trial, best, calibration_values, write_policy
+        from kvpress.calibrate import Example, Trial, best, calibration_values, write_policy
         from kvpress.calibrate import calibrate as try_values
         from kvpress.demo.needle import Haystack
 
@@ -148,14 +148,14 @@ def calibrate(
         console = Console()
         loaded, tokenizer = load(model, device, dtype, console)
         values, haystack = calibration_values(loaded, chosen), Haystack(tokenizer)
-        questions = []
+        examples = []
         for length in sizes:
             for sample in range(samples):
                 needle = haystack.needle(length, (sample + 0.5) / samples, seed + sample)
-                questions.append(Question(needle.input_ids, haystack.encode(f" {needle.number}")))
+                examples.append(Example(needle.input_ids, haystack.encode(f" {needle.number}")))
         path = out or Path(f"{chosen.name}.yaml")
         trials: list[Trial] = []
-        for trial in try_values(loaded, chosen, questions):
+        for trial in try_values(loaded, chosen, examples):
             trials.append(trial)
             shown = f"{chosen.calibrated}={trial.value}: {trial.right:.0%} of the answers' tokens right"
             console.print(
@@ -246,13 +246,20 @@ def report(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders that ablate or eval wrote.")],
     out: Annotated[Path | None, typer.Option(help="Folder for the report; the first DIR by default.")] = None,
     title: Annotated[str, typer.Option(help="Its heading.")] = "kvpress evaluation",
+    pack: Annotated[
+        bool, typer.Option("--pack", help="First move the runs' directories into one runs.jsonl beside them.")
+    ] = False,
     export: Export = None,
 ) -> None:
     """Write report.html, report.md and report.csv of runs."""
     with user_errors(), eval_errors():
         from kvpress.evals.leaderboard import write_leaderboard
         from kvpress.evals.report import write_report
+        from kvpress.evals.store import pack as pack_runs
 
+        if pack:
+            moved = sum(map(pack_runs, folders))
+            Console().print(f"{moved} runs moved into runs.jsonl", highlight=False)
         written = write_report(folders, out or folders[0], title)
         if export is not None:
             write_leaderboard(folders, export)

@@ -272,6 +272,11 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
             raise PolicyError(f"{cls.name} takes no budget; leave budget={budget!r} out")
         return cls(budget=budget, **fields)  # type: ignore[call-arg]
 
+    @classmethod
+    def accepts_budget(cls, budget: Budget) -> bool:
+        """Whether the policy takes a budget of this form, entries (int) or a share of the prompt (float)."""
+        return cls.takes_budget and (cls.takes_share or isinstance(budget, int))
+
     @property
     def raw_keys(self) -> bool:
         """Whether keys are stored without their rotation, and attention sees what it reads at positions 0 .. m-1."""

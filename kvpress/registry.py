@@ -10,7 +10,7 @@ import yaml
 from kvpress import outside
 from kvpress.errors import PolicyError, nearest
 from kvpress.outside import absolute
-from kvpress.policy import Policy
+from kvpress.policy import Budget, Policy, check_budget, entries_for
 
 PolicySpec = Policy | str | Path | Mapping[str, Any] | Sequence[Any]
 
@@ -107,20 +107,11 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
                 f"{spec.describe()} is a finished policy; build it with {overrides} instead of overriding"
             )
         return spec
-    source = "policy"
-    if isinstance(spec, Path) and spec.suffix == ".py":
-        spec = str(spec)
-    if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
-        source, spec = str(spec), absolute(_read_yaml(Path(spec)), Path(spec).parent)
-    if isinstance(spec, str):
-        spec = {"name": spec}
-    if not isinstance(spec, Mapping):
-        built = f"{spec.__name__}(...)" if isinstance(spec, type) else "a policy"
-        raise PolicyError(f"{source}: {spec!r} is no policy; give {built}, a name, a mapping or a YAML path")
-    values = {**spec, **overrides}
+    source, mapping = _read_spec(spec)
+    values = {**mapping, **overrides}
     name = values.pop("name", None)
     if name is None:
-        raise PolicyError(f"{source}: {dict(spec)!r} has no name; add name: one of {', '.join(_names())}")
+        raise PolicyError(f"{source}: {dict(mapping)!r} has no name; add name: one of {', '.join(_names())}")
     try:
         cls = find_policy(name)
     except PolicyError as error:
@@ -133,21 +124,34 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
             raise PolicyError(f"{source}: {name} has no field {key!r}{nearest(str(key), known)}")
     if cls.wraps in values:
         values[cls.wraps] = make_policy(values[cls.wraps])
-    return cls.at_budget(**values) if "budget" in values else cls(**values)
+    if "budget" not in values:
+        return cls(**values)
+    budget = values.pop("budget")
+    try:
+        return cls.at_budget(budget, **values)
+    except TypeError as error:  # a field that the budget itself sets
+        raise PolicyError(f"budget={budget!r} does not go with {values} for {name}; keep one of them") from error
 
 
-def make_policies(spec: PolicySpec) -> list[Policy]:
+def make_policies(spec: PolicySpec, budget: Budget | None = None, tokens: int | None = None) -> list[Policy]:
     """One policy, or a list of policies that play different roles.
 
+    Args:
+        spec: what `make_policy` takes, or a list of such.
+        budget: for the policy among them that takes one of this form; the others, and those that take none, are as `spec`
+            says. None leaves all of them so.
+        tokens: length of a prompt. With it a policy that takes only entries gets as many as a share of that prompt has.
+
     Raises:
-        PolicyError: as `make_policy`; also for an empty list, two policies of the same role, or two that cannot act together.
+        PolicyError: as `make_policy`; also for an empty list, two policies of the same role, two that cannot act together,
+            two that take the budget, or one that has a budget already.
     """
-    if isinstance(spec, Sequence) and not isinstance(spec, str):
-        if not spec:
-            raise PolicyError(f"an empty list of policies; give one of {', '.join(_names())}")
-        policies = [make_policy(item) for item in spec]
-    else:
-        policies = [make_policy(spec)]
+    specs = list(spec) if isinstance(spec, Sequence) and not isinstance(spec, str) else [spec]
+    if not specs:
+        raise PolicyError(f"an empty list of policies; give one of {', '.join(_names())}")
+    if budget is not None:
+        specs = _with_budget(specs, budget, tokens)
+    policies = [make_policy(item) for item in specs]
     taken: dict[str, Policy] = {}
     for policy in policies:
         if policy.role in taken:
@@ -159,6 +163,62 @@ def make_policies(spec: PolicySpec) -> list[Policy]:
     for policy in policies:
         policy.check_company([other for other in policies if other is not policy])
     return policies
+
+
+def _with_budget(specs: Sequence[Any], budget: Budget, tokens: int | None) -> list[Any]:
+    """The specs, with the budget in the one whose policy takes it."""
+    check_budget(budget)
+    found: list[Any] = []
+    takers = []
+    for spec in specs:
+        if isinstance(spec, Policy):
+            raise PolicyError(f"{spec.describe()} is a finished policy; build it with budget={budget!r}")
+        source, mapping = _read_spec(spec)
+        cls = _find_or_none(mapping.get("name"))
+        own = budget
+        if cls is not None and cls.takes_budget and not cls.accepts_budget(budget) and tokens is not None:
+            own = entries_for(budget, tokens)
+        if cls is None or not cls.accepts_budget(own):
+            found.append(spec)
+            continue
+        wrapped = mapping.get(str(cls.wraps))
+        for place, values in ((source, mapping), (f"{source}.{cls.wraps}", wrapped)):
+            if isinstance(values, Mapping) and "budget" in values:
+                raise PolicyError(f"budget={budget!r} and {place}.budget={values['budget']!r}; keep one of them")
+        takers.append(cls.name)
+        found.append({**mapping, "budget": own})
+    if len(takers) > 1:
+        raise PolicyError(
+            f"budget={budget!r} is unclear, for {' and '.join(takers)} take one each; set it in the policies' own fields"
+        )
+    return found
+
+
+def _read_spec(spec: Any) -> tuple[str, Mapping[str, Any]]:
+    """Where a spec comes from, for messages, and its mapping.
+
+    Raises:
+        PolicyError: it is none, or its file cannot be read.
+    """
+    source = "policy"
+    if isinstance(spec, Path) and spec.suffix == ".py":
+        spec = str(spec)
+    if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
+        source, spec = str(spec), absolute(_read_yaml(Path(spec)), Path(spec).parent)
+    if isinstance(spec, str):
+        spec = {"name": spec}
+    if not isinstance(spec, Mapping):
+        built = f"{spec.__name__}(...)" if isinstance(spec, type) else "a policy"
+        raise PolicyError(f"{source}: {spec!r} is no policy; give {built}, a name, a mapping or a YAML path")
+    return source, spec
+
+
+def _find_or_none(name: Any) -> type[Policy] | None:
+    """The class of a policy; None if there is none, which `make_policy` says."""
+    try:
+        return find_policy(name)
+    except PolicyError:
+        return None
 
 
 def _built_in() -> dict[str, type[Policy]]:

@@ -1,7 +1,7 @@
 """Directories of runs as if they had been made."""
 
 from kvpress.evals.config import make_plan
-from kvpress.evals.store import PointStore
+from kvpress.evals.store import RunStore
 
 SESSION = {"dtype": "float32", "hardware": "a machine", "commit": "abc", "kvpress": "0.1.0"}
 MIB = 2**20
@@ -28,13 +28,13 @@ def row(index, score, *, depth=0.5, length=1000, share=1.0, ms=10.0, **fields):
 
 
 def save(out, fields, rows, finished=True, session=SESSION):
-    """A point's directory as a run would leave it."""
-    (point,) = make_plan({"out": str(out), "defaults": fields}).points
-    store = PointStore(out / point.id)
+    """A run's directory as a run would leave it."""
+    (run,) = make_plan({"out": str(out), "defaults": fields}).runs
+    store = RunStore(out / run.id)
     with store.locked():
-        store.open(point.to_dict(), session)
+        store.open(run.to_dict(), session)
         for one in rows:
             store.add(one)
         if finished:
             store.finish(len(rows))
-    return point.id
+    return run.id

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 from typer.testing import CliRunner
 
 import kvpress
-from kvpress.calibrate import TAIL, Question, Trial, best, calibrate, write_policy
+from kvpress.calibrate import TAIL, Example, Trial, best, calibrate, write_policy
 from kvpress.cli import app
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, TidalDecode
@@ -36,7 +36,7 @@ def by_hand(model, policy, question):
 
 def test_every_value_is_tried_as_it_would_be_used(model):
     policy = TidalDecode(k=4, sparse_layer_start=1)
-    questions = [Question(prompt(40, seed), prompt(3, seed + 10)) for seed in range(2)]
+    questions = [Example(prompt(40, seed), prompt(3, seed + 10)) for seed in range(2)]
     trials = list(calibrate(model, policy, questions))
     assert [trial.value for trial in trials] == [2, 3, 4]
     for trial in trials:
@@ -68,9 +68,9 @@ def test_the_file_is_one_that_patch_takes(model, tmp_path):
 @pytest.mark.parametrize(
     ("policy", "question", "word"),
     [
-        (H2O(budget=4), Question(prompt(40), [5]), "nothing to calibrate"),
-        (TidalDecode(), Question(prompt(TAIL), [5]), "more than"),
-        (TidalDecode(), Question(prompt(40), []), "at least 1"),
+        (H2O(budget=4), Example(prompt(40), [5]), "nothing to calibrate"),
+        (TidalDecode(), Example(prompt(TAIL), [5]), "more than"),
+        (TidalDecode(), Example(prompt(40), []), "at least 1"),
     ],
 )
 def test_what_cannot_be_calibrated(model, policy, question, word):

@@ -20,20 +20,21 @@ PANELS_PER_ROW = 4
 
 
 def draw_heat_map(path: Path, records: Sequence[Record], title: str) -> None:
-    """One panel per arm: accuracy by depth (rows) and length (columns); a cell that was not run stays grey."""
-    arms = list(dict.fromkeys(record.arm for record in records))
+    """One panel per variant: accuracy by depth (rows) and length (columns); a cell that was not run stays grey."""
+    variants = list(dict.fromkeys(record.variant for record in records))
     lengths = sorted({record.length for record in records})
     depths = sorted({record.depth for record in records})
-    columns = min(PANELS_PER_ROW, len(arms))
-    rows = math.ceil(len(arms) / columns)
+    columns = min(PANELS_PER_ROW, len(variants))
+    rows = math.ceil(len(variants) / columns)
     wide = max(1.9, 0.55 * len(lengths) + 0.7)
     figure = Figure(figsize=(columns * wide + 1.6, rows * (0.34 * len(depths) + 0.95) + 0.9), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     colours = colormaps["cividis"].with_extremes(bad="0.85")
-    for panel, arm in zip(panels.flat, arms, strict=False):
+    for panel, variant in zip(panels.flat, variants, strict=False):
         cells = [
-            [[r.found for r in records if (r.arm, r.length, r.depth) == (arm, n, d)] for n in lengths] for d in depths
+            [[r.found for r in records if (r.variant, r.length, r.depth) == (variant, n, d)] for n in lengths]
+            for d in depths
         ]
         shares = [[sum(found) / len(found) if found else math.nan for found in row] for row in cells]
         image = panel.imshow(shares, cmap=colours, vmin=0, vmax=1, aspect="auto")
@@ -42,7 +43,7 @@ def draw_heat_map(path: Path, records: Sequence[Record], title: str) -> None:
                 dark = bool(found) and sum(found) / len(found) < 0.5
                 text = f"{sum(found)}/{len(found)}" if found else "–"
                 panel.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if dark else "black")
-        panel.set_title(arm, fontsize=10)
+        panel.set_title(variant, fontsize=10)
         panel.set_xticks(range(len(lengths)), [str(n) for n in lengths])
         panel.set_yticks(range(len(depths)), [f"{depth:.0%}" for depth in depths])
         panel.tick_params(length=0)
@@ -50,9 +51,9 @@ def draw_heat_map(path: Path, records: Sequence[Record], title: str) -> None:
             panel.axvline(x - 0.5, color="white", linewidth=1.5)
         for y in range(1, len(depths)):
             panel.axhline(y - 0.5, color="white", linewidth=1.5)
-    for panel in panels.flat[len(arms) :]:
+    for panel in panels.flat[len(variants) :]:
         panel.set_axis_off()
-    for panel in panels.flat[max(0, len(arms) - columns) : len(arms)]:
+    for panel in panels.flat[max(0, len(variants) - columns) : len(variants)]:
         panel.tick_params(labelbottom=True)
     figure.supxlabel("prompt length (tokens)", fontsize=10)
     figure.supylabel("depth of the needle in the text", fontsize=10)
@@ -64,7 +65,7 @@ def draw_heat_map(path: Path, records: Sequence[Record], title: str) -> None:
 
 
 def draw_memory_accuracy(path: Path, summaries: Sequence[Summary], title: str) -> None:
-    """Accuracy with its 95 % interval over the measured share of full attention's cache, one labelled point per arm."""
+    """Accuracy with its 95 % interval over the measured share of full attention's cache, one labelled point per variant."""
     figure = Figure(figsize=(8.6, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -98,7 +99,7 @@ def draw_memory_accuracy(path: Path, summaries: Sequence[Summary], title: str) -
         )
         line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
         text = axes.annotate(
-            summary.arm,
+            summary.variant,
             point,
             (0, 0),
             place,

@@ -1,4 +1,4 @@
-"""What the demo measured: one record per prompt and arm, and one summary per arm."""
+"""What the demo measured: one record per prompt and variant, and one summary per variant."""
 
 import csv
 import json
@@ -14,10 +14,10 @@ from kvpress.intervals import wilson_interval
 
 @dataclass(frozen=True)
 class Record:
-    """One prompt answered by one arm.
+    """One prompt answered by one variant.
 
     Attributes:
-        arm: the arm's label; `policy` and `budget` are its parts.
+        variant: the variant's label; `policy` and `budget` are its parts.
         cache_bytes: bytes that the cache held when the answer was finished.
         plain_bytes: the same for unpatched transformers on the same prompt.
         read_share: share of the seen entries that a decode step read.
@@ -26,7 +26,7 @@ class Record:
             nothing was timed.
     """
 
-    arm: str
+    variant: str
     policy: str
     budget: str
     length: int
@@ -46,7 +46,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Summary:
-    """One arm over all its prompts.
+    """One variant over all its prompts.
 
     Attributes:
         low, high: the 95 % Wilson interval of the accuracy found / prompts.
@@ -57,7 +57,7 @@ class Summary:
             beside it; nan when nothing was timed.
     """
 
-    arm: str
+    variant: str
     policy: str
     budget: str
     found: int
@@ -74,11 +74,11 @@ class Summary:
 
 
 def summarise(records: Iterable[Record]) -> list[Summary]:
-    """One summary per arm, in the order in which the arms first came."""
-    by_arm: dict[str, list[Record]] = {}
+    """One summary per variant, in the order in which the variants first came."""
+    by_variant: dict[str, list[Record]] = {}
     for record in records:
-        by_arm.setdefault(record.arm, []).append(record)
-    return [_summary(of_arm) for of_arm in by_arm.values()]
+        by_variant.setdefault(record.variant, []).append(record)
+    return [_summary(of_variant) for of_variant in by_variant.values()]
 
 
 def _summary(records: list[Record]) -> Summary:
@@ -87,7 +87,7 @@ def _summary(records: list[Record]) -> Summary:
     prompts = [(r.prompt_seconds, r.plain_prompt_seconds) for r in timed if not math.isnan(r.prompt_seconds)]
     steps = [(ms, plain) for r in timed for ms, plain in zip(r.step_ms, r.plain_step_ms, strict=True)]
     return Summary(
-        records[0].arm,
+        records[0].variant,
         records[0].policy,
         records[0].budget,
         found,

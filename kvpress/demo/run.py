@@ -17,7 +17,7 @@ import kvpress
 from kvpress.demo.needle import Haystack, Needle, PromptError
 from kvpress.demo.plots import draw_heat_map, draw_memory_accuracy
 from kvpress.demo.results import Record, summarise, write_results
-from kvpress.demo.runner import Arm, Comparison, make_arms
+from kvpress.demo.runner import Comparison, Variant, make_variants
 from kvpress.demo.table import results_table
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.depths, self.samples) < 1:
             raise PromptError(f"depths={self.depths}, samples={self.samples} make no prompt; give at least 1 of each")
-        make_arms(self.policies, self.budgets, max(self.lengths))  # what cannot work is said before a model is loaded
+        make_variants(
+            self.policies, self.budgets, max(self.lengths)
+        )  # what cannot work is said before a model is loaded
 
 
 def run_demo(
@@ -82,16 +84,16 @@ def run_demo(
     started = time.perf_counter()
     haystack = Haystack(tokenizer)
     needles = make_needles(haystack, plan)
-    wanted = make_arms(plan.policies or tuple(kvpress.available()), plan.budgets, max(plan.lengths))
-    arms = patchable(model, wanted, plan, console)
+    wanted = make_variants(plan.policies or tuple(kvpress.available()), plan.budgets, max(plan.lengths))
+    variants = patchable(model, wanted, plan, console)
     setting = describe(model, name)
     console.print(
         "{model}: {dtype} on {device}, {threads} threads, torch {torch}, transformers {transformers}".format(**setting)
     )
 
-    comparison = Comparison(model, tokenizer, arms)
+    comparison = Comparison(model, tokenizer, variants)
     records = answer_all(comparison, needles, plan.minutes, console)
-    done = len(records) // len(arms)
+    done = len(records) // len(variants)
     if done < len(needles):
         console.print(f"{plan.minutes:g} minutes allow {done} of {len(needles)} prompts; --minutes 0 runs all")
 
@@ -119,19 +121,19 @@ def make_needles(haystack: Haystack, plan: Plan) -> list[Needle]:
     ]
 
 
-def patchable(model: "PreTrainedModel", arms: Sequence[Arm], plan: Plan, console: Console) -> list[Arm]:
-    """The arms that this model can have; only where all policies are compared may one be left out, which is said."""
+def patchable(model: "PreTrainedModel", variants: Sequence[Variant], plan: Plan, console: Console) -> list[Variant]:
+    """The variants that this model can have; only where all policies are compared may one be left out, which is said."""
     kept = []
-    for arm in arms:
+    for variant in variants:
         try:
-            if arm.instance is not None:
-                kvpress.patch(model, arm.instance).unpatch()
+            if variant.instance is not None:
+                kvpress.patch(model, variant.instance).unpatch()
         except (kvpress.PolicyError, kvpress.UnsupportedModelError) as error:
-            if plan.policies or arm.policy == "full":
+            if plan.policies or variant.policy == "full":
                 raise
-            console.print(f"left out {arm.label}: {error}")
+            console.print(f"left out {variant.label}: {error}")
         else:
-            kept.append(arm)
+            kept.append(variant)
     return kept
 
 
@@ -142,7 +144,7 @@ def answer_all(comparison: Comparison, needles: Sequence[Needle], minutes: float
     deadline = time.perf_counter() + 60 * minutes if minutes else float("inf")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=len(needles) * len(comparison.arms))
+        task = progress.add_task("", total=len(needles) * len(comparison.variants))
         for needle in needles:
             began = time.perf_counter()
             if records and began + per_token * needle.length > deadline:
@@ -151,7 +153,7 @@ def answer_all(comparison: Comparison, needles: Sequence[Needle], minutes: float
             progress.update(task, description=where)
             for record in comparison.run(needle, timed=needle is needles[0]):
                 records.append(record)
-                progress.update(task, advance=1, description=f"{where}, {record.arm}")
+                progress.update(task, advance=1, description=f"{where}, {record.variant}")
             per_token = (time.perf_counter() - began) / needle.length
             if needle is needles[0]:
                 per_token *= TIMED_EXTRA

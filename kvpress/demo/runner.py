@@ -14,6 +14,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.demo.needle import Needle, is_found
 from kvpress.demo.results import Record
+from kvpress.registry import make_policies
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,8 +25,8 @@ ANSWER_STEPS = 1 + BLOCKS * BLOCK_STEPS  # the first is not timed: it may still 
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One thing to compare.
+class Variant:
+    """One thing to compare: the model under a policy, or without one.
 
     Attributes:
         policy: a policy's name; `PLAIN` for the unpatched model.
@@ -42,7 +43,7 @@ class Arm:
         return f"{self.policy} {self.budget}".strip()
 
 
-def make_arms(names: Sequence[str], budgets: Sequence[int | float], length: int) -> list[Arm]:
+def make_variants(names: Sequence[str], budgets: Sequence[int | float], length: int) -> list[Variant]:
     """The unpatched model, full attention under kvpress, and each named policy at each budget.
 
     A policy that takes entries only gets as many as the share of a prompt of `length` tokens.
@@ -50,16 +51,12 @@ def make_arms(names: Sequence[str], budgets: Sequence[int | float], length: int)
     Raises:
         PolicyError: a name or a budget that does not work.
     """
-    arms = [Arm(PLAIN)]
+    variants = [Variant(PLAIN)]
     for name in dict.fromkeys(["full", *names]):
-        policy = type(kvpress.make_policy(name))
-        if policy.takes_budget:
-            for budget in dict.fromkeys(budgets):
-                entries = int(budget * length) if isinstance(budget, float) and not policy.takes_share else budget
-                arms.append(Arm(name, str(budget), policy.at_budget(entries)))
-        else:
-            arms.append(Arm(name, "", policy()))
-    return arms
+        for budget in dict.fromkeys(budgets) if type(kvpress.make_policy(name)).takes_budget else (None,):
+            (policy,) = make_policies(name, budget, tokens=length)
+            variants.append(Variant(name, "" if budget is None else str(budget), policy))
+    return variants
 
 
 class Answer:
@@ -98,34 +95,36 @@ class Answer:
 class Comparison:
     """A model that can be patched beside an unpatched twin that shares its weights, so that both can decode in turns."""
 
-    def __init__(self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", arms: Sequence[Arm]) -> None:
-        self.model, self.tokenizer, self.arms = model, tokenizer, arms
+    def __init__(
+        self, model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", variants: Sequence[Variant]
+    ) -> None:
+        self.model, self.tokenizer, self.variants = model, tokenizer, variants
         shared = {id(tensor): tensor for tensor in itertools.chain(model.parameters(), model.buffers())}
         self.twin = copy.deepcopy(model, shared)
 
     @torch.inference_mode()
     def run(self, needle: Needle, timed: bool) -> Iterator[Record]:
-        """One record per arm, as each is done.
+        """One record per variant, as each is done.
 
         Args:
-            timed: decode steps are timed in blocks that alternate with blocks of the twin's, and the first arm of each
-                policy runs the prompt itself. One prompt pass serves all other arms that leave it exact.
+            timed: decode steps are timed in blocks that alternate with blocks of the twin's, and the first variant of each
+                policy runs the prompt itself. One prompt pass serves all other variants that leave it exact.
         """
         prompt = Answer.begin(self.twin, needle.input_ids)
         ids = torch.tensor([needle.input_ids], device=self.model.device)
-        reused = not timed or len({arm.policy for arm in self.arms}) < len(self.arms)
+        reused = not timed or len({variant.policy for variant in self.variants}) < len(self.variants)
         shared = kvpress.record_prompt(self.model, ids) if reused else None
         run_prompts = set()
         plain = prompt.copy()
         (plain_ms,) = _blocks(plain)
         plain_bytes = sum(t.nbytes for layer in plain.cache.layers for t in (layer.keys, layer.values))
-        for arm in self.arms:
-            if arm.instance is None:
+        for variant in self.variants:
+            if variant.instance is None:
                 answer, held, step_ms, beside_ms = plain, {"bytes": plain_bytes, "read_share": 1.0}, plain_ms, plain_ms
             else:
-                with kvpress.patch(self.model, arm.instance) as handle:
-                    own = timed and arm.policy not in run_prompts
-                    run_prompts.add(arm.policy)
+                with kvpress.patch(self.model, variant.instance) as handle:
+                    own = timed and variant.policy not in run_prompts
+                    run_prompts.add(variant.policy)
                     if shared is not None and handle.shares_prompts and not own:
                         first = shared.logits.argmax(-1, keepdim=True)
                         answer = Answer(self.model, handle.adopt_prompt(shared), first)
@@ -135,9 +134,9 @@ class Comparison:
                     held = handle.report().to_dict()
             text = answer.text(self.tokenizer)
             yield Record(
-                arm=arm.label,
-                policy=arm.policy,
-                budget=arm.budget,
+                variant=variant.label,
+                policy=variant.policy,
+                budget=variant.budget,
                 length=needle.length,
                 depth=needle.depth,
                 seed=needle.seed,

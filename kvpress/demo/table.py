@@ -23,7 +23,7 @@ COLUMNS = (
 
 
 def results_table(summaries: Sequence[Summary], longest: int) -> Table:
-    """One row per arm, narrow enough for 80 columns."""
+    """One row per variant, narrow enough for 80 columns."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0)
     table.add_column("policy", no_wrap=True, vertical="bottom")
     for name in COLUMNS:

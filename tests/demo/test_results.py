@@ -40,7 +40,7 @@ def test_wilson_interval_of_nothing(found, n):
 
 def records():
     short = Record(
-        arm="h2o 0.5",
+        variant="h2o 0.5",
         policy="h2o",
         budget="0.5",
         length=100,
@@ -72,12 +72,10 @@ def test_summary():
     assert (summary.step_ms, summary.step_ratio) == (5.0, 0.75)  # of the blocks beside each other: 0.5 and 1
 
 
-def test_arms_keep_their_order():
+def test_variants_keep_their_order():
     first, second = records()
-    assert [s.arm for s in summarise([replace(first, arm="b"), replace(first, arm="a"), replace(second, arm="b")])] == [
-        "b",
-        "a",
-    ]
+    found = summarise([replace(first, variant="b"), replace(first, variant="a"), replace(second, variant="b")])
+    assert [summary.variant for summary in found] == ["b", "a"]
 
 
 def test_files(tmp_path):
@@ -87,4 +85,4 @@ def test_files(tmp_path):
     assert [record["found"] for record in content["records"]] == [True, False]
     with (tmp_path / "results.csv").open(newline="") as file:
         (row,) = csv.DictReader(file)
-    assert (row["arm"], float(row["share_of_full"])) == ("h2o 0.5", 280 / 500)
+    assert (row["variant"], float(row["share_of_full"])) == ("h2o 0.5", 280 / 500)

@@ -15,8 +15,9 @@ from kvpress.demo.needle import Haystack, PromptError, is_found
 from kvpress.demo.plots import draw_heat_map, draw_memory_accuracy
 from kvpress.demo.results import summarise
 from kvpress.demo.run import Plan, make_needles, run_demo
-from kvpress.demo.runner import ANSWER_STEPS, Answer, Comparison, make_arms
+from kvpress.demo.runner import ANSWER_STEPS, Answer, Comparison, make_variants
 from kvpress.models import load_model
+from kvpress.policies import TokenSelect
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +38,12 @@ def demo(model, tokenizer, folder, **plan):
 
 def test_all_policies_end_to_end(model, tokenizer, tmp_path):
     records, shown = demo(model, tokenizer, tmp_path)
-    arms = len(make_arms(tuple(kvpress.available()), (0.25, 0.5), 420))
-    assert len(records) == 4 * arms
+    variants = len(make_variants(tuple(kvpress.available()), (0.25, 0.5), 420))
+    assert len(records) == 4 * variants
     for name in ("heat_map.png", "memory_accuracy.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     results = json.loads((tmp_path / "results.json").read_text())
-    assert len(results["summary"]) == arms
+    assert len(results["summary"]) == variants
     assert results["setting"]["dtype"] == "float32"
     assert results["setting"]["plan"]["lengths"] == [360, 420]
     for name in ("transformers", *kvpress.available()):
@@ -54,20 +55,20 @@ def test_all_policies_end_to_end(model, tokenizer, tmp_path):
 
 def test_figures_are_measured(model, tokenizer, tmp_path):
     records, _ = demo(model, tokenizer, tmp_path, policies=("h2o",), budgets=(64,), depths=1)
-    by_arm = {(record.arm, record.length): record for record in records}
+    by_variant = {(record.variant, record.length): record for record in records}
     per_token = 2 * 4 * 2 * 8 * 4  # K and V, layers, kv heads, head size, bytes
-    plain, h2o = by_arm["transformers", 420], by_arm["h2o 64", 420]
+    plain, h2o = by_variant["transformers", 420], by_variant["h2o 64", 420]
     assert plain.cache_bytes == plain.plain_bytes == (420 + ANSWER_STEPS) * per_token
     assert 64 * per_token <= h2o.cache_bytes < 100 * per_token
     assert h2o.read_share < 0.2
     assert len(h2o.step_ms) == len(h2o.plain_step_ms) == 2
-    assert by_arm["h2o 64", 360].step_ms == ()  # the first prompt alone is timed
-    assert math.isnan(by_arm["h2o 64", 360].prompt_seconds)
-    assert by_arm["full", 360].answer == by_arm["transformers", 360].answer
+    assert by_variant["h2o 64", 360].step_ms == ()  # the first prompt alone is timed
+    assert math.isnan(by_variant["h2o 64", 360].prompt_seconds)
+    assert by_variant["full", 360].answer == by_variant["transformers", 360].answer
 
 
 def test_the_twin_shares_the_weights_and_stays_unpatched(model, tokenizer):
-    comparison = Comparison(model, tokenizer, make_arms(["h2o"], (0.5,), 420))
+    comparison = Comparison(model, tokenizer, make_variants(["h2o"], (0.5,), 420))
     assert all(a is b for a, b in zip(model.parameters(), comparison.twin.parameters(), strict=True))
     ids = torch.arange(5, 50)[None]
     before = comparison.twin(ids).logits
@@ -76,8 +77,8 @@ def test_the_twin_shares_the_weights_and_stays_unpatched(model, tokenizer):
 
 
 def test_a_shared_prompt_answers_as_one_of_its_own(model, tokenizer):
-    arms = make_arms(["h2o", "snapkv", "streaming_llm"], (0.3,), 420)
-    comparison = Comparison(model, tokenizer, arms)
+    variants = make_variants(["h2o", "snapkv", "streaming_llm"], (0.3,), 420)
+    comparison = Comparison(model, tokenizer, variants)
     needle = Haystack(tokenizer).needle(360, 0.5, seed=0)
     own, shared = (list(comparison.run(needle, timed)) for timed in (True, False))
     assert [r.answer for r in own] == [r.answer for r in shared]
@@ -96,7 +97,7 @@ def test_answer_copies_decode_alike(model):
 
 def test_time_limit(model, tokenizer, tmp_path):
     records, shown = demo(model, tokenizer, tmp_path, policies=("full",), depths=5, minutes=1e-9)
-    assert [record.arm for record in records] == ["transformers", "full"]
+    assert [record.variant for record in records] == ["transformers", "full"]
     assert {record.length for record in records} == {420}  # the longest, at which steps are timed
     assert "1 of 10 prompts" in shown
 
@@ -108,11 +109,13 @@ def test_needles_spread_their_depths(tokenizer):
     assert abs(needles[0].depth - needles[2].depth) >= 0.5
 
 
-def test_arms():
-    labels = [arm.label for arm in make_arms(["snapkv", "h2o", "snapkv", "full"], (0.25, 64, 0.25), 420)]
+def test_variants():
+    labels = [variant.label for variant in make_variants(["snapkv", "h2o", "snapkv", "full"], (0.25, 64, 0.25), 420)]
     assert labels == ["transformers", "full", "snapkv 0.25", "snapkv 64", "h2o 0.25", "h2o 64"]
-    entries = make_arms(["token_select"], (0.25,), 1000)[-1].instance
+    entries = make_variants(["token_select"], (0.25,), 1000)[-1].instance
     assert entries.n_init + entries.n_local + entries.k == 250  # it takes no share
+    # 29, as many as the other policies have of that prompt: 0.29 has no exact binary form
+    assert make_variants(["token_select"], (0.29,), 100)[-1].instance == TokenSelect.at_budget(29)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +151,12 @@ def test_a_policy_that_the_model_cannot_have_is_left_out_only_when_not_asked_for
 
 
 @pytest.mark.parametrize("count", [1, 9, 30])
-def test_pictures_of_few_and_many_arms(model, tokenizer, tmp_path, count):
+def test_pictures_of_few_and_many_variants(model, tokenizer, tmp_path, count):
     records, _ = demo(model, tokenizer, tmp_path, policies=("full",), depths=1, lengths=(360,))
-    many = [type(records[0])(**{**vars(records[0]), "arm": f"arm {i}", "policy": f"arm {i}"}) for i in range(count)]
+    many = [
+        type(records[0])(**{**vars(records[0]), "variant": f"variant {i}", "policy": f"variant {i}"})
+        for i in range(count)
+    ]
     draw_heat_map(tmp_path / "a.png", many, "title")
     draw_memory_accuracy(tmp_path / "b.png", summarise(many), "title")
     assert (tmp_path / "a.png").stat().st_size > 5000

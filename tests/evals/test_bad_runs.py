@@ -9,7 +9,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from kvpress.cli import app
-from kvpress.evals import runner
+from kvpress.evals import executor, runner
 from kvpress.evals.cluster import run_on_ray
 from kvpress.evals.runner import RunError
 from plans import plan, tree, write
@@ -64,14 +64,14 @@ def test_a_context_longer_than_the_model(ablate):
 
 def test_out_of_memory_in_one_sample(ablate, monkeypatch):
     """The sample's row has the reason, the others are answered, and the exit code says that something is missing."""
-    real = runner.answer
+    real = executor.answer_batch
 
-    def full(model, tokenizer, policies, question, shared=None):
-        if question.sample.index == 0:
+    def full(model, tokenizer, policies, samples, shared=None):
+        if samples[0].source.index == 0:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB")
-        return real(model, tokenizer, policies, question, shared)
+        return real(model, tokenizer, policies, samples, shared)
 
-    monkeypatch.setattr(runner, "answer", full)
+    monkeypatch.setattr(executor, "answer_batch", full)
     result, out = ablate({})
     assert result.exit_code == 1
     assert "1 runs finished with 1 new answers; 1 samples failed" in result.output and "--retry" in result.output

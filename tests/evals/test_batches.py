@@ -9,8 +9,8 @@ from rich.console import Console
 
 import kvpress
 from kvpress.evals import answer as answering
-from kvpress.evals import runner
-from kvpress.evals.runner import run
+from kvpress.evals import executor
+from kvpress.evals.runner import run_plan
 from kvpress.evals.store import read_rows
 from kvpress.models import load_model
 from plans import plan
@@ -69,9 +69,9 @@ def rows(loaded):
     """Runs a plan with that model, and gives policy -> its rows by index."""
 
     def go(wanted):
-        outcome = run(wanted, Console(quiet=True), loader=lambda *_: loaded)
+        outcome = run_plan(wanted, Console(quiet=True), loader=lambda *_: loaded)
         assert outcome.exit_code == 0
-        return {point.policy: read_rows(wanted.out / point.id) for point in wanted.points}
+        return {run.policy: read_rows(wanted.out / run.id) for run in wanted.runs}
 
     return go
 
@@ -135,26 +135,26 @@ def test_perplexity_in_batches(rows, tmp_path):
 def test_only_samples_of_one_shape_are_together(rows, tmp_path, monkeypatch):
     """Of equal length, and missing in the same policies."""
     batches = []
-    real = runner.answer_batch
+    real = executor.answer_batch
 
-    def noted(model, tokenizer, policies, questions, shared):
-        batches.append((policies[0].name, [question.sample.index for question in questions]))
-        return real(model, tokenizer, policies, questions, shared)
+    def noted(model, tokenizer, policies, samples, shared):
+        batches.append((policies[0].name, [sample.source.index for sample in samples]))
+        return real(model, tokenizer, policies, samples, shared)
 
-    monkeypatch.setattr(runner, "answer_batch", noted)
+    monkeypatch.setattr(executor, "answer_batch", noted)
     task = {"name": "needle", "lengths": [360, 380], "depths": [0.1, 0.9]}
     wanted = plan(
         "tiny", tmp_path, defaults={"task": task}, sweep={"policy": ["full", "h2o"], "budget": [0.5]}, batch_size=3
     )
     rows(wanted)
     assert sorted(batches) == [(name, [first, first + 1]) for name in ("full", "h2o") for first in (0, 2)]
-    full = wanted.out / wanted.points[0].id
+    full = wanted.out / wanted.runs[0].id
     (full / "finished.json").unlink()
     kept = [line for line in (full / "samples.jsonl").read_text().splitlines() if json.loads(line)["index"] == 2]
     (full / "samples.jsonl").write_text("\n".join(kept) + "\n")
     batches.clear()
     again = rows(wanted)
-    assert batches == [("full", [0, 1])]  # and 3 by itself
+    assert batches == [("full", [0, 1]), ("full", [3])]
     assert sorted(again["full()"]) == list(range(4))
 
 
@@ -163,10 +163,14 @@ def test_what_is_too_much_at_once_is_answered_one_by_one(rows, tmp_path, monkeyp
     wanted = plan("tiny", tmp_path / "a", defaults={"task": task}, batch_size=3)
     expected = rows(replace(wanted, out=tmp_path / "b", batch_size=1))
 
-    def full(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+    real = executor.answer_batch
 
-    monkeypatch.setattr(runner, "answer_batch", full)
+    def full(model, tokenizer, policies, samples, shared):
+        if len(samples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(model, tokenizer, policies, samples, shared)
+
+    monkeypatch.setattr(executor, "answer_batch", full)
     found = rows(wanted)
     assert [row["answer"] for row in found["full()"].values()] == [row["answer"] for row in expected["full()"].values()]
     assert [row["batch"] for row in found["full()"].values()] == [1, 1, 1]

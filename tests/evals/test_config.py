@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 import kvpress
 from kvpress.cli import app
 from kvpress.evals.config import make_plan, read_plan
-from kvpress.evals.located import ConfigError
+from kvpress.evals.locations import ConfigError
 from kvpress.models import ModelLoadError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -34,22 +34,22 @@ def read(tmp_path, text, *settings):
 
 
 def test_each_value_meets_each(tmp_path):
-    points = read(tmp_path, GOOD).points
-    assert [(p.policies[0].budget, p.task.lengths) for p in points] == [
+    runs = read(tmp_path, GOOD).runs
+    assert [(p.policies[0].budget, p.task.lengths) for p in runs] == [
         (0.25, (400,)),
         (0.25, (500,)),
         (64, (400,)),
         (64, (500,)),
     ]
-    assert {p.task.depths for p in points} == {(0.1, 0.9)}
-    assert len({p.id for p in points}) == 4
-    assert points[0].samples_id == points[2].samples_id != points[1].samples_id
+    assert {p.task.depths for p in runs} == {(0.1, 0.9)}
+    assert len({p.id for p in runs}) == 4
+    assert runs[0].samples_id == runs[2].samples_id != runs[1].samples_id
 
 
 def test_an_id_names_what_decides_the_answers():
     def only(**fields):
-        (point,) = make_plan({"out": "x", "defaults": {"task": "needle", **fields}}).points
-        return point.id
+        (run,) = make_plan({"out": "x", "defaults": {"task": "needle", **fields}}).runs
+        return run.id
 
     ids = [
         only(),
@@ -72,34 +72,47 @@ def test_an_id_names_what_decides_the_answers():
 
 
 def test_a_policy_without_budget_comes_once(tmp_path):
-    points = read(tmp_path, GOOD, "sweep.policy=[full, h2o]", "length=400").points
-    assert [p.policy for p in points] == ["full()", "h2o(budget=0.25)", "h2o(budget=64)"]
+    runs = read(tmp_path, GOOD, "sweep.policy=[full, h2o]", "length=400").runs
+    assert [p.policy for p in runs] == ["full()", "h2o(budget=0.25)", "h2o(budget=64)"]
+
+
+def test_a_budget_is_recorded_where_it_acts():
+    """Not where a policy takes none, or takes entries only."""
+    sweep = {"policy": ["full", "h2o", "token_select"], "budget": [0.25]}
+    runs = make_plan({"out": "x", "sweep": sweep}).runs
+    assert [(run.policy, run.to_dict()["budget"]) for run in runs] == [
+        ("full()", None),
+        ("h2o(budget=0.25)", 0.25),
+        ("token_select()", None),
+    ]
+    with pytest.raises(ConfigError, match=r"budget=0\.25, but none of the policies takes a share, only entries"):
+        make_plan({"out": "x", "sweep": {"policy": ["full", "token_select"], "budget": [0.25]}})
 
 
 def test_grids_one_after_the_other():
     sweep = [{"policy": ["full"]}, {"policy": ["h2o", "snapkv"], "budget": [0.5]}, {"policy": ["h2o"], "budget": [0.5]}]
-    points = make_plan({"out": "x", "sweep": sweep}).points
-    assert [p.policy for p in points] == ["full()", "h2o(budget=0.5)", "snapkv(budget=0.5)"]
+    runs = make_plan({"out": "x", "sweep": sweep}).runs
+    assert [p.policy for p in runs] == ["full()", "h2o(budget=0.5)", "snapkv(budget=0.5)"]
 
 
 def test_parts_are_swept_too():
     tree = {"out": "x", "defaults": {"policy": "snapkv", "task": "needle"}}
     tree["sweep"] = {"policy.window": [8, 16], "task.repeats": [1, 2]}
-    points = make_plan(tree).points
-    assert [(p.policies[0].window, p.task.repeats) for p in points] == [(8, 1), (8, 2), (16, 1), (16, 2)]
+    runs = make_plan(tree).runs
+    assert [(p.policies[0].window, p.task.repeats) for p in runs] == [(8, 1), (8, 2), (16, 1), (16, 2)]
 
 
 def test_policies_of_several_roles():
-    (point,) = make_plan({"out": "x", "defaults": {"policy": ["h2o", "full"], "budget": 0.5}}).points
-    assert point.policy == "h2o(budget=0.5) + full()"
+    (run,) = make_plan({"out": "x", "defaults": {"policy": ["h2o", "full"], "budget": 0.5}}).runs
+    assert run.policy == "h2o(budget=0.5) + full()"
 
 
 def test_settings(tmp_path):
-    assert [p.policies[0].budget for p in read(tmp_path, GOOD, "budget=0.1", "length=400").points] == [0.1]
-    assert {p.task.repeats for p in read(tmp_path, GOOD, "task.repeats=3").points} == {3}
+    assert [p.policies[0].budget for p in read(tmp_path, GOOD, "budget=0.1", "length=400").runs] == [0.1]
+    assert {p.task.repeats for p in read(tmp_path, GOOD, "task.repeats=3").runs} == {3}
     assert read(tmp_path, GOOD, "out=elsewhere").out == Path("elsewhere")
-    assert len(read(tmp_path, GOOD, "sweep.budget=[1, 2, 3]").points) == 6
-    swept = read(tmp_path, GOOD, "sweep.policy=[snapkv, pyramid_kv]", "policy.window=4").points
+    assert len(read(tmp_path, GOOD, "sweep.budget=[1, 2, 3]").runs) == 6
+    swept = read(tmp_path, GOOD, "sweep.policy=[snapkv, pyramid_kv]", "policy.window=4").runs
     assert {p.policies[0].window for p in swept} == {4}
 
 
@@ -110,8 +123,8 @@ def test_variables_are_read_when_it_runs_and_do_not_change_the_id(tmp_path, monk
     for folder in ("/one", "/two"):
         monkeypatch.setenv("SOME_DATA", folder)
         plan = make_plan(tree)
-        ids.add(plan.points[0].id)
-        assert plan.points[0].task.data_dir == f"{folder}/rows"
+        ids.add(plan.runs[0].id)
+        assert plan.runs[0].task.data_dir == f"{folder}/rows"
         assert plan.out == Path(folder, "out")
     assert len(ids) == 1
 
@@ -209,8 +222,8 @@ def test_the_shipped_configurations(name, monkeypatch):
     monkeypatch.setenv("KVPRESS_DATA", "/data")
     plan = read_plan(CONFIGS / name)
     assert plan.out == Path("results", name.removesuffix(".yaml"))
-    for samples in {point.samples_id for point in plan.points}:
-        members = [point.policy for point in plan.points if point.samples_id == samples]
+    for samples in {run.samples_id for run in plan.runs}:
+        members = [run.policy for run in plan.runs if run.samples_id == samples]
         assert members[0] == "full()"  # what the others are compared with
         assert len(members) > 1
 
@@ -224,13 +237,13 @@ def test_the_papers_configurations(name, monkeypatch):
     assert result.exit_code == 0, result.output
     plan = read_plan(path)
     assert plan.out == Path("results/paper", name.removesuffix(".yaml"))
-    assert f"{len(plan.points)} runs" in result.output or len({point.model for point in plan.points}) > 1
-    for samples in {point.samples_id for point in plan.points}:
-        members = [point.policy for point in plan.points if point.samples_id == samples]
+    assert f"{len(plan.runs)} runs" in result.output or len({run.model for run in plan.runs}) > 1
+    for samples in {run.samples_id for run in plan.runs}:
+        members = [run.policy for run in plan.runs if run.samples_id == samples]
         assert members[0] == "full()" and len(members) > 1
     text = path.read_text(encoding="utf-8")
     assert "# The paper's numbers" in text
-    own = {policy.paper.removeprefix("arXiv ") for point in plan.points for policy in point.policies}
+    own = {policy.paper.removeprefix("arXiv ") for run in plan.runs for policy in run.policies}
     assert any(f"(arXiv {paper})" in text.splitlines()[0] for paper in own)
 
 
@@ -247,15 +260,15 @@ def no_tokenizer(name):
 
 
 def test_the_needle_configuration_has_every_policy():
-    points = read_plan(CONFIGS / "smollm2_needle.yaml").points
+    runs = read_plan(CONFIGS / "smollm2_needle.yaml").runs
     shipped = {
         name for name, policy in kvpress.available().items() if policy.__module__.startswith("kvpress.policies.")
     }
-    assert {policy.name for point in points for policy in point.policies} == shipped
-    assert {point.task.lengths for point in points} == {(1000,), (2000,)}
-    assert {len(point.task.depths) for point in points} == {3}
+    assert {policy.name for run in runs for policy in run.policies} == shipped
+    assert {run.task.lengths for run in runs} == {(1000,), (2000,)}
+    assert {len(run.task.depths) for run in runs} == {3}
     for name in shipped - {"full"}:
-        assert sum(point.policies[0].name == name for point in points) == 3 * 2
+        assert sum(run.policies[0].name == name for run in runs) == 3 * 2
 
 
 def test_a_wrong_file_on_the_command_line_is_one_line(tmp_path):

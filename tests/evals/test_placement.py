@@ -16,7 +16,7 @@ from kvpress import models
 from kvpress.cli import app
 from kvpress.evals import commands
 from kvpress.evals.config import make_plan
-from kvpress.evals.runner import Outcome, RunError, run
+from kvpress.evals.runner import Outcome, RunError, run_plan
 from kvpress.evals.store import read_rows
 from kvpress.models import ModelLoadError, load_model
 from plans import plan, tree, write
@@ -50,7 +50,7 @@ def test_placement_reaches_the_loader(folder, tmp_path, given):
         return load_model(folder, "cpu", "float32")
 
     wanted = plan(folder, tmp_path, defaults={"device": "auto", "samples": 1, **given})
-    assert run(wanted, Console(quiet=True), loader=loader).exit_code == 0
+    assert run_plan(wanted, Console(quiet=True), loader=loader).exit_code == 0
     assert loads == [((folder, "auto", "float32"), given)]
     (config,) = tmp_path.glob("*/config.json")
     definition = json.loads(config.read_text())["definition"]
@@ -59,20 +59,20 @@ def test_placement_reaches_the_loader(folder, tmp_path, given):
 
 def test_an_id_without_placement_is_what_it_was():
     """Results from before there was a choice are found again."""
-    (point,) = make_plan({"out": "x", "defaults": {"task": "needle"}}).points
-    assert not {"device_map", "tp_plan"} & set(point.definition)
-    ids = {point.id}
+    (run,) = make_plan({"out": "x", "defaults": {"task": "needle"}}).runs
+    assert not {"device_map", "tp_plan"} & set(run.definition)
+    ids = {run.id}
     for given in ({"device_map": "auto"}, {"tp_plan": "auto"}):
-        ids |= {one.id for one in make_plan({"out": "x", "defaults": {"task": "needle", **given}}).points}
+        ids |= {one.id for one in make_plan({"out": "x", "defaults": {"task": "needle", **given}}).runs}
     assert len(ids) == 3
 
 
 def test_the_command_line_passes_it_on(folder, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(commands, "run", lambda plan, *_, **__: asked.append(plan) or Outcome())
+    monkeypatch.setattr(commands, "run_plan", lambda plan, *_, **__: asked.append(plan) or Outcome())
     for options in (["--device-map", "balanced", "--batch-size", "4"], ["--tp-plan", "auto"]):
         assert CliRunner().invoke(app, ["eval", "--model", folder, *options, "--out", str(tmp_path)]).exit_code == 0
-    first, second = (one.points[0].fields for one in asked)
+    first, second = (one.runs[0].fields for one in asked)
     assert (first.device_map, first.tp_plan, asked[0].batch_size) == ("balanced", None, 4)
     assert (second.device_map, second.tp_plan) == (None, "auto")
 
@@ -107,10 +107,8 @@ def test_device_map_runs_an_evaluation(folder, tmp_path):
     found = {}
     for name, given in (("map", {"device": "auto", "device_map": "auto"}), ("plain", {})):
         wanted = plan(folder, tmp_path / name, defaults=given, sweep=SWEEP)
-        assert run(wanted, Console(quiet=True)).exit_code == 0
-        found[name] = {
-            p.policy: [row["answer"] for row in read_rows(wanted.out / p.id).values()] for p in wanted.points
-        }
+        assert run_plan(wanted, Console(quiet=True)).exit_code == 0
+        found[name] = {p.policy: [row["answer"] for row in read_rows(wanted.out / p.id).values()] for p in wanted.runs}
     assert found["map"] == found["plain"]
 
 
@@ -133,9 +131,9 @@ def test_a_split_run_writes_what_a_whole_one_does(folder, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("3 runs finished with 6 new answers") == 1
     wanted = plan(folder, tmp_path / "whole", sweep=SWEEP)
-    run(wanted, Console(quiet=True))
+    run_plan(wanted, Console(quiet=True))
     split = plan(folder, tmp_path / "split", defaults=defaults, sweep=SWEEP)
-    for ours, theirs in zip(split.points, wanted.points, strict=True):
+    for ours, theirs in zip(split.runs, wanted.runs, strict=True):
         rows, expected = read_rows(split.out / ours.id), read_rows(wanted.out / theirs.id)
         for index, row in expected.items():
             for name in ("answer", "score", "new_tokens", "seen", "kept", "full_bytes", "prompt_hash", "error"):
@@ -188,4 +186,4 @@ def test_split_and_whole_runs_need_files_of_their_own(folder, tmp_path, monkeypa
     monkeypatch.setenv("RANK", "0")
     sweep = [{"policy": ["full"]}, {"policy": ["full"], "tp_plan": ["auto"]}]
     with pytest.raises(RunError, match="some runs have a tp_plan and some have none"):
-        run(plan(folder, tmp_path, defaults={"device": "auto"}, sweep=sweep), Console(quiet=True))
+        run_plan(plan(folder, tmp_path, defaults={"device": "auto"}, sweep=sweep), Console(quiet=True))

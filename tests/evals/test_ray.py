@@ -13,7 +13,7 @@ import kvpress
 from kvpress.evals import cluster as launching
 from kvpress.evals.cluster import run_on_ray
 from kvpress.evals.config import RayOptions, read_plan
-from kvpress.evals.runner import RunError, run
+from kvpress.evals.runner import RunError, run_plan
 from kvpress.evals.store import read_rows
 from kvpress.models import load_model
 from plans import plan, tree, write
@@ -70,9 +70,7 @@ def on_ray(wanted, **options):
 
 
 def sessions(wanted):
-    return {
-        point.id: len((wanted.out / point.id / "environment.jsonl").read_text().splitlines()) for point in wanted.points
-    }
+    return {run.id: len((wanted.out / run.id / "environment.jsonl").read_text().splitlines()) for run in wanted.runs}
 
 
 def test_a_worker_keeps_its_model(folder, tmp_path, monkeypatch):
@@ -84,8 +82,8 @@ def test_a_worker_keeps_its_model(folder, tmp_path, monkeypatch):
     worker = launching.Worker(str(tmp_path), {"SOME_MODEL": folder})
     defaults = {"samples": 1, "model": "${SOME_MODEL}"}
     wanted = plan(folder, "out", defaults=defaults, sweep={"policy": ["full", "h2o"], "dtype": ["float32", "bfloat16"]})
-    for point in sorted(wanted.points, key=lambda point: point.fields.dtype):
-        assert worker.run(replace(wanted, points=(point,)), False, 0.0).finished == 1
+    for run in sorted(wanted.runs, key=lambda run: run.fields.dtype):
+        assert worker.run(replace(wanted, runs=(run,)), False, 0.0).finished == 1
     assert loads == [(folder, "cpu", "bfloat16"), (folder, "cpu", "float32")]
     assert len(list(tmp_path.glob("out/*/finished.json"))) == 4
 
@@ -93,7 +91,7 @@ def test_a_worker_keeps_its_model(folder, tmp_path, monkeypatch):
 # The tests that need both nodes come before the one that takes a node away.
 
 
-def test_errors_of_points_come_out_as_they_are(folder, nodes, tmp_path):
+def test_errors_of_runs_come_out_as_they_are(folder, nodes, tmp_path):
     """As in one process: a policy that the model cannot have, in a worker that goes on to run another plan."""
     wanted = on_ray(
         plan(folder, tmp_path, sweep={"policy": [{"name": "tidal_decode", "sparse_layer_start": 40}]}), workers=1
@@ -115,8 +113,8 @@ def test_policies_outside_of_the_package(folder, nodes, tmp_path, monkeypatch, w
     monkeypatch.chdir("/")
     outcome = run_on_ray(wanted, Console(quiet=True))
     assert (outcome.finished, outcome.failed) == (2, 0)
-    for point in wanted.points:
-        rows = read_rows(wanted.out / point.id).values()
+    for run in wanted.runs:
+        rows = read_rows(wanted.out / run.id).values()
         assert [row["kept"] - row["new_tokens"] for row in rows] == [8, 8]  # 9, and what was written, but the last
 
     (tmp_path / "own_on_ray.py").write_text(OWN + "# as another node may have it\n", encoding="utf-8")
@@ -151,7 +149,7 @@ def test_the_results_of_one_process_though_a_node_dies(folder, nodes, tmp_path):
     seen = {}
 
     def kill():
-        """One node, as soon as both are in the middle of a point."""
+        """One node, as soon as both are in the middle of a run."""
         until = time.monotonic() + 120
         while time.monotonic() < until:
             rows = {path.parent.name: path.read_bytes().count(b"\n") for path in wanted.out.glob("*/samples.jsonl")}
@@ -165,33 +163,33 @@ def test_the_results_of_one_process_though_a_node_dies(folder, nodes, tmp_path):
     killer.start()
     outcome = run_on_ray(wanted, Console(quiet=True))
     killer.join()
-    assert seen and min(seen.values()) < 24, "no node was killed in the middle of a point"
+    assert seen and min(seen.values()) < 24, "no node was killed in the middle of a run"
     assert (outcome.finished, outcome.failed, outcome.lost, outcome.exit_code) == (4, 0, 0, 0)
-    assert sorted(sessions(wanted).values()) == [1, 1, 1, 2]  # one point was begun twice, and went on where it was
+    assert sorted(sessions(wanted).values()) == [1, 1, 1, 2]  # one run was begun twice, and went on where it was
 
     loaded = load_model(folder, "cpu", "float32")
     local = replace(plan(folder, tmp_path / "local", defaults={"task": TASK}, sweep=SWEEP), share_prompts=False)
-    run(local, Console(quiet=True), loader=lambda *_: loaded)
-    for point in local.points:
-        theirs, ours = (read_rows(p.out / point.id) for p in (local, wanted))
+    run_plan(local, Console(quiet=True), loader=lambda *_: loaded)
+    for run in local.runs:
+        theirs, ours = (read_rows(p.out / run.id) for p in (local, wanted))
         assert [[ours[i][name] for name in ANSWERS] for i in range(24)] == [
             [theirs[i][name] for name in ANSWERS] for i in range(24)
         ]
-        lines = (wanted.out / point.id / "samples.jsonl").read_text().splitlines()
+        lines = (wanted.out / run.id / "samples.jsonl").read_text().splitlines()
         assert [json.loads(line)["index"] for line in lines] == list(range(24))  # none was answered twice
 
     again = run_on_ray(wanted, Console(quiet=True))
     assert (again.finished_before, again.answered) == (4, 0)
 
 
-def test_a_point_that_loses_every_worker_is_given_up(folder, nodes, tmp_path, monkeypatch):
+def test_a_run_that_loses_every_worker_is_given_up(folder, nodes, tmp_path, monkeypatch):
     """And the others are run: its rows so far stay."""
     wanted = on_ray(plan(folder, tmp_path, sweep={"policy": ["full", "h2o"], "budget": [0.5]}), attempts=2)
-    bad = wanted.points[1].id
+    bad = wanted.runs[1].id
 
     class Fragile(launching.Worker):
         def run(self, plan, retry, patience):
-            if plan.points[0].id == bad:
+            if plan.runs[0].id == bad:
                 os._exit(1)
             return super().run(plan, retry, patience)
 

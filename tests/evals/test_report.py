@@ -98,13 +98,13 @@ def test_every_number_leads_to_its_run(out):
     assert directories == {f"{name}/" for name in ids}
     assert set(page.links) - directories == {"#runs"}
     for line in table_rows(out).values():
-        assert (out / line["directory"] / "samples.jsonl").is_file()
+        assert (out / line["path"] / "samples.jsonl").is_file()
 
 
 def test_a_report_elsewhere_still_leads_there(out, tmp_path):
     write_report([out], tmp_path / "far" / "away")
     for line in table_rows(tmp_path / "far" / "away").values():
-        assert (tmp_path / "far" / "away" / line["directory"] / "config.json").is_file()
+        assert (tmp_path / "far" / "away" / line["path"] / "config.json").is_file()
 
 
 def test_the_page_needs_nothing_else(out):
@@ -162,7 +162,7 @@ def test_settings_are_kept_apart(tmp_path):
     save(tmp_path, {"task": "passkey", "model": "one"}, [row(0, 1.0)])
     found = settings(load_results([tmp_path]))
     assert len(found) == 5
-    assert all(len(setting.arms) == 1 for setting in found)
+    assert all(len(setting.policies) == 1 for setting in found)
     write_report([tmp_path], tmp_path)
     assert "compressed before the question is known" in (tmp_path / "report.html").read_text()
 
@@ -291,7 +291,7 @@ def test_the_commands(folder, tmp_path):
     config = write(tmp_path / "a.yaml", tree(folder, out, sweep={"policy": ["full", "h2o", "snapkv"], "budget": [0.5]}))
     shown = invoke("ablate", config, "--dry-run")
     assert shown.exit_code == 0, shown.output
-    # 3 points x 2 samples of 400 tokens, 15 steps after an answer's first token
+    # 3 runs x 2 samples of 400 tokens, 15 steps after an answer's first token
     assert (
         "3 runs, 6 answers: 2 prompt passes of 800 tokens (without sharing: 6 of 2,400), at most 90 decode steps"
         in shown.output
@@ -306,7 +306,7 @@ def test_the_commands(folder, tmp_path):
     assert made.exit_code == 0
     assert [Path(line).name for line in made.output.split()] == ["report.html", "report.md", "report.csv"]
     assert "<h1>A title</h1>" in (out / "report.html").read_text()
-    # the same point, whether it is named in a file or by options
+    # the same run, whether it is named in a file or by options
     options = [
         "--model",
         folder,
@@ -324,7 +324,7 @@ def test_the_commands(folder, tmp_path):
     again = invoke("eval", *options, "--set", "task.lengths=[400]", "--set", "task.depths=[0.2, 0.8]")
     assert "1 finished before" in again.output
     # what is answered is not counted again
-    _, h2o, _ = (point.id for point in read_plan(config).points)
+    _, h2o, _ = (run.id for run in read_plan(config).runs)
     first, _ = (out / h2o / "samples.jsonl").read_text().splitlines(keepends=True)
     (out / h2o / "samples.jsonl").write_text(first)
     (out / h2o / "finished.json").unlink()

@@ -13,8 +13,8 @@ import pytest
 from rich.console import Console
 
 import kvpress
-from kvpress.evals.runner import run
-from kvpress.evals.store import PointStore, StoreError, append, find_points, is_locked, read_rows, write_whole
+from kvpress.evals.runner import run_plan
+from kvpress.evals.store import RunStore, StoreError, append, find_runs, is_locked, read_rows, write_whole
 from plans import plan, tree, write
 
 SWEEP = {"policy": ["full", "h2o"], "budget": [0.5]}
@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_where_it_was(folder, loaded, tmp_path):
         file.write(b'{"index": 39, "prompt_ha')
 
     wanted = plan(folder, out, defaults={"task": MANY}, sweep=SWEEP)
-    outcome = run(wanted, Console(quiet=True), loader=lambda *_: loaded)
+    outcome = run_plan(wanted, Console(quiet=True), loader=lambda *_: loaded)
     assert outcome.answered == 80 - sum(map(len, before.values()))
     after = lines(out)
     for name, rows in before.items():
@@ -66,9 +66,9 @@ def test_a_killed_run_goes_on_where_it_was(folder, loaded, tmp_path):
         assert len((out / name / "environment.jsonl").read_text().splitlines()) == 2
     # the same as without the interruption
     whole = plan(folder, tmp_path / "whole", defaults={"task": MANY}, sweep=SWEEP)
-    run(whole, Console(quiet=True), loader=lambda *_: loaded)
-    for point in whole.points:
-        ours, theirs = (read_rows(p.out / point.id) for p in (wanted, whole))
+    run_plan(whole, Console(quiet=True), loader=lambda *_: loaded)
+    for run in whole.runs:
+        ours, theirs = (read_rows(p.out / run.id) for p in (wanted, whole))
         assert [ours[i]["answer"] for i in range(40)] == [theirs[i]["answer"] for i in range(40)]
 
 
@@ -78,15 +78,15 @@ def test_two_processes_share_no_directory(folder, loaded, tmp_path):
     process = start(config)
     wait_for(lambda: lines(out), process)
     wanted = plan(folder, out, defaults={"task": MANY})
-    assert is_locked(out / wanted.points[0].id)
-    outcome = run(wanted, Console(quiet=True), loader=lambda *_: loaded)
+    assert is_locked(out / wanted.runs[0].id)
+    outcome = run_plan(wanted, Console(quiet=True), loader=lambda *_: loaded)
     assert (outcome.answered, outcome.left_to_others, outcome.exit_code) == (0, 1, 1)
     assert process.poll() is None, "the first process was done before the second began; give it more to do"
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said
     assert "40 new answers" in said
-    assert [json.loads(row)["index"] for row in lines(out)[wanted.points[0].id]] == list(range(40))
-    assert not is_locked(out / wanted.points[0].id)
+    assert [json.loads(row)["index"] for row in lines(out)[wanted.runs[0].id]] == list(range(40))
+    assert not is_locked(out / wanted.runs[0].id)
 
 
 def test_a_full_disk_leaves_whole_lines(folder, loaded, tmp_path):
@@ -108,7 +108,7 @@ def test_a_full_disk_leaves_whole_lines(folder, loaded, tmp_path):
     (directory,) = out.iterdir()
     assert (directory / "samples.jsonl").read_bytes().endswith(b"}\n")
     assert not (directory / "finished.json").exists()
-    outcome = run(plan(folder, out, defaults={"task": MANY}), Console(quiet=True), loader=lambda *_: loaded)
+    outcome = run_plan(plan(folder, out, defaults={"task": MANY}), Console(quiet=True), loader=lambda *_: loaded)
     assert outcome.answered == 40 - len(rows)
 
 
@@ -155,16 +155,16 @@ def test_the_latest_row_of_a_sample_counts(tmp_path):
     assert read_rows(tmp_path)[0]["score"] == 1.0
 
 
-def test_a_directory_of_another_point(tmp_path):
-    store = PointStore(tmp_path)
+def test_a_directory_of_another_run(tmp_path):
+    store = RunStore(tmp_path)
     store.open({"id": "a", "definition": {"x": 1}}, {})
     store.open({"id": "a", "definition": {"x": 1}}, {})
-    with pytest.raises(StoreError, match="another point"):
+    with pytest.raises(StoreError, match="another run"):
         store.open({"id": "a", "definition": {"x": 2}}, {})
 
 
 def test_a_lock_is_free_again(tmp_path):
-    one, two = PointStore(tmp_path), PointStore(tmp_path)
+    one, two = RunStore(tmp_path), RunStore(tmp_path)
     with one.locked() as held:
         assert held
         with two.locked() as also:
@@ -175,12 +175,12 @@ def test_a_lock_is_free_again(tmp_path):
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(StoreError, match="cannot write"), PointStore(tmp_path / "file" / "x").locked():
+    with pytest.raises(StoreError, match="cannot write"), RunStore(tmp_path / "file" / "x").locked():
         pass
 
 
 def test_no_results(tmp_path):
     with pytest.raises(StoreError, match="no folder"):
-        find_points([tmp_path / "none"])
+        find_runs([tmp_path / "none"])
     with pytest.raises(StoreError, match="no results"):
-        find_points([tmp_path])
+        find_runs([tmp_path])

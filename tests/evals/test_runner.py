@@ -11,8 +11,8 @@ from rich.console import Console
 
 import kvpress
 from kvpress.evals import answer as answering
-from kvpress.evals import runner
-from kvpress.evals.runner import RunError, run
+from kvpress.evals import executor
+from kvpress.evals.runner import RunError, run_plan
 from kvpress.evals.store import StoreError
 from plans import plan
 
@@ -22,15 +22,15 @@ def quick(loaded):
     """Runs a plan with the model that is loaded already."""
 
     def go(wanted, **options):
-        return run(wanted, Console(quiet=True), loader=lambda *_: loaded, **options)
+        return run_plan(wanted, Console(quiet=True), loader=lambda *_: loaded, **options)
 
     return go
 
 
 def rows(wanted):
     return {
-        point.policy: [json.loads(line) for line in (wanted.out / point.id / "samples.jsonl").read_text().splitlines()]
-        for point in wanted.points
+        run.policy: [json.loads(line) for line in (wanted.out / run.id / "samples.jsonl").read_text().splitlines()]
+        for run in wanted.runs
     }
 
 
@@ -76,9 +76,9 @@ def test_full_answers_as_generate_does(folder, loaded, quick, tmp_path, query_aw
     quick(wanted)
     (row,) = rows(wanted)["full()"]
     model, tokenizer = loaded
-    (point,) = wanted.points
-    sample = next(iter(point.task.samples(tokenizer)))
-    prompt = point.task.prompt(sample, tokenizer)
+    (run,) = wanted.runs
+    sample = next(iter(run.task.samples(tokenizer)))
+    prompt = run.task.prompt(sample, tokenizer)
     ids = torch.tensor([prompt.context + prompt.question])
     output = model.generate(ids, max_new_tokens=16, do_sample=False)
     assert row["answer"] == tokenizer.decode(output[0, 400:], skip_special_tokens=True)
@@ -116,9 +116,9 @@ def test_perplexity(folder, loaded, quick, tmp_path):
     quick(wanted)
     found = rows(wanted)
     model, tokenizer = loaded
-    point = wanted.points[0]
-    for sample, row in zip(point.task.samples(tokenizer), found["full()"], strict=True):
-        prompt = point.task.prompt(sample, tokenizer)
+    run = wanted.runs[0]
+    for sample, row in zip(run.task.samples(tokenizer), found["full()"], strict=True):
+        prompt = run.task.prompt(sample, tokenizer)
         ids = torch.tensor([prompt.context + prompt.question])
         with torch.no_grad():
             logits = model(ids).logits.log_softmax(-1)[0, len(prompt.context) - 1 : -1]
@@ -130,26 +130,26 @@ def test_perplexity(folder, loaded, quick, tmp_path):
 
 def test_an_error_in_one_sample_is_its_row(folder, quick, tmp_path, monkeypatch):
     wanted = plan(folder, tmp_path, sweep={"policy": ["full", "h2o"], "budget": [0.5]})
-    real = runner.answer
+    real = executor.answer_batch
 
-    def failing(model, tokenizer, policies, question, shared=None):
-        if policies[0].name == "h2o" and question.sample.index == 0:
+    def failing(model, tokenizer, policies, samples, shared=None):
+        if policies[0].name == "h2o" and samples[0].source.index == 0:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 3 GiB")
-        return real(model, tokenizer, policies, question, shared)
+        return real(model, tokenizer, policies, samples, shared)
 
-    monkeypatch.setattr(runner, "answer", failing)
+    monkeypatch.setattr(executor, "answer_batch", failing)
     outcome = quick(wanted)
     assert (outcome.answered, outcome.failed, outcome.finished, outcome.exit_code) == (3, 1, 2, 1)
     first, second = rows(wanted)["h2o(budget=0.5)"]
     assert (first["error"], first["score"]) == ("OutOfMemoryError: CUDA out of memory.", None)
     assert (second["error"], second["index"]) == (None, 1)
 
-    monkeypatch.setattr(runner, "answer", real)
+    monkeypatch.setattr(executor, "answer_batch", real)
     outcome = quick(wanted)  # done is done, and the exit code still says that something is missing
     assert (outcome.answered, outcome.finished_before, outcome.exit_code) == (0, 2, 1)
     outcome = quick(wanted, retry=True)
     assert (outcome.answered, outcome.failed, outcome.exit_code) == (1, 0, 0)
-    assert json.loads((wanted.out / wanted.points[1].id / "finished.json").read_text())["failed"] == 0
+    assert json.loads((wanted.out / wanted.runs[1].id / "finished.json").read_text())["failed"] == 0
     assert quick(wanted).exit_code == 0
 
 
@@ -157,7 +157,7 @@ def test_no_memory_to_share_is_no_failure(folder, quick, tmp_path, monkeypatch):
     def full(*_):
         raise MemoryError
 
-    monkeypatch.setattr(runner, "record", full)
+    monkeypatch.setattr(executor, "record", full)
     wanted = plan(folder, tmp_path, sweep={"policy": ["full", "h2o"], "budget": [0.5]})
     assert quick(wanted).exit_code == 0
     assert not any(row["shared_prompt"] for own in rows(wanted).values() for row in own)
@@ -168,21 +168,21 @@ def test_a_score_that_fails_is_a_row_too(folder, quick, tmp_path, monkeypatch):
         raise ValueError("no such answer")
 
     wanted = plan(folder, tmp_path)
-    monkeypatch.setattr(type(wanted.points[0].task), "score", broken)
+    monkeypatch.setattr(type(wanted.runs[0].task), "score", broken)
     assert quick(wanted).failed == 2
     assert rows(wanted)["full()"][0]["error"] == "ValueError: no such answer"
 
 
-def test_a_finished_point_needs_no_model(folder, quick, tmp_path):
+def test_a_finished_run_needs_no_model(folder, quick, tmp_path):
     wanted = plan(folder, tmp_path)
     quick(wanted)
 
     def never(*_):
         raise AssertionError("loaded a model for nothing")
 
-    before = (wanted.out / wanted.points[0].id / "samples.jsonl").read_bytes()
-    assert run(wanted, Console(quiet=True), loader=never).finished_before == 1
-    assert (wanted.out / wanted.points[0].id / "samples.jsonl").read_bytes() == before
+    before = (wanted.out / wanted.runs[0].id / "samples.jsonl").read_bytes()
+    assert run_plan(wanted, Console(quiet=True), loader=never).finished_before == 1
+    assert (wanted.out / wanted.runs[0].id / "samples.jsonl").read_bytes() == before
 
 
 def test_the_model_is_loaded_once(folder, loaded, tmp_path):
@@ -190,7 +190,7 @@ def test_the_model_is_loaded_once(folder, loaded, tmp_path):
     sweep = {"policy": ["full", "h2o"], "length": [400, 450], "query_aware": [True, False]}
     defaults = {"task": {"name": "needle", "depths": [0.5]}}
     wanted = plan(folder, tmp_path, defaults=defaults, sweep=sweep)
-    run(wanted, Console(quiet=True), loader=lambda *name: loads.append(name) or loaded)
+    run_plan(wanted, Console(quiet=True), loader=lambda *name: loads.append(name) or loaded)
     assert loads == [(folder, "cpu", "float32")]
 
 
@@ -198,8 +198,8 @@ def test_answers_end(folder, loaded, quick, tmp_path, monkeypatch):
     """At the model's end token, which is not part of the answer."""
     wanted = plan(folder, tmp_path, defaults={"samples": 1})
     model, tokenizer = loaded
-    (point,) = wanted.points
-    prompt = point.task.prompt(next(iter(point.task.samples(tokenizer))), tokenizer)
+    (run,) = wanted.runs
+    prompt = run.task.prompt(next(iter(run.task.samples(tokenizer))), tokenizer)
     ids = torch.tensor([prompt.context + prompt.question])
     tokens = model.generate(ids, max_new_tokens=16, do_sample=False)[0, 400:].tolist()
     at = next(i for i in range(2, 16) if tokens[i] not in tokens[:i])
@@ -214,14 +214,14 @@ def test_a_stop_text_ends_an_answer(folder, loaded, quick, tmp_path, monkeypatch
     quick(wanted)
     (long,) = rows(wanted)["full()"]
     stop = next(char for char in long["answer"][1:] if char.isascii())
-    task = type(wanted.points[0].task)
+    task = type(wanted.runs[0].task)
     real = task.samples
     monkeypatch.setattr(
         task,
         "samples",
         lambda self, tokenizer: (replace(s, meta={**s.meta, "stop": stop}) for s in real(self, tokenizer)),
     )
-    shutil.rmtree(wanted.out / wanted.points[0].id)
+    shutil.rmtree(wanted.out / wanted.runs[0].id)
     quick(wanted)
     (short,) = rows(wanted)["full()"]
     assert short["answer"] == long["answer"][: long["answer"].index(stop) + 1]
@@ -248,7 +248,7 @@ def test_a_policy_that_the_model_cannot_have(folder, quick, tmp_path):
 def test_other_prompts_in_the_way(folder, quick, tmp_path):
     wanted = plan(folder, tmp_path)
     quick(wanted)
-    directory = wanted.out / wanted.points[0].id
+    directory = wanted.out / wanted.runs[0].id
     (directory / "finished.json").unlink()
     lines = (directory / "samples.jsonl").read_text().splitlines()
     first = json.loads(lines[0]) | {"prompt_hash": "0" * 16}
@@ -260,14 +260,14 @@ def test_other_prompts_in_the_way(folder, quick, tmp_path):
 def test_what_is_written_first(folder, loaded, tmp_path, monkeypatch):
     """Config, versions and hardware are there when the first sample begins."""
     wanted = plan(folder, tmp_path, defaults={"seed": 3})
-    directory = wanted.out / wanted.points[0].id
+    directory = wanted.out / wanted.runs[0].id
 
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runner, "answer", stop)
+    monkeypatch.setattr(executor, "answer_batch", stop)
     with pytest.raises(KeyboardInterrupt):
-        run(wanted, Console(quiet=True), loader=lambda *_: loaded)
+        run_plan(wanted, Console(quiet=True), loader=lambda *_: loaded)
     config = json.loads((directory / "config.json").read_text())
     assert config["definition"]["task"]["seed"] == config["seed"] == 3
     assert config["definition"]["policy"] == [{"name": "full"}]
@@ -279,13 +279,13 @@ def test_what_is_written_first(folder, loaded, tmp_path, monkeypatch):
 
 
 def test_progress_is_quiet_without_a_terminal(folder, loaded, tmp_path, capsys):
-    run(plan(folder, tmp_path, defaults={"samples": 1}), loader=lambda *_: loaded)
+    run_plan(plan(folder, tmp_path, defaults={"samples": 1}), loader=lambda *_: loaded)
     assert capsys.readouterr().out == ""
 
 
 def test_progress_tells_the_running_score(folder, loaded, tmp_path):
     console = Console(force_terminal=True, width=120, file=io.StringIO())
-    run(plan(folder, tmp_path), console, loader=lambda *_: loaded)
+    run_plan(plan(folder, tmp_path), console, loader=lambda *_: loaded)
     shown = console.file.getvalue()
     assert "full(), 0.00 over 2" in shown
     assert "2/2" in shown
