@@ -3,8 +3,10 @@
 These are no policies: they act under every policy, Full too, and leave the attention alone.
 """
 
+import functools
 import inspect
 import math
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -21,6 +23,18 @@ PART_OUTPUTS, PARTS, SPLIT_SIZE = 32, 64, 1 << 16
 # Tokens of a prompt that go through an MLP at a time.
 MLP_TOKENS = {"cpu": 512}
 MLP_TOKENS_ELSEWHERE = 8192
+# Tensors that are nothing but numbers. Others (quantised, split over processes) know their own products.
+PLAIN = (Tensor, nn.Parameter)
+
+
+class Replaced(functools.partial[Any]):
+    """A function in the place of a module's `forward`; it has the module as its first argument.
+
+    A deep copy of the module, or one from a file, has the `forward` of its class instead.
+    """
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[nn.Module, str]]:
+        return getattr, (self.args[0], "forward")  # asked of a copy that has no attributes of its own yet
 
 
 def replace_forwards(model: nn.Module, decoder: nn.Module) -> None:
@@ -42,14 +56,14 @@ def replace_forwards(model: nn.Module, decoder: nn.Module) -> None:
 def restore_forwards(model: nn.Module) -> None:
     """Undo `replace_forwards`."""
     for module in model.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, MethodType) and forward.__func__ in (linear_of_few_rows, mlp_in_tiles):
+        if isinstance(module.__dict__.get("forward"), Replaced):
             del module.forward
 
 
-def _replace(module: nn.Module, function: Any) -> None:
-    if "forward" not in module.__dict__:  # else somebody wrapped it
-        module.forward = MethodType(function, module)
+def _replace(module: nn.Module, function: Callable[..., Any]) -> None:
+    own = MethodType(type(module).forward, module)
+    if module.__dict__.get("forward", own) == own:  # else somebody wrapped it
+        module.forward = Replaced(function, module)
 
 
 def _acts_on_each_token(mlp: nn.Module) -> bool:
@@ -68,10 +82,18 @@ def linear_of_few_rows(self: nn.Linear, input: Tensor) -> Tensor:
     Returns:
         [..., out_features].
     """
-    weight = self.weight
-    rows = input.numel() // weight.shape[1]
-    splits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-    if not splits or not 0 < rows <= FEW_ROWS:
+    weight, rows = self.weight, input.shape[:-1].numel()
+    splits = (
+        0 < rows <= FEW_ROWS
+        and type(weight) in PLAIN
+        and type(input) in PLAIN
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.layout == torch.strided
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not splits:
         return functional.linear(input, weight, self.bias)
     parts = math.gcd(weight.shape[0], PARTS)
     while parts > 1 and weight.shape[0] // parts < PART_OUTPUTS:
@@ -94,7 +116,9 @@ def mlp_in_tiles(self: nn.Module, hidden: Tensor) -> Tensor:
     """
     whole = type(self).forward
     tile = max(1, MLP_TOKENS.get(hidden.device.type, MLP_TOKENS_ELSEWHERE) // max(1, hidden.shape[0]))
-    if hidden.dim() != 3 or hidden.shape[1] <= tile or torch.is_grad_enabled() or self.training or _is_watched(self):
+    if hidden.dim() != 3 or hidden.shape[1] <= tile or torch.is_grad_enabled() or self.training:
+        return whole(self, hidden)
+    if _is_watched(self) or _is_quantised(self):
         return whole(self, hidden)
     output = torch.empty_like(hidden)
     for start in range(0, hidden.shape[1], tile):
@@ -106,3 +130,10 @@ def _is_watched(module: nn.Module) -> bool:
     """Whether somebody hooked a module inside, and expects to see all tokens at once."""
     inner = (child for child in module.modules() if child is not module)
     return any(child._forward_hooks or child._forward_pre_hooks for child in inner)
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether some weights are not plain numbers: their layers may scale the input by its largest number in all tokens."""
+    if any(type(weight) not in PLAIN or weight.element_size() < 2 for weight in module.parameters()):
+        return True
+    return any(type(child).__module__.startswith("torch.ao.") for child in module.modules())

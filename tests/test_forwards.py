@@ -128,7 +128,7 @@ def test_a_forward_that_somebody_wrapped_stays(model: Any) -> None:
     mlp.forward = wrapped
     with kvpress.patch(model, "full"):
         assert mlp.forward is wrapped
-        assert model.model.layers[1].mlp.forward.__func__ is forwards.mlp_in_tiles
+        assert model.model.layers[1].mlp.forward.func is forwards.mlp_in_tiles
     assert mlp.forward is wrapped
     assert "forward" not in vars(model.model.layers[1].mlp)
 
@@ -151,7 +151,7 @@ def test_every_family_in_small_tiles_and_parts(family: str, monkeypatch: pytest.
 
     dense = logits()
     with kvpress.patch(model, "full"):
-        functions = [getattr(vars(module).get("forward"), "__func__", None) for module in model.modules()]
+        functions = [getattr(vars(module).get("forward"), "func", None) for module in model.modules()]
         assert functions.count(forwards.mlp_in_tiles) == TILED.get(family, 3)
         assert functions.count(forwards.linear_of_few_rows) > 3
         found = logits()
