@@ -3,7 +3,6 @@
 These are no policies: they act under every policy, Full too, and leave the attention alone.
 """
 
-import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvpress.hooks import hooks_inside, watching
 from kvpress.support import is_spread
 
 # On a CPU torch multiplies so few float32 rows by a weight matrix on one thread (MKL). See benchmarks/forwards.py.
@@ -27,20 +27,10 @@ MLP_TOKENS_ELSEWHERE = 8192
 PLAIN = (Tensor, nn.Parameter)
 
 
-class Replaced(functools.partial[Any]):
-    """A function in the place of a module's `forward`; it has the module as its first argument.
-
-    A deep copy of the module, or one from a file, has the `forward` of its class instead.
-    """
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[nn.Module, str]]:
-        return getattr, (self.args[0], "forward")  # asked of a copy that has no attributes of its own yet
-
-
 def replace_forwards(model: nn.Module, decoder: nn.Module) -> None:
     """Let the model's linear layers and MLPs run through this file, until `restore_forwards`.
 
-    A model that is spread over devices or processes stays as it is.
+    A model that is spread over devices or processes stays as it is. A deep copy of the model has them too, as its own.
     """
     if is_spread(model, decoder):
         return
@@ -56,14 +46,15 @@ def replace_forwards(model: nn.Module, decoder: nn.Module) -> None:
 def restore_forwards(model: nn.Module) -> None:
     """Undo `replace_forwards`."""
     for module in model.modules():
-        if isinstance(module.__dict__.get("forward"), Replaced):
+        forward = module.__dict__.get("forward")
+        if isinstance(forward, MethodType) and forward.__func__ in (linear_of_few_rows, mlp_in_tiles):
             del module.forward
 
 
 def _replace(module: nn.Module, function: Callable[..., Any]) -> None:
-    own = MethodType(type(module).forward, module)
+    own = MethodType(type(module).forward, module)  # a model from a file that was written while it was patched has it
     if module.__dict__.get("forward", own) == own:  # else somebody wrapped it
-        module.forward = Replaced(function, module)
+        module.forward = MethodType(function, module)
 
 
 def _acts_on_each_token(mlp: nn.Module) -> bool:
@@ -118,7 +109,7 @@ def mlp_in_tiles(self: nn.Module, hidden: Tensor) -> Tensor:
     tile = max(1, MLP_TOKENS.get(hidden.device.type, MLP_TOKENS_ELSEWHERE) // max(1, hidden.shape[0]))
     if hidden.dim() != 3 or hidden.shape[1] <= tile or torch.is_grad_enabled() or self.training:
         return whole(self, hidden)
-    if _is_watched(self) or _is_quantised(self):
+    if watching(hooks_inside(self)) or _is_quantised(self):  # a hook expects to see all tokens at once
         return whole(self, hidden)
     output = torch.empty_like(hidden)
     for start in range(0, hidden.shape[1], tile):
@@ -126,14 +117,12 @@ def mlp_in_tiles(self: nn.Module, hidden: Tensor) -> Tensor:
     return output
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody hooked a module inside, and expects to see all tokens at once."""
-    inner = (child for child in module.modules() if child is not module)
-    return any(child._forward_hooks or child._forward_pre_hooks for child in inner)
-
-
 def _is_quantised(module: nn.Module) -> bool:
-    """Whether some weights are not plain numbers: their layers may scale the input by its largest number in all tokens."""
+    """Whether some weights are not plain numbers of 16 bits or more: a scale for the input may be that of all its tokens."""
     if any(type(weight) not in PLAIN or weight.element_size() < 2 for weight in module.parameters()):
         return True
     return any(type(child).__module__.startswith("torch.ao.") for child in module.modules())
+
+
+# A method is pickled as its owner and its name: a model that is read from a file gets the `forward` of its class.
+linear_of_few_rows.__name__ = mlp_in_tiles.__name__ = "forward"
