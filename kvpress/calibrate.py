@@ -14,7 +14,7 @@ from kvpress.errors import PolicyError
 from kvpress.patching import Handle, patch
 from kvpress.policy import Policy
 from kvpress.sharing import SharedPrompt, record_prompt
-from kvpress.support import find_attention, find_decoder
+from kvpress.support import find_attention, find_decoder, input_device
 
 TAIL = 16  # last tokens of a prompt that are fed one by one, so that the policy acts on the question, too
 
@@ -74,7 +74,7 @@ def calibrate(model: Any, policy: Policy, questions: Sequence[Question]) -> Iter
                 f"a prompt of {len(question.prompt)} tokens with {len(question.answer)} of answer cannot calibrate; give more than "
                 f"{TAIL + 1} and at least 1"
             )
-    device = next(model.parameters()).device
+    device = input_device(model)
     prompts = [record_prompt(model, torch.tensor([question.prompt[:-TAIL]], device=device)) for question in questions]
     for value in values:
         with patch(model, replace(policy, **{str(policy.calibrated): value})) as handle:

@@ -68,8 +68,8 @@ class CompiledSteps:
             self._without.add(shapes)
             self._warn(
                 "graphs",
-                f"torch makes at most {torch._dynamo.config.recompile_limit} graphs of one function, for all batch sizes, dtypes and "
-                "models in this process, so some decode steps run uncompiled; raise torch._dynamo.config.recompile_limit",
+                f"torch makes at most {torch._dynamo.config.recompile_limit} graphs of one function, for all batch sizes, dtypes "
+                "and models in this process, so some decode steps run uncompiled; raise torch._dynamo.config.recompile_limit",
             )
             return self.forward(**kwargs)
         except torch._dynamo.exc.Unsupported as error:
@@ -121,7 +121,8 @@ def check_compiles(model: Any, decoder: Any, backend: Any = "inductor", mode: st
         )
     if is_spread(model, decoder):
         raise UnsupportedModelError(
-            f"{name} is spread over devices or processes (device_map, tp_plan), which is not one graph; leave compile out"
+            f"{name} is spread over devices or processes, or offloaded (device_map, tp_plan, cpu_offload), which is not one graph; "
+            "leave compile out"
         )
     if mode is not None:
         known = [*torch._inductor.list_mode_options()]

@@ -20,7 +20,7 @@ from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary, find_rotary
-from kvpress.support import find_attention, find_decoder
+from kvpress.support import find_attention, find_decoder, unwrapped
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     transformers needs to know.
 
     Args:
-        model: a decoder-only `PreTrainedModel`, on its device, with weights.
+        model: a decoder-only `PreTrainedModel`, on its device, with weights; or a PEFT model of one.
         policy: a policy, a name ("h2o"), a mapping ({"name": "h2o", "budget": 0.2}), the path of a YAML file that holds
             one, or a list of policies that play different roles.
         compile: run decode steps as a graph compiled by `torch.compile`, see `Handle.compile`.
@@ -57,6 +57,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     """
     policies = make_policies(policy)
     check_transformers(KVLayer)
+    model = unwrapped(model)
     decoder = find_decoder(model)
     check_decoder(decoder)
     attention = find_attention(decoder)
@@ -103,6 +104,7 @@ def unpatch(model: Any) -> None:
 
 def handle_of(model: Any) -> "Handle | None":
     """The handle of a patched model; None if it is not patched."""
+    model = unwrapped(model)
     return _handles.get(model.get_decoder()) if hasattr(model, "get_decoder") else None
 
 

@@ -134,7 +134,7 @@ def test_unusual_weights_before_and_after_patching(model: Any, change: Any, when
 
 def test_an_input_of_the_wrong_width_is_refused() -> None:
     """As torch does: two rows of 128 are not four of 64."""
-    layer = torch.nn.Linear(64, 1024)
+    layer = torch.nn.Linear(64, 1024, bias=False)
     for shape in ((2, 128), (4, 32), (32,), (1, 1, 128)):
         with pytest.raises(RuntimeError, match=r"shape|size"):
             forwards.linear_of_few_rows(layer, torch.zeros(shape))
