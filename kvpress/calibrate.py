@@ -15,7 +15,7 @@ from kvpress.patching import Handle, patch
 from kvpress.policy import Policy
 from kvpress.registry import path_of
 from kvpress.sharing import SharedPrompt, record_prompt
-from kvpress.support import find_attention, find_decoder
+from kvpress.support import find_attention, find_decoder, input_device
 
 TAIL = 16  # last tokens of a prompt that are fed one by one, so that the policy acts on the question, too
 
@@ -75,7 +75,7 @@ def calibrate(model: Any, policy: Policy, examples: Sequence[Example]) -> Iterat
                 f"a prompt of {len(example.prompt)} tokens with {len(example.answer)} of answer cannot calibrate; give more than "
                 f"{TAIL + 1} and at least 1"
             )
-    device = next(model.parameters()).device
+    device = input_device(model)
     prompts = [record_prompt(model, torch.tensor([example.prompt[:-TAIL]], device=device)) for example in examples]
     for value in values:
         with patch(model, replace(policy, **{str(policy.calibrated): value})) as handle:

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from kvpress.attention import COMPILED_LAYER
 from kvpress.compat import CACHE, DynamicCache
 from kvpress.errors import PolicyError, UnsupportedModelError
+from kvpress.hooks import hooks_inside, watching
 from kvpress.passes import Pass, active_pass
 from kvpress.support import find_attention, is_spread
 
@@ -24,6 +26,9 @@ class CompiledSteps:
     batch size. How many entries there are and which of them stay is the matter of its attention operations, which find the
     pass in progress on their thread when they run.
 
+    A step runs as it is, with one warning, while somebody has a hook on a module inside: a graph would call it when it is
+    made and never again. So does a step for which torch makes no further graph.
+
     Args:
         forward: the bound `forward` of the decoder.
         cache: the name under which it takes its cache.
@@ -34,15 +39,39 @@ class CompiledSteps:
         self.forward = forward
         self._cache = cache
         self._step = torch.compile(forward, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        self._hooks = hooks_inside(forward.__self__)
+        self._without: set[Any] = set()  # shapes and dtypes for which torch makes no graph
+        self._told: set[str] = set()
 
     def __call__(self, **kwargs: Any) -> Any:
         current, cache = active_pass(), kwargs.get(self._cache)
         others = {name: value for name, value in kwargs.items() if name != self._cache}
         inputs = None if current is None else step_inputs(current, others)
         if inputs is None:
+            if current is not None and current.prompt:
+                self._hooks = hooks_inside(self.forward.__self__)  # a module may have been replaced
+            return self.forward(**kwargs)
+        watchers = watching(self._hooks)
+        if watchers:
+            self._warn(
+                "hooks",
+                f"hooks inside {type(self.forward.__self__).__name__} ({len(watchers)}, as {watchers[0]!r}) must be called in each "
+                "decode step, so decode steps run uncompiled until they are removed",
+            )
+            return self.forward(**kwargs)
+        shapes = tuple((name, value.shape, value.dtype) for name, value in inputs.items())
+        if shapes in self._without:
             return self.forward(**kwargs)
         try:
             output = self._step(**inputs, use_cache=False, **{self._cache: None})
+        except torch._dynamo.exc.FailOnRecompileLimitHit:  # raised before anything of the step is done
+            self._without.add(shapes)
+            self._warn(
+                "graphs",
+                f"torch makes at most {torch._dynamo.config.recompile_limit} graphs of one function, for all batch sizes, dtypes "
+                "and models in this process, so some decode steps run uncompiled; raise torch._dynamo.config.recompile_limit",
+            )
+            return self.forward(**kwargs)
         except torch._dynamo.exc.Unsupported as error:
             reason = str(error).strip().splitlines()[0]
             raise UnsupportedModelError(
@@ -51,6 +80,11 @@ class CompiledSteps:
             ) from error
         output[CACHE] = cache
         return output
+
+    def _warn(self, kind: str, what: str) -> None:
+        if kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(what, stacklevel=2)
 
 
 def step_inputs(current: Pass, kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
@@ -87,7 +121,8 @@ def check_compiles(model: Any, decoder: Any, backend: Any = "inductor", mode: st
         )
     if is_spread(model, decoder):
         raise UnsupportedModelError(
-            f"{name} is spread over devices or processes (device_map, tp_plan), which is not one graph; leave compile out"
+            f"{name} is spread over devices or processes, or offloaded (device_map, tp_plan, cpu_offload), which is not one graph; "
+            "leave compile out"
         )
     if mode is not None:
         known = [*torch._inductor.list_mode_options()]

@@ -5,6 +5,7 @@ These are no policies: they act under every policy, Full too, and leave the atte
 
 import inspect
 import math
+from collections.abc import Callable
 from types import MethodType
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from kvpress.hooks import hooks_inside, watching
 from kvpress.support import is_spread
 
 # On a CPU torch multiplies so few float32 rows by a weight matrix on one thread (MKL). See benchmarks/forwards.py.
@@ -21,12 +23,14 @@ PART_OUTPUTS, PARTS, SPLIT_SIZE = 32, 64, 1 << 16
 # Tokens of a prompt that go through an MLP at a time.
 MLP_TOKENS = {"cpu": 512}
 MLP_TOKENS_ELSEWHERE = 8192
+# Tensors that are nothing but numbers. Others (quantised, split over processes) know their own products.
+PLAIN = (Tensor, nn.Parameter)
 
 
 def replace_forwards(model: nn.Module, decoder: nn.Module) -> None:
     """Let the model's linear layers and MLPs run through this file, until `restore_forwards`.
 
-    A model that is spread over devices or processes stays as it is.
+    A model that is spread over devices or processes stays as it is. A deep copy of the model has them too, as its own.
     """
     if is_spread(model, decoder):
         return
@@ -47,8 +51,9 @@ def restore_forwards(model: nn.Module) -> None:
             del module.forward
 
 
-def _replace(module: nn.Module, function: Any) -> None:
-    if "forward" not in module.__dict__:  # else somebody wrapped it
+def _replace(module: nn.Module, function: Callable[..., Any]) -> None:
+    own = MethodType(type(module).forward, module)  # a model from a file that was written while it was patched has it
+    if module.__dict__.get("forward", own) == own:  # else somebody wrapped it
         module.forward = MethodType(function, module)
 
 
@@ -68,11 +73,18 @@ def linear_of_few_rows(self: nn.Linear, input: Tensor) -> Tensor:
     Returns:
         [..., out_features].
     """
-    weight = self.weight
-    rows = input.numel() // weight.shape[1]
-    splits = weight.device.type == "cpu" and weight.dtype == torch.float32 and weight.is_contiguous()
-    splits = splits and not torch.is_autocast_enabled("cpu")  # which multiplies in another dtype
-    if not splits or not 0 < rows <= FEW_ROWS:
+    weight, rows = self.weight, input.shape[:-1].numel()
+    splits = (
+        0 < rows <= FEW_ROWS
+        and type(weight) in PLAIN
+        and type(input) in PLAIN
+        and weight.dtype == torch.float32
+        and weight.device.type == "cpu"
+        and weight.layout == torch.strided
+        and weight.is_contiguous()
+        and not torch.is_autocast_enabled("cpu")
+    )
+    if not splits:
         return functional.linear(input, weight, self.bias)
     parts = math.gcd(weight.shape[0], PARTS)
     while parts > 1 and weight.shape[0] // parts < PART_OUTPUTS:
@@ -95,18 +107,26 @@ def mlp_in_tiles(self: nn.Module, hidden: Tensor) -> Tensor:
     """
     whole = type(self).forward
     tile = max(1, MLP_TOKENS.get(hidden.device.type, MLP_TOKENS_ELSEWHERE) // max(1, hidden.shape[0]))
-    if hidden.dim() != 3 or hidden.shape[1] <= tile or torch.is_grad_enabled() or self.training or _is_watched(self):
+    if hidden.dim() != 3 or hidden.shape[1] <= tile or torch.is_grad_enabled() or self.training:
         return whole(self, hidden)
-    output = None
+    if watching(hooks_inside(self)) or _is_quantised(self):  # a hook expects to see all tokens at once
+        return whole(self, hidden)
+    output: Tensor | None = None
     for start in range(0, hidden.shape[1], tile):
         part = whole(self, hidden[:, start : start + tile])
         if output is None:  # only now known is the dtype, which `torch.autocast` may change
             output = part.new_empty(hidden.shape)
         output[:, start : start + tile] = part
+    assert output is not None
     return output
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody hooked a module inside, and expects to see all tokens at once."""
-    inner = (child for child in module.modules() if child is not module)
-    return any(child._forward_hooks or child._forward_pre_hooks for child in inner)
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether some weights are not plain numbers of 16 bits or more: a scale for the input may be that of all its tokens."""
+    if any(type(weight) not in PLAIN or weight.element_size() < 2 for weight in module.parameters()):
+        return True
+    return any(type(child).__module__.startswith("torch.ao.") for child in module.modules())
+
+
+# A method is pickled as its owner and its name: a model that is read from a file gets the `forward` of its class.
+linear_of_few_rows.__name__ = mlp_in_tiles.__name__ = "forward"

@@ -23,7 +23,7 @@ from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary
-from kvpress.support import find_attention, find_decoder
+from kvpress.support import find_attention, find_decoder, unwrapped
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     transformers needs to know.
 
     Args:
-        model: a decoder-only `PreTrainedModel`, on its device, with weights.
+        model: a decoder-only `PreTrainedModel`, on its device, with weights; or a PEFT model of one.
         policy: a policy, a name ("h2o"), a mapping ({"name": "h2o", "budget": 0.2}), the path of a YAML file that holds
             one, or a list of policies that play different roles.
         compile: run decode steps as a graph compiled by `torch.compile`, see `Handle.compile`.
@@ -60,6 +60,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     """
     policies = make_policies(policy)
     check_transformers(KVLayer)
+    model = unwrapped(model)
     decoder = find_decoder(model)
     check_decoder(decoder)
     attention = find_attention(decoder)
@@ -106,6 +107,7 @@ def unpatch(model: Any) -> None:
 
 def handle_of(model: Any) -> "Handle | None":
     """The handle of a patched model; None if it is not patched."""
+    model = unwrapped(model)
     return _handles.get(model.get_decoder()) if hasattr(model, "get_decoder") else None
 
 
@@ -227,21 +229,33 @@ class Handle:
             forward.run = CompiledSteps(forward.inner, forward.cache_argument, backend, mode)
         return self
 
-    def report(self) -> Report:
-        """What the policy did in the cache that the model used last.
+    def report(self, cache: Any = None) -> Report:
+        """What the policy did in a cache.
+
+        Args:
+            cache: a cache of this handle's policies; None for the one that the model used last. `generate` may use several:
+                with `guidance_scale` the last one is that of the unconditional prompt, and its output has the other one.
 
         Raises:
-            PolicyError: the model has not run since it was patched.
+            PolicyError: the model has not run since it was patched, or the cache is of other policies, or of none.
         """
-        if not self._facts:
+        if cache is not None:
+            known, others = _facts_of(cache), _others_of(cache)
+            if not known or not self._owns(cache):
+                raise PolicyError(
+                    f"this cache was not filled under {self.describe()}; there is nothing to report on it"
+                )
+        elif not self._facts:
             raise PolicyError("nothing to report yet: the model has not run with a cache since it was patched")
-        layers = {index: _layer_report(facts) for index, facts in self._facts.items()}
+        else:
+            known, others = self._facts, self._others
+        layers = {index: _layer_report(facts) for index, facts in known.items()}
         acted = list(layers.values())
-        sequences = _sequences(self._facts)
-        for index, (seen, nbytes) in self._others.items():
+        sequences = _sequences(known)
+        for index, (seen, nbytes) in others.items():
             layers[index] = LayerReport(seen * sequences, seen * sequences, nbytes, nbytes, 1.0)
-        read = sum(facts.read or facts.length for facts in self._facts.values())
-        readable = sum(facts.readable or facts.seen for facts in self._facts.values())
+        read = sum(facts.read or facts.length for facts in known.values())
+        readable = sum(facts.readable or facts.seen for facts in known.values())
         total = LayerReport(
             seen=acted[0].seen,
             kept=sum(layer.kept for layer in acted) / len(acted),
@@ -250,6 +264,13 @@ class Handle:
             read_share=read / readable if readable else 1.0,
         )
         return Report(self.describe(), total, dict(sorted(layers.items())))
+
+    def _owns(self, cache: Any) -> bool:
+        """Whether a cache's layers are those of this handle's policies."""
+        layer = next(layer for layer in cache.layers if isinstance(layer, KVLayer))
+        acting = [policy for policy in self.policies if isinstance(policy, EvictionPolicy | SelectionPolicy)]
+        theirs = [policy for policy in (layer.policy, layer.selection) if policy is not None]
+        return len(acting) == len(theirs) and all(policy in acting for policy in theirs)
 
     def check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
@@ -263,14 +284,14 @@ class Handle:
                 f"cache_implementation={wanted['cache_implementation']!r} has storage of its own that a policy cannot evict from; "
                 "leave it out"
             )
-        assisted = kwargs.get("assistant_model") is not None or any(
-            wanted[name] for name in ("prompt_lookup_num_tokens", "assistant_early_exit")
-        )
+        asked = {"assistant_model": kwargs.get("assistant_model") is not None, **wanted}
+        helpers = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+        helper = next((name for name in helpers if asked[name]), None)
         evicts = any(isinstance(policy, EvictionPolicy) for policy in self.policies)
-        if evicts and assisted:
+        if evicts and helper:
             raise PolicyError(
-                f"assisted decoding takes tokens back from the cache, and {self.describe()} evicts entries for good; leave the "
-                "assistant out, or use the policy Full"
+                f"assisted decoding (here by {helper}) takes tokens back from the cache, and {self.describe()} evicts entries for "
+                f"good; leave {helper} out, or use a policy that keeps every entry: Full, or one that selects what is read"
             )
         if wanted["assistant_early_exit"]:
             raise PolicyError(
@@ -350,16 +371,14 @@ class Handle:
 
     def watch(self, cache: Any) -> None:
         """Report on this cache from now on."""
-        self._facts = {index: layer.facts for index, layer in enumerate(cache.layers) if isinstance(layer, KVLayer)}
+        self._facts = _facts_of(cache)
         self._cache = weakref.ref(cache)
 
     def note_others(self) -> None:
         """Note for the report what the layers hold that the policies leave alone."""
         cache = self._cache() if self._cache is not None else None
         if cache is not None and len(cache.layers) > len(self._facts):
-            for index, layer in enumerate(cache.layers):
-                if index not in self._facts and getattr(layer, "keys", None) is not None:
-                    self._others[index] = layer.keys.shape[-2], _nbytes(layer.keys) + _nbytes(layer.values)
+            self._others = _others_of(cache)
 
 
 class PatchedGenerate(Wrapper):
@@ -393,6 +412,20 @@ def _configs(decoder: Any) -> list[Any]:
     """The config objects that the decoder's modules read their attention implementation from, each once."""
     found = {id(module.config): module.config for module in decoder.modules() if hasattr(module, "config")}
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+
+
+def _facts_of(cache: Any) -> dict[int, Facts]:
+    """Layer index -> the facts of a cache's layers that policies act on."""
+    return {index: layer.facts for index, layer in enumerate(cache.layers) if isinstance(layer, KVLayer)}
+
+
+def _others_of(cache: Any) -> dict[int, tuple[int, int]]:
+    """Layer index -> entries and bytes of a cache's layers that policies leave alone."""
+    return {
+        index: (layer.keys.shape[-2], _nbytes(layer.keys) + _nbytes(layer.values))
+        for index, layer in enumerate(cache.layers)
+        if not isinstance(layer, KVLayer) and getattr(layer, "keys", None) is not None
+    }
 
 
 def _nbytes(tensor: Tensor) -> int:

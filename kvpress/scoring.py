@@ -16,6 +16,7 @@ from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.patching import handle_of
 from kvpress.policy import EvictionPolicy, check_choice
+from kvpress.support import input_device, unwrapped
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def score(
     of its continuations, so that a context is computed once.
 
     Args:
-        model: a causal LM, patched or not.
+        model: a causal LM (or a PEFT model of one), patched or not.
         context_ids: token ids of one context, or a list of several. Lists or tensors.
         continuation_ids: for one context the ids of one continuation, or a list of several; for several contexts a list
             with the continuation, or the list of continuations, of each. Multiple choice is one context with several.
@@ -115,12 +116,12 @@ class _Reader:
         self.model, self.cache = model, None
         width = max(map(len, contexts))
         pads = [width - len(context) for context in contexts]
-        device = model.get_input_embeddings().weight.device
+        device = input_device(model)
         rows = [[0] * pad + context for pad, context in zip(pads, contexts, strict=True)]
         self.ids = torch.tensor(rows, device=device)
         self.pads = torch.tensor(pads, device=device)[:, None] if any(pads) else None
         self.seen = 0
-        known = inspect.signature(model.forward).parameters
+        known = inspect.signature(unwrapped(model).forward).parameters
         self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
         self.takes_positions = "position_ids" in known
 

@@ -16,6 +16,7 @@ from kvpress.errors import PolicyError
 from kvpress.passes import Tokens, recording
 from kvpress.patching import patch
 from kvpress.slots import Slots
+from kvpress.support import unwrapped
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def record_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     if input_ids.shape[1] < 2:
         raise PolicyError(f"a prompt of {input_ids.shape[1]} token(s) is not worth recording; give at least 2")
     places = {}
-    if attention_mask is not None and "position_ids" in inspect.signature(model.forward).parameters:
+    if attention_mask is not None and "position_ids" in inspect.signature(unwrapped(model).forward).parameters:
         # As `generate` does: each sequence at its own positions, which not every policy's choice is indifferent to.
         places["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
     with patch(model, "full"), recording() as record:

@@ -14,16 +14,25 @@ from kvpress.compat import Cache, DynamicCache, DynamicLayer, EncoderDecoderCach
 from kvpress.errors import PolicyError, UnsupportedModelError
 
 
+def unwrapped(model: Any) -> Any:
+    """The transformers model that a PEFT model wraps; any other model as it is."""
+    if isinstance(model, PreTrainedModel):
+        return model
+    if hasattr(model, "get_base_model"):
+        return model.get_base_model()
+    return model.base_model.model if hasattr(model, "peft_config") else model  # adapters of several kinds
+
+
 def find_decoder(model: Any) -> Any:
     """The module of a causal LM that takes the cache and owns the layers.
 
     Raises:
         UnsupportedModelError: the model is not one that kvpress can patch.
     """
+    model = unwrapped(model)
     if not isinstance(model, PreTrainedModel):
-        inner = " (for a PEFT model pass model.get_base_model())" if hasattr(model, "get_base_model") else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__} is not a transformers PreTrainedModel; pass the model itself{inner}"
+            f"{type(model).__name__} is not a transformers PreTrainedModel; pass the model itself"
         )
     name, config = type(model).__name__, model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
@@ -62,10 +71,11 @@ def find_decoder(model: Any) -> Any:
             "causality and padding cannot be told apart; not supported"
         )
     _check_causal(name, model.config, config, decoder.config)
-    devices = {parameter.device.type for parameter in decoder.parameters()}
-    if devices == {"meta"}:
+    missing = _without_weights(decoder)
+    if missing:
         raise UnsupportedModelError(
-            f"{name} is on the meta device and has no weights; load them first (from_pretrained, to_empty)"
+            f"{name} is on the meta device and has no weights ({len(missing)} parameters, as {missing[0]}); load them first "
+            "(from_pretrained, to_empty)"
         )
     return decoder
 
@@ -183,7 +193,7 @@ _KNOWN_ARGUMENTS = {
 
 
 @functools.cache
-def _check_attention_call(name: str, kind: type) -> None:
+def _check_attention_call(name: str, kind: Any) -> None:
     """Look at how a class of attention modules calls the attention function: once, with what kvpress knows.
 
     What the source does not show, a pass finds (`Pass.attend`).
@@ -226,9 +236,35 @@ def _check_attention_call(name: str, kind: type) -> None:
 
 
 def is_spread(model: Any, decoder: Any) -> bool:
-    """Whether the model lies on several devices (accelerate's hooks) or is split over processes (tp_plan)."""
-    hooked = any(hasattr(module, "_hf_hook") for module in decoder.modules())
+    """Whether the model lies on several devices or is offloaded (accelerate's hooks), or is split over processes (tp_plan)."""
+    hooked = any(_placements(module) for module in decoder.modules())
     return hooked or (getattr(model, "tp_size", None) or 1) > 1
+
+
+def input_device(model: Any) -> torch.device:
+    """Where a model wants its token ids: on its embedding's device, or where accelerate brings that for a pass."""
+    embedding = model.get_input_embeddings()
+    device: torch.device = embedding.weight.device
+    if device.type == "meta":
+        found = [hook.execution_device for hook in _placements(embedding) if hook.execution_device is not None]
+        device = torch.device(found[0]) if found else device
+    return device
+
+
+def _placements(module: Any) -> list[Any]:
+    """The hooks by which accelerate brings a module's weights and inputs to a device."""
+    hook = getattr(module, "_hf_hook", None)
+    return [] if hook is None else list(getattr(hook, "hooks", [hook]))
+
+
+def _without_weights(decoder: Any) -> list[str]:
+    """The parameters that are on the meta device and that accelerate does not bring from elsewhere for a pass."""
+    brought: set[int] = set()
+    for module in decoder.modules():
+        for hook in _placements(module):
+            if getattr(hook, "offload", False):
+                brought.update(map(id, module.parameters(recurse=hook.place_submodules)))
+    return [name for name, held in decoder.named_parameters() if held.is_meta and id(held) not in brought]
 
 
 def check_cache(cache: Any) -> None:

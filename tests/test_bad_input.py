@@ -674,7 +674,8 @@ assisted = pytest.mark.parametrize("options", ASSISTED.values(), ids=ASSISTED.ke
 def test_assisted_decoding_refused(model, policy, options):
     """What takes tokens back cannot work on a cache that evicts: refused before it starts."""
     ids = token_ids(1, 4).repeat(1, 4)
-    with patched(model, policy), refused("ssisted", policy.describe(), "evicts", "Full", model=model):
+    [name] = options()
+    with patched(model, policy), refused("ssisted", name, f"leave {name} out", policy.describe(), "Full", model=model):
         greedy(model, ids, **options())
 
 

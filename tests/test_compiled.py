@@ -1,5 +1,7 @@
 """Decode steps as one compiled graph give what they give without, and are compiled once."""
 
+import warnings
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
@@ -87,6 +89,118 @@ def test_steps_with_gradients_are_not_compiled():
         output = model(token_ids(1, 9))
         model(token_ids(1, 1), **{CACHE: output[CACHE]})
     assert counter.frame_count == 0
+
+
+# ------------------------------------------------------------------ hooks of the user
+
+
+def inner(model):
+    return model.model.layers[1].self_attn.o_proj
+
+
+HOOKS = {
+    "forward": lambda model, calls: inner(model).register_forward_hook(lambda _, args, out: calls.append(1) or 2 * out),
+    "with-kwargs": lambda model, calls: inner(model).register_forward_hook(
+        lambda _, args, kwargs, out: calls.append(1) or 2 * out, with_kwargs=True, always_call=True
+    ),
+    "pre": lambda model, calls: inner(model).register_forward_pre_hook(lambda _, args: calls.append(1) or 2 * args[0]),
+    "of-all-modules": lambda model, calls: torch.nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: calls.append(1) or 2 * out if module is inner(model) else None
+    ),
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("add", HOOKS.values(), ids=HOOKS.keys())
+def test_a_hook_is_called_in_every_step(add, when):
+    """Added before the model is compiled, or after the first compiled steps; it counts, and changes what it sees."""
+    model, inputs, calls, counter = tiny_llama(), {"input_ids": token_ids(1, 24)}, [], CompileCounter()
+    with kvpress.patch(model, H2O(budget=8)):
+        hook = add(model, [])
+        expected = generate(model, inputs)
+        hook.remove()
+    with kvpress.patch(model, H2O(budget=8)) as handle:
+        hook = add(model, calls) if when == "before" else None
+        handle.compile(counter)
+        if hook is None:
+            generate(model, inputs)
+            hook = add(model, calls)
+        try:
+            with pytest.warns(UserWarning, match="hooks inside LlamaModel .*run uncompiled") as told:
+                found = generate(model, inputs)
+        finally:
+            hook.remove()
+        assert len(calls) == STEPS and len(told) == 1
+        assert torch.equal(torch.stack(found.scores), torch.stack(expected.scores))
+        generate(model, inputs)  # compiled again, or for the first time
+        assert counter.frame_count == 1 and len(calls) == STEPS
+
+
+def test_a_hook_on_a_module_that_was_put_in_later():
+    model, calls = tiny_llama(), []
+    with kvpress.patch(model, H2O(budget=8)) as handle:
+        handle.compile("eager")
+        generate(model, {"input_ids": token_ids(1, 24)})
+        new = torch.nn.Linear(32, 32, bias=False)
+        model.model.layers[1].self_attn.o_proj = new
+        new.register_forward_hook(lambda *_: calls.append(1))
+        with pytest.warns(UserWarning, match="run uncompiled"):
+            generate(model, {"input_ids": token_ids(1, 24)})
+    assert len(calls) == STEPS
+
+
+def test_hooks_around_the_decoder_do_not_keep_it_from_being_compiled():
+    model, calls, counter = tiny_llama(), [], CompileCounter()
+    model.model.register_forward_hook(lambda *_: calls.append(1))
+    with kvpress.patch(model, H2O(budget=8)) as handle, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        handle.compile(counter)
+        generate(model, {"input_ids": token_ids(1, 24)})
+    assert counter.frame_count == 1 and len(calls) == STEPS
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hidden_states_once_and_the_steps_stay_compiled(when):
+    """transformers leaves hooks on a model that gave its hidden states."""
+    model, counter, ids = tiny_llama(), CompileCounter(), token_ids(1, 24)
+    with kvpress.patch(model, H2O(budget=8)) as handle, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        if when == "before":
+            model(ids, output_hidden_states=True)
+        expected = generate(model, {"input_ids": ids})
+        handle.compile(counter)
+        generate(model, {"input_ids": ids})
+        if when == "after":
+            assert len(model(ids, output_hidden_states=True).hidden_states) == 3
+        found = generate(model, {"input_ids": ids})
+    assert counter.frame_count == 1
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+def test_more_batch_sizes_than_torch_makes_graphs_of():
+    """The last ones run uncompiled, and are right; the first ones stay compiled."""
+    model, counter = tiny_llama(), CompileCounter()
+    texts = [{"input_ids": token_ids(batch, 24)} for batch in (1, 2, 3, 4)]
+    with kvpress.patch(model, H2O(budget=8)):
+        expected = [generate(model, text).sequences for text in texts]
+    with kvpress.patch(model, H2O(budget=8)) as handle, torch._dynamo.config.patch(recompile_limit=2):
+        handle.compile(counter)
+        with pytest.warns(UserWarning, match="at most 2 graphs.*recompile_limit") as told:
+            found = [generate(model, text).sequences for text in [*texts, texts[0]]]
+        assert len([one for one in told if one.category is UserWarning]) == 1
+    assert counter.frame_count == 2
+    assert all(map(torch.equal, found, [*expected, expected[0]]))
+
+
+def test_patching_again_and_other_models_use_the_graph_there_is():
+    counter = CompileCounter()
+    for seed in (0, 0, 1):
+        model = tiny_llama(seed=seed, hidden_size=64, intermediate_size=2048)  # with linear layers of our own
+        for _ in range(2):
+            with kvpress.patch(model, H2O(budget=8)) as handle:
+                handle.compile(counter)
+                generate(model, {"input_ids": token_ids(1, 24)})
+    assert counter.frame_count == 1
 
 
 def test_unpatching_leaves_no_trace():

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpress
@@ -66,6 +67,85 @@ def test_other_weights_are_torchs_matter() -> None:
         assert torch.equal(forwards.linear_of_few_rows(layer, given), layer(given))
 
 
+class Opaque(torch.Tensor):
+    """A weight, as a quantised one, that knows one thing: how a linear layer multiplies by it."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = [arg.as_subclass(torch.Tensor) if isinstance(arg, Opaque) else arg for arg in args]
+        if func is torch.nn.functional.linear:
+            return func(*plain, **(kwargs or {}))
+        if getattr(func, "__name__", "") in ("__get__", "numel", "size", "dim", "__repr__", "element_size"):
+            return func(*plain, **(kwargs or {}))
+        raise NotImplementedError(f"{func} of an opaque weight")
+
+
+class Doubled(torch.nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return 2 * weight
+
+
+def opaque(layer: torch.nn.Linear) -> None:
+    weight = layer.weight.detach()
+    del layer.weight
+    vars(layer)["weight"] = weight.as_subclass(Opaque)
+
+
+def sparse(layer: torch.nn.Linear) -> None:
+    layer.weight = torch.nn.Parameter(layer.weight.detach().to_sparse_csr(), requires_grad=False)
+
+
+UNUSUAL = {
+    "opaque": opaque,
+    "sparse": sparse,
+    "parametrized": lambda layer: torch.nn.utils.parametrize.register_parametrization(layer, "weight", Doubled()),
+    "weight-norm": lambda layer: torch.nn.utils.parametrizations.weight_norm(layer),
+    "pruned": lambda layer: prune.random_unstructured(layer, "weight", 0.5),
+    "bfloat16-then-back": lambda layer: layer.to(torch.bfloat16).to(torch.float32),
+    "not-a-parameter": lambda layer: layer.__dict__.update(weight=layer._parameters.pop("weight").detach()),
+}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("change", UNUSUAL.values(), ids=UNUSUAL.keys())
+def test_unusual_weights_before_and_after_patching(model: Any, change: Any, when: str) -> None:
+    """Where a layer's weight is not a plain matrix any more, the layer does what it does without a patch."""
+    layer = model.model.layers[0].mlp.up_proj
+
+    def logits() -> list[torch.Tensor]:
+        first = model(token_ids(1, 40))
+        return [first.logits, model(token_ids(1, 1), **{CACHE: first[CACHE]}).logits]
+
+    if when == "before":
+        change(layer)
+    with kvpress.patch(model, "full"):
+        if when == "after":
+            with torch.random.fork_rng():
+                torch.manual_seed(0)
+                change(layer)
+        found = logits()
+    dense = logits()
+    assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, dense, strict=True))
+
+
+def test_an_input_of_the_wrong_width_is_refused() -> None:
+    """As torch does: two rows of 128 are not four of 64."""
+    layer = torch.nn.Linear(64, 1024, bias=False)
+    for shape in ((2, 128), (4, 32), (32,), (1, 1, 128)):
+        with pytest.raises(RuntimeError, match=r"shape|size"):
+            forwards.linear_of_few_rows(layer, torch.zeros(shape))
+
+
+def test_under_autocast_a_product_is_that_of_torch() -> None:
+    layer, rows = torch.nn.Linear(256, 512), torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(forwards.linear_of_few_rows(layer, rows), layer(rows))
+
+
 @torch.no_grad()
 def test_a_step_splits_large_weights_over_threads(model: Any) -> None:
     """Gate and up of 2048 outputs in 64 parts, down of 64 outputs in 2; the small attention projections are torch's."""
@@ -91,6 +171,19 @@ def test_a_long_prompt_goes_through_the_mlp_in_tiles(model: Any, batch: int) -> 
     assert unpatched.numbers == batch * 1300 * INTERMEDIATE
     assert patched.numbers <= 512 * INTERMEDIATE
     assert torch.allclose(logits, dense, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_hook_of_all_modules_sees_all_tokens_at_once(model: Any) -> None:
+    widths = set()
+    inside = [module for layer in model.model.layers for module in layer.mlp.modules()]
+    with kvpress.patch(model, "full"):
+        hook = torch.nn.modules.module.register_module_forward_pre_hook(
+            lambda module, args: widths.add(args[0].shape[1]) if module in inside else None
+        )
+        model(token_ids(1, 1300))
+        hook.remove()
+    assert widths == {1300}
 
 
 @torch.no_grad()

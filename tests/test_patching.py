@@ -149,6 +149,25 @@ def test_report_prints_and_counts(model: Any) -> None:
     assert "h2o(budget=10)" in text and "0-1" in text and "total" in text and len(text.splitlines()) > 6
 
 
+def test_report_on_a_cache_of_several(model: Any) -> None:
+    """With `guidance_scale` each step runs twice, for the prompt and for none (or a negative one), with a cache each."""
+    ids, negative = torch.tensor([prompt(30)]), torch.tensor([prompt(12, 1)])
+    options = dict(max_new_tokens=6, do_sample=False, guidance_scale=1.5, negative_prompt_ids=negative)
+    dense = model.generate(ids, **options)
+    with kvpress.patch(model, Full()):
+        assert torch.equal(model.generate(ids, **options), dense)
+    with kvpress.patch(model, H2O(budget=10)) as handle:
+        output = model.generate(ids, **options, return_dict_in_generate=True)
+        assert handle.report().total.seen == 12 + 5
+        figures = handle.report(output[CACHE])
+        assert (figures.total.seen, figures.total.kept) == (30 + 5, 10)
+        assert figures.layers.keys() == {0, 1}
+    with kvpress.patch(model, H2O(budget=8)) as other:
+        for cache in (output[CACHE], DynamicCache(config=model.config)):
+            with pytest.raises(kvpress.PolicyError, match=r"not filled under h2o\(budget=8\)"):
+                other.report(cache)
+
+
 def test_report_survives_the_cache(model: Any) -> None:
     """The keys and values of a finished run are not held for the report's sake."""
     with kvpress.patch(model, Full()) as handle:
