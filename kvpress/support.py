@@ -1,7 +1,6 @@
 """Which models and caches can be patched, decided before anything is changed."""
 
 import ast
-import functools
 import inspect
 import sys
 import textwrap
@@ -192,7 +191,6 @@ _KNOWN_ARGUMENTS = {
 }
 
 
-@functools.cache
 def _check_attention_call(name: str, kind: Any) -> None:
     """Look at how a class of attention modules calls the attention function: once, with what kvpress knows.
 
