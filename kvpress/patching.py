@@ -62,7 +62,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     attention = find_attention(decoder)
     split = getattr(model, "tp_size", None) or 1
     for one in policies:
-        if one.joins_heads and split > 1:
+        if one.heads != "alone" and split > 1:
             raise UnsupportedModelError(
                 f"{one.describe()} decides over all heads of a layer together, and this model's are split over {split} processes "
                 "(tp_plan); load it with device_map, or use a policy that decides head by head"
@@ -107,12 +107,14 @@ def handle_of(model: Any) -> "Handle | None":
 
 
 def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> list[Rotary]:
-    moving = next((policy for policy in policies if policy.moves_positions), None)
+    moving = next((policy for policy in policies if policy.places.moved), None)
     if moving is None:
         return []
     found = [find_rotary(decoder, module) for module in attention.values()]
     if any(rotary is None for rotary in found):
-        remedy = "use rope='original'" if hasattr(moving, "rope") else "use another policy"
+        remedy = (
+            "use rope='original'" if "rope" in {field.name for field in moving.parameters()} else "use another policy"
+        )
         raise UnsupportedModelError(
             f"{moving.describe()} re-indexes rotary positions, and {type(decoder).__name__} has none that can be moved "
             f"(learned positions, or frequencies that depend on the length); {remedy}"
@@ -302,16 +304,15 @@ class Handle:
             query, key, value, scores = prompt.layers[ordinal]
             layer = layers[index]
             layer.append(key, value, prompt.tokens)
-            if layer.fused_mass:
+            if layer.takes_mass:
                 # The same for every policy that asks. Keys that are rotated anew may differ in the last bit.
                 asked = ordinal, layer.rotary is not None
                 if asked in prompt.masses:
-                    layer.observe(prompt.masses[asked])
+                    layer.add_mass(prompt.masses[asked])
                 else:
-                    layer.observe_rows(query, prompt.tokens, scores, None, 0)
-                    assert layer.mass is not None
-                    prompt.masses[asked] = layer.mass[:, :, : layer.length].clone()
-            layer.finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=layer.fused_mass)
+                    layer.observe_prompt(query, prompt.tokens, scores, None, 0)
+                    prompt.masses[asked] = layer.stats["mass"][:, :, : layer.length].clone()
+            layer.finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=layer.takes_mass)
         cache.layers[:] = layers
         cache.layer_class_to_replicate = None
         self.watch(cache)

@@ -130,19 +130,19 @@ CASES = [
     both(
         A2SF,
         accumulated.A2SF,
-        {"budget": 500, "alpha": 0.5, "prefill": "sequential"},
+        {"budget": 500, "alpha": 0.5, "evict": "each_row"},
         budget=7,
         alpha=0.5,
-        prefill="sequential",
+        evict="each_row",
     ),
     both(
         A2SF,
         accumulated.A2SF,
-        {"budget": 500, "alpha": 0.0, "prefill": "sequential"},
+        {"budget": 500, "alpha": 0.0, "evict": "each_row"},
         budget=0.4,
         alpha=0.0,
         recent=0.1,
-        prefill="sequential",
+        evict="each_row",
     ),
     both(A2SFPrefill, accumulated.A2SFPrefill, {"budget": 500}, budget=0.5, alpha=0.9, recent=3),
     both(
