@@ -198,7 +198,8 @@ class Entries:
     def _of(self, name: str) -> Tensor:
         if name not in self.observed:
             raise PolicyError(
-                f"{name!r} was not observed; a policy that scores by it says so by `observes`, as Mass() or Window(32)"
+                f"{name!r} was not observed; a policy that scores by it says so by `observes`: Mass() counts every row, and "
+                "Window(32) the last rows of a prompt, for a policy that evicts after prompts only"
             )
         return self.observed[name]
 
@@ -443,9 +444,10 @@ class EvictionPolicy(Policy):
 
     @property
     def keeps_a_share(self) -> bool:
-        """Whether what stays depends on the length of the prompt."""
-        budgets = [getattr(self, field.name) for field in fields(self) if field.type in (Budget, Budget | None)]
-        return any(isinstance(budget, float) for budget in budgets)
+        """Whether what stays depends on the length of the prompt, in some layer."""
+        layers = range(64)
+        short, long = ([self.quota(tokens, layer, len(layers)) for layer in layers] for tokens in (1, 1 << 40))
+        return short != long
 
     @property
     def merges(self) -> bool:

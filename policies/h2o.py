@@ -84,10 +84,6 @@ class H2O(EvictionPolicy):
         """Heavy and recent together, where not both are given."""
         return DEFAULT_BUDGET if self.budget is None else self.budget
 
-    @property
-    def keeps_a_share(self) -> bool:
-        return super().keeps_a_share or (self.heavy is None and isinstance(self._total, float))
-
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self.rope, "rope", ("original", "reindex"))

@@ -11,9 +11,23 @@ import torch
 import kvpress
 from kvpress import PolicyError
 from kvpress.passes import masked_tokens
-from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
-from kvpress.policy import Budget, Entries, EvictionPolicy, Mass, Quota, Window, check_budget, entries_for, pool_scores
+from kvpress.policies import H2O, AdaKV, Full, Keyformer, PyramidKV, SnapKV, StreamingLLM
+from kvpress.policy import (
+    Budget,
+    Entries,
+    EvictionPolicy,
+    Mass,
+    Nothing,
+    Policy,
+    Quota,
+    Window,
+    check_budget,
+    entries_for,
+    pool_scores,
+)
 from layers import feed, kept, new_layer, observe, prompt, random_mass, row, step
+from matrix import EVICTING, sharp_llama
+from matrix import prompt as text
 
 LIMIT = torch.finfo(torch.float32).max
 
@@ -168,6 +182,49 @@ class TestPolicies:
         """Average pooling counts zeros past the ends; maximum pooling does not, even of negative scores."""
         torch.testing.assert_close(pool_scores(row(3.0, 0.0, 6.0), 3, "avg"), row(1.0, 3.0, 2.0))
         torch.testing.assert_close(pool_scores(row(-3.0, -5.0, -6.0), 3, "max"), row(-3.0, -3.0, -5.0))
+
+    @pytest.mark.parametrize("policy", [case.policy for case in EVICTING], ids=lambda policy: policy.describe())
+    def test_keeps_a_share_where_the_quota_depends_on_the_prompt(self, policy):
+        """In any layer of a few: also where the share is a default, an inner policy's, or of one part only."""
+        quotas = [
+            [policy.quota(tokens, layer, layers) for layers in (1, 2, 3) for layer in range(layers)]
+            for tokens in (1, 1 << 30)
+        ]
+        assert policy.keeps_a_share == (quotas[0] != quotas[1])
+
+    @pytest.mark.parametrize(
+        ("policy", "expected"),
+        [
+            (H2O(), True),
+            (H2O(heavy=4, recent=0.5), True),
+            (H2O(heavy=4, recent=3), False),
+            (StreamingLLM(), False),
+            (StreamingLLM(recent=0.5), True),
+            (AdaKV(SnapKV(budget=0.5)), True),
+            (AdaKV(SnapKV(budget=64)), False),
+            (Keyformer(budget=64, recent=0.3), False),
+            (PyramidKV(budget=64), True),  # a short prompt has no pyramid
+            (PyramidKV(budget=64, beta=1), False),
+        ],
+        ids=lambda value: value.describe() if isinstance(value, Policy) else "",
+    )
+    def test_keeps_a_share_by_hand(self, policy, expected):
+        assert policy.keeps_a_share == expected
+
+    def test_what_was_not_observed_is_refused_by_name(self):
+        """A policy that scores by attention and observes nothing is told what to say."""
+        entries = Entries(torch.zeros(1, 1, 3, dtype=torch.int32), torch.ones(1, 1, 3, dtype=torch.bool))
+        for name in ("mass", "last_rows"):
+            with pytest.raises(PolicyError, match=rf"'{name}' was not observed.*`observes`.*Mass\(\)"):
+                getattr(entries, name)
+
+        class Blind(H2O):
+            name = ""
+            observes = Nothing()
+
+        model = sharp_llama()
+        with torch.no_grad(), kvpress.patch(model, Blind(budget=4)), pytest.raises(PolicyError, match="`observes`"):
+            model(torch.tensor([text(20)]))
 
 
 class TestSelection:
