@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 import kvpress
 from kvpress.compat import CACHE
-from kvpress.passes import Scores, plain_tokens
+from kvpress.observe import Scores
+from kvpress.passes import plain_tokens
 from kvpress.policy import EvictionPolicy, Policy
 
 PLAIN, FLOOR = "transformers", "floor"
@@ -126,9 +127,10 @@ def policy_cache(model: Any, handle: kvpress.Handle, entries: Entries) -> Dynami
     cache.layers[:] = handle.new_layers(cache)
     for layer in cache.layers:
         layer.append(entries.key, entries.value, entries.tokens)
-        if layer.mass is not None:
-            layer.observe(entries.mass)
-        layer.finish_prompt(entries.query, entries.tokens, entries.scores, None, 0, mass_known=True)
+        counted = "mass" in layer.stats
+        if counted:
+            layer.add_mass(entries.mass)
+        layer.finish_prompt(entries.query, entries.tokens, entries.scores, None, 0, mass_known=counted)
     return cache
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kvpress.policy import Entries, EvictionPolicy, Quota, entries_for
+from kvpress.policy import Entries, EvictionPolicy, Quota, Window, entries_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,9 +15,8 @@ class LastRowWins(EvictionPolicy):
     """Keep what the last row of the prompt attends to."""
 
     name = "last_row"  # makes it kvpress.patch(model, "last_row")
-    observes = "window"  # or "every row", or "nothing"
-    observed_window = 1
-    drops_in_decode = False  # evict after prompts only
+    observes = Window(1)  # or Mass(): every row; or Nothing(), to score by entries.keys or .values
+    evict_every = None  # evict after prompts only
     budget: float | int = 0.2
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:

@@ -15,8 +15,9 @@ from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.prompt_attention import prompt_attention
 from kvpress.layer import KVLayer
+from kvpress.observe import Scores
 from kvpress.paged import PagedLayer
-from kvpress.passes import Pass, Scores, Tokens, active_pass, one_row
+from kvpress.passes import Pass, Tokens, active_pass, one_row
 from kvpress.places import consecutive, last_positions, nearer, rotated, without_rotation
 from kvpress.policy import Selected, View
 
@@ -250,8 +251,9 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, scores: Sc
 def _prompt(
     layer: KVLayer, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass
 ) -> Tensor:
+    layer.scores = scores
     arrived, query = query, layer.own_query(query, tokens)
-    if layer.policy is not None and layer.policy.row_by_row:
+    if layer.eviction.evict == "each_row":
         return _row_by_row(layer, tokens, query, key, value, scores, current)
     past = layer.length
     if layer is current.layers[0]:
@@ -259,7 +261,7 @@ def _prompt(
             one.prepare(key, value, tokens)
     layer.state.clear()
     layer.append(key, value, tokens)
-    chunk = None if layer.selection is None else layer.selection.prompt_chunk
+    chunk = layer.selection.prompt_chunk
     if chunk is not None:
         output = _in_chunks(layer, tokens, query, scores, current, past, chunk)
     elif tokens.columns is None:
@@ -275,7 +277,7 @@ def _prompt(
                 )
     if current.record is not None:
         current.record.append((tokens, arrived, key, value, scores))
-    layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.fused_mass)
+    layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.takes_mass)
     return output
 
 
@@ -292,10 +294,10 @@ def _attend_rows(
         raw = _unrotated(layer, query, positions.amax(dim=(1, 2)) + 1)
         query, keys = _turned(layer, raw, keys, positions)
     output, mass, _ = prompt_attention(
-        query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.fused_mass
+        query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.takes_mass
     )
     if mass is not None:
-        layer.observe(mass, only)
+        layer.add_mass(mass, only)
     return output
 
 
@@ -355,7 +357,7 @@ def _decode(
 def _show_last_row(layer: KVLayer, scores: Scores, current: Pass) -> None:
     """Show the selection policy what the prompt's last row reads of what was kept, before the first decode step."""
     layer.last_unread = False
-    assert layer.selection is not None and layer.last_row is not None and layer.last_position is not None
+    assert layer.last_row is not None and layer.last_position is not None
     keys, values = layer.used()
     seen = layer.last_position.view(-1).to(keys.device) + 1
     view = _view(layer, layer.last_row, scores, current, slice(None), layer.length, seen)
@@ -372,13 +374,13 @@ def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current
 
     In a decode step the row reads what the selection policy chooses, and that is counted; a prompt's row is exact.
     """
-    observed = layer.fused_mass
+    observed = layer.takes_mass
     read = float(layer.length)
-    if layer.selection is not None and decode:
+    if layer.roles.selects and decode:
         view = _view(layer, query, scores, current, slice(None), layer.length, tokens.seen_tensor.to(query.device))
         output, mass, read = _read_selected(layer, view, scores, observed)
     elif isinstance(layer, PagedLayer) and layer.pages is not None:
-        observed = layer.policy is not None and layer.policy.observes == "every row"
+        observed = layer.observer.needs_every_row
         output, mass = layer.attend(query, scores, with_mass=observed)
         read = layer.facts.length
     else:
@@ -388,7 +390,7 @@ def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current
         if layer.raw_keys:
             raw = _unrotated(layer, query, tokens.seen_tensor)
             turned, keys = _turned(layer, raw, keys, layer.positions[:, :, : layer.length])
-        elif moved is None and layer.policy is not None and layer.policy.observes == "every row":
+        elif moved is None and layer.observer.needs_every_row:
             observed, perturbed = True, layer.perturbed(tokens, current.new_tokens)
         output, mass, _ = decode_attention(
             turned,
@@ -402,14 +404,12 @@ def _read(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current
         )
     if decode:
         layer.facts.read += read
-    if layer.policy is not None:
-        if mass is not None and observed:
-            layer.observe_row(mass, tokens)
-        elif layer.policy.observes == "every row":
-            layer.observe_rows(query, tokens, scores, current.new_tokens, layer.length)
-            if layer.selection is not None and decode:
-                layer.facts.read += layer.length / 2  # the keys of what was not selected, too
-        layer.evict_step()
+    if layer.observer.needs_every_row:
+        counted = mass if observed else None
+        layer.observe_step(query, tokens, scores, current.new_tokens, counted)
+        if counted is None and layer.roles.selects and decode:
+            layer.facts.read += layer.length / 2  # the keys of what was not selected, too
+    layer.evict_step()
     return output
 
 
@@ -437,7 +437,7 @@ def _view(layer: KVLayer, query: Tensor, scores: Scores, current: Pass, only: sl
         shared=current.shared,
         rows=only,
         moved=_moved_row(layer, query, stop, current, only) if query.shape[2] == 1 else None,
-        aligned=layer.policy is None,
+        aligned=not layer.evicts,
     )
 
 
@@ -446,7 +446,6 @@ def _read_selected(
 ) -> tuple[Tensor, Tensor | None, float]:
     """Attend what the selection policy chooses: output, mass per slot if it is observed, entries read per kv head."""
     selection = layer.selection
-    assert selection is not None
     selected = selection.select(view)
     with_mass = observed or selection.observes_reads
     stop, rows, query = view.keys.shape[2], view.query.shape[2], view.query
@@ -462,7 +461,7 @@ def _read_selected(
         member, read = selected.member, float(keys.shape[2])
     if layer.raw_keys:
         places = None  # everything is there and in order
-        if member is not None or layer.policy is not None:
+        if member is not None or layer.evicts:
             places = view.positions if selected.index is None else view.positions.gather(2, selected.index)
             places = places if member is None else places.masked_fill(~member, -1)
         query, keys = _turned(layer, query, keys, places)
@@ -522,7 +521,7 @@ def _turned(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor | Non
         ranks = torch.arange(keys.shape[2], device=keys.device)[None, None]
         held = torch.full((1,), keys.shape[2], device=keys.device)
     else:  # without eviction slots were only ever appended
-        ranks, held = consecutive(positions, ordered=layer.policy is None)
+        ranks, held = consecutive(positions, ordered=not layer.evicts)
     places = last_positions(held, query.shape[2])
     turned = rotated(query, places[:, None], layer.rotary).to(keys.dtype)
     return turned, rotated(keys, ranks, layer.rotary)

@@ -23,7 +23,7 @@ from kvpress.passes import (
     set_pass,
 )
 from kvpress.places import check_consecutive
-from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
+from kvpress.policy import Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.support import check_cache
 from kvpress.wrapper import Wrapper
@@ -54,12 +54,11 @@ class PatchedForward(Wrapper):
         super().__init__(decoder, "forward")
         self.handle = handle
         self.run = self.inner
-        self.eviction = next((one for one in policies if isinstance(one, EvictionPolicy)), None)
-        self.selection = next((one for one in policies if isinstance(one, SelectionPolicy)), None)
+        self.roles = Roles.of(policies)
         self.indices = list(attention)
         self.decoder = decoder
         self._rotary = rotary
-        self._moving = next((policy for policy in policies if policy.moves_positions), None)
+        self._moving = next((policy for policy in policies if policy.places.moved), None)
         self._modules = {id(module): ordinal for ordinal, module in enumerate(attention.values())}
         self._parameters = forward_parameters(decoder)
         self.cache_argument = cache_argument(decoder)
@@ -225,7 +224,7 @@ class PatchedForward(Wrapper):
         Returns:
             How many there are.
         """
-        every = 0 if self.selection is None else self.selection.correct_every
+        every = self.roles.selection.correct_every
         first, count = acted[0], inputs.shape[1]
         if not every or first.facts.seen == 0:
             return 0
@@ -303,11 +302,9 @@ class PatchedForward(Wrapper):
         """The cache's layers, with ours in the place of the plain ones that the policies act on."""
         held = [layer for layer in getattr(cache, "layers", []) if isinstance(layer, KVLayer)]
         if held:
-            owners = held[0].policy, held[0].selection
-            if owners != (self.eviction, self.selection) or len(held) != len(self.indices):
-                named = " + ".join(policy.describe() for policy in owners if policy is not None) or "full()"
+            if held[0].roles != self.roles or len(held) != len(self.indices):
                 raise PolicyError(
-                    f"this cache belongs to the policy {named}; start a new one for {self.handle.describe()}"
+                    f"this cache belongs to the policy {held[0].roles.describe()}; start a new one for {self.handle.describe()}"
                 )
             return list(cache.layers)
         check_cache(cache)
@@ -326,22 +323,23 @@ class PatchedForward(Wrapper):
                     "DynamicCache(config=model.config), or none"
                 )
             rotary = self._rotary[ordinal] if self._rotary else None
-            kind = PagedLayer if self.eviction is not None and self.eviction.shares_heads else KVLayer
-            layers[index] = kind(self.eviction, ordinal, len(self.indices), self.selection, rotary)
+            kind = PagedLayer if self.roles.eviction.heads == "shared" else KVLayer
+            layers[index] = kind(self.roles, ordinal, len(self.indices), rotary)
             if plain.get_seq_length():
                 self._adopt(layers[index], plain, mask, batch, count)
         return layers
 
     def _adopt(self, layer: KVLayer, plain: Any, mask: Tensor | None, batch: int, count: int) -> None:
         """Take over what an unpatched run left in a plain layer."""
-        if self.eviction is not None and self.eviction.observes == "every row":
+        eviction = self.roles.eviction
+        if eviction.observes.needs_every_row:
             raise PolicyError(
-                f"{self.eviction.describe()} needs the attention of every token, and this cache was filled by an unpatched run; "
+                f"{eviction.describe()} needs the attention of every token, and this cache was filled by an unpatched run; "
                 "run the whole prompt on the patched model, or use a policy that looks at the last rows only"
             )
-        if self.eviction is not None and self.eviction.observes == "window" and count == 1:
+        if eviction.observes.needs_prompt and count == 1:
             raise PolicyError(
-                f"{self.eviction.describe()} needs the attention of the prompt's last tokens, and this cache was filled by an "
+                f"{eviction.describe()} needs the attention of the prompt's last tokens, and this cache was filled by an "
                 "unpatched run; give several tokens in the next pass, or run the whole prompt on the patched model"
             )
         seen = plain.get_seq_length()

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kvpress.evict import marked_first
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.paged_attention import paged_attention
-from kvpress.layer import KVLayer, marked_first
-from kvpress.passes import Scores, Tokens
+from kvpress.layer import KVLayer
+from kvpress.observe import Observed, Scores
+from kvpress.passes import Tokens
 from kvpress.slots import spare_slots
 
 PAGE = 32
@@ -87,7 +89,7 @@ class _Rectangle:
 
 
 class PagedLayer(KVLayer):
-    """A layer under an eviction policy that `shares_heads`: after an eviction its entries are in pages.
+    """A layer whose kv heads share its entries: after an eviction its entries are in pages.
 
     Attributes:
         pages: where the entries are, or None while a prompt has not been evicted.
@@ -107,8 +109,8 @@ class PagedLayer(KVLayer):
     # ------------------------------------------------------------------ from the rectangle to pages, and back
 
     def quotas(self, priority: Tensor) -> tuple[Tensor, int]:
-        assert self.policy is not None and self.totals is not None
-        totals = self.policy.head_totals(priority, self.totals)
+        assert self.totals is not None
+        totals = self.eviction.share(priority, self.totals)
         return totals, max(1, int(totals.max()))
 
     def make_buffers(self, key: Tensor, value: Tensor, capacity: int) -> None:
@@ -219,15 +221,9 @@ class PagedLayer(KVLayer):
             with_mass=with_mass,
         )
 
-    def observe_row(self, mass: Tensor, tokens: Tokens) -> None:
-        """Add what one row saw: in pages, float32 [batch, slots]."""
-        if self.pages is None:
-            super().observe_row(mass, tokens)
-            return
-        assert self.policy is not None
-        real = (tokens.positions >= 0).expand(len(mass), 1).to(mass.device)
-        held = self.pages.stats["mass"]
-        held.mul_(torch.where(real, self.policy.forgetting, 1.0)).add_(mass.masked_fill(~real, 0.0))
+    @property
+    def observed(self) -> Observed:
+        return super().observed if self.pages is None else Observed(self.pages.stats, self.notes)
 
     # ------------------------------------------------------------------ bookkeeping
 

@@ -16,15 +16,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Scores:
-    """How a model turns q.k into scores: `scale`, and `softcap` and `sinks` ([heads]) where it has them."""
-
-    scale: float
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class Tokens:
     """The new tokens of one pass, the same for every layer.
 

@@ -18,7 +18,7 @@ from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
 from kvpress.passes import expecting
-from kvpress.policy import EvictionPolicy, Policy, SelectionPolicy
+from kvpress.policy import EvictionPolicy, Policy, Roles, SelectionPolicy
 from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
@@ -66,7 +66,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     attention = find_attention(decoder)
     split = getattr(model, "tp_size", None) or 1
     for one in policies:
-        if one.joins_heads and split > 1:
+        if one.heads != "alone" and split > 1:
             raise UnsupportedModelError(
                 f"{one.describe()} decides over all heads of a layer together, and this model's are split over {split} processes "
                 "(tp_plan); load it with device_map, or use a policy that decides head by head"
@@ -112,7 +112,7 @@ def handle_of(model: Any) -> "Handle | None":
 
 
 def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> list[Rotary]:
-    moving = next((policy for policy in policies if policy.moves_positions), None)
+    moving = next((policy for policy in policies if policy.places.moved), None)
     if moving is None:
         return []
     try:
@@ -268,9 +268,7 @@ class Handle:
     def _owns(self, cache: Any) -> bool:
         """Whether a cache's layers are those of this handle's policies."""
         layer = next(layer for layer in cache.layers if isinstance(layer, KVLayer))
-        acting = [policy for policy in self.policies if isinstance(policy, EvictionPolicy | SelectionPolicy)]
-        theirs = [policy for policy in (layer.policy, layer.selection) if policy is not None]
-        return len(acting) == len(theirs) and all(policy in acting for policy in theirs)
+        return bool(layer.roles == Roles.of(self.policies))
 
     def check_generate(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         config = args[1] if len(args) > 1 else kwargs.get("generation_config")
@@ -329,16 +327,15 @@ class Handle:
             layer = layers[index]
             query = layer.own_query(query, prompt.tokens)
             layer.append(key, value, prompt.tokens)
-            if layer.fused_mass:
+            if layer.takes_mass:
                 # The same for every policy that asks. Keys that are rotated anew may differ in the last bit.
                 asked = ordinal, layer.raw_keys
                 if asked in prompt.masses:
-                    layer.observe(prompt.masses[asked])
+                    layer.add_mass(prompt.masses[asked])
                 else:
-                    layer.observe_rows(query, prompt.tokens, scores, None, 0)
-                    assert layer.mass is not None
-                    prompt.masses[asked] = layer.mass[:, :, : layer.length].clone()
-            layer.finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=layer.fused_mass)
+                    layer.observe_prompt(query, prompt.tokens, scores, None, 0)
+                    prompt.masses[asked] = layer.stats["mass"][:, :, : layer.length].clone()
+            layer.finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=layer.takes_mass)
         cache.layers[:] = layers
         cache.layer_class_to_replicate = None
         self.watch(cache)

@@ -8,14 +8,36 @@ the cache, never on the policy.
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from kvpress.errors import PolicyError
-from kvpress.kernels.attention_mass import Perturbation
+from kvpress.observe import Mass, Noise, Nothing, Observer, Window
+
+__all__ = [
+    "Budget",
+    "Consecutive",
+    "Dropped",
+    "Entries",
+    "EvictionPolicy",
+    "Mass",
+    "Merge",
+    "Noise",
+    "Nothing",
+    "Observer",
+    "Own",
+    "Places",
+    "Policy",
+    "Quota",
+    "Selected",
+    "SelectionPolicy",
+    "Sinks",
+    "View",
+    "Window",
+]
 
 Budget = float | int
 """A float in (0, 1] is a share of the prompt's length, an int is entries per layer and kv head."""
@@ -121,6 +143,9 @@ class Quota:
     recent: int
 
 
+UNLIMITED = torch.iinfo(torch.int32).max
+
+
 def quota_of(budget: Budget, tokens: int, recent: int = 0) -> Quota:
     """The quota of a budget, at least one entry, whose newest `recent` entries always stay, as far as it has so many."""
     total = max(1, entries_for(budget, tokens))
@@ -136,27 +161,59 @@ class Entries:
     Attributes:
         positions: int32 [batch, kv_heads, n], original positions, -1 for an empty slot.
         candidates: bool [batch, kv_heads, n], the entries that compete for what `Quota.recent` leaves over.
-        mass: float32 [batch, kv_heads, n], the attention that each entry got from the rows that the policy observes,
-            summed over the group; None when it observes none.
-        last_rows: float32 [batch, kv_heads, n], for a policy that observes every row and has an `observed_window` too:
-            what the last rows alone gave; else None.
-        tokens: int [batch], real tokens seen of each sequence; the runtime always says it.
+        observed: name -> float32 [batch, kv_heads, n], what the policy's observer counted.
+        tokens: int [batch], real tokens seen of each sequence.
+        layer, layers: index among the layers that the policy acts on, and their number.
+        fetch: gives keys and values.
     """
 
     positions: Tensor
     candidates: Tensor
-    mass: Tensor | None
-    last_rows: Tensor | None = None
+    observed: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
+    layer: int = 0
+    layers: int = 1
+    fetch: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def mass(self) -> Tensor:
+        """The attention that each entry got from the observed rows, summed over its group, float32 [batch, kv_heads, n]."""
+        return self._of("mass")
+
+    @property
+    def last_rows(self) -> Tensor:
+        """What the last rows alone gave, for an observer that counts them too, float32 [batch, kv_heads, n]."""
+        return self._of("last_rows")
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys, rotated at their own positions, [batch, kv_heads, n, head_dim]. Fetched when asked for."""
+        return self._fetched()[0]
+
+    @property
+    def values(self) -> Tensor:
+        """Values, [batch, kv_heads, n, head_dim]. Fetched when asked for."""
+        return self._fetched()[1]
+
+    def _of(self, name: str) -> Tensor:
+        if name not in self.observed:
+            raise PolicyError(
+                f"{name!r} was not observed; a policy that scores by it says so by `observes`: Mass() counts every row, and "
+                "Window(32) the last rows of a prompt, for a policy that evicts after prompts only"
+            )
+        return self.observed[name]
+
+    def _fetched(self) -> tuple[Tensor, Tensor]:
+        assert self.fetch is not None
+        return self.fetch()
 
 
 @dataclass(frozen=True)
-class Merging:
+class Dropped:
     """Entries that are about to be dropped, and those that stay and may take them in.
 
     Attributes:
         entries: all slots in use.
-        keys, values: [batch, kv_heads, n, head_dim] of the same slots.
         centres: int64 [batch, kv_heads, k], slots that stay.
         is_centre: bool [batch, kv_heads, k], False where there is none.
         rest: int64 [batch, kv_heads, m], slots to be dropped.
@@ -164,8 +221,6 @@ class Merging:
     """
 
     entries: Entries
-    keys: Tensor
-    values: Tensor
     centres: Tensor
     is_centre: Tensor
     rest: Tensor
@@ -177,7 +232,7 @@ class Merge:
     """Where dropped entries go, and how they are merged there.
 
     Attributes:
-        target: int64 [batch, kv_heads, m], index into `Merging.centres` for each of `Merging.rest`, or -1 for nowhere.
+        target: int64 [batch, kv_heads, m], index into `Dropped.centres` for each of `Dropped.rest`, or -1 for nowhere.
         weights: float32 [batch, kv_heads, n], above 0, the weight of every slot in its merge.
         value_norms: whether a merged value has the centre's norm, as a merged key has, or is the weighted mean.
         sum_statistics: whether what was observed of the merged entries is summed, or the centre's own stays.
@@ -195,15 +250,15 @@ class View:
 
     Attributes:
         layer, layers: index among the layers that the policy acts on, and their number.
-        query: [batch, heads, rows, head_dim], rotated at its own positions; not rotated, and float32, if the policy has
-            `raw_keys`.
-        keys: [batch, kv_heads, n, head_dim], views of the slots in use; not rotated if the policy has `raw_keys`.
+        query: [batch, heads, rows, head_dim], rotated at its own positions; not rotated, and float32, under
+            `Consecutive` places.
+        keys: [batch, kv_heads, n, head_dim], views of the slots in use; not rotated under `Consecutive` places.
         positions: int32 [batch, kv_heads, n], -1 for an empty slot.
         valid: bool [batch, kv_heads, n], or None when no slot is empty.
         seen: int32 [batch], real tokens seen of each sequence, those of this pass included.
         scale, softcap: how the model turns q.k into scores.
         turn: (x [batch, heads, n, head_dim], shift [batch], or what broadcasts to [batch, heads, n]) -> x rotated by so many
-            positions; only for a policy with `raw_keys`.
+            positions; only under `Consecutive` places.
         state: what the policy keeps for this layer from step to step. It lives with the cache and starts empty, also after
             every prompt pass; a tensor must have the batch as its first dimension. What a chunk of a prompt leaves is lost.
         shared: what the policy hands from layer to layer in one pass; empty at the first layer.
@@ -235,8 +290,8 @@ class Selected:
     """What a step reads of one layer.
 
     Attributes:
-        index: int64 [batch, kv_heads, k], slots, each at most once per kv head; None to read everything. For a policy with
-            `raw_keys` in the order of their positions, and as many in each kv head.
+        index: int64 [batch, kv_heads, k], slots, each at most once per kv head; None to read everything. Under `Consecutive` places
+            in the order of their positions, and as many in each kv head.
         member: bool [batch, kv_heads or heads, k], False where a kv head has fewer than k, or where a query head of the
             group does not read the slot; None when all are read by all.
         scanned: entries (K and V) per kv head and step whose worth of memory was read to choose, for the report.
@@ -245,6 +300,31 @@ class Selected:
     index: Tensor | None = None
     member: Tensor | None = None
     scanned: float = 0.0
+
+
+class Places:
+    """At which positions attention sees entries; what re-indexes them needs to know how the model rotates."""
+
+    moved = True
+
+
+@dataclass(frozen=True)
+class Own(Places):
+    """At their own."""
+
+    moved = False
+
+
+@dataclass(frozen=True)
+class Sinks(Places):
+    """The first `count` positions right before the most recent ones that are kept (StreamingLLM)."""
+
+    count: int
+
+
+@dataclass(frozen=True)
+class Consecutive(Places):
+    """What is read at 0 .. m-1, so that no distance exceeds the number of entries read. Keys are stored without their rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,14 +358,9 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
         return cls.takes_budget and (cls.takes_share or isinstance(budget, int))
 
     @property
-    def raw_keys(self) -> bool:
-        """Whether keys are stored without their rotation, and attention sees what it reads at positions 0 .. m-1."""
-        return False
-
-    @property
-    def moves_positions(self) -> bool:
-        """Whether attention sees entries at other positions than their own, so that the model's rotation must be known."""
-        return self.raw_keys
+    def places(self) -> Places:
+        """At which positions attention sees entries."""
+        return Own()
 
     @property
     def place_remedy(self) -> str:
@@ -298,9 +373,9 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
         return True
 
     @property
-    def joins_heads(self) -> bool:
-        """Whether a layer's heads decide together, so that no process can decide alone that holds only some of them."""
-        return False
+    def heads(self) -> Literal["alone", "together", "shared"]:
+        """Whether each kv head decides alone, all decide together and alike, or they share a layer's entries."""
+        return "alone"
 
     def check_company(self, others: "Sequence[Policy]") -> None:  # noqa: B027 (most policies have nothing against company)
         """Raise `PolicyError` if the policy cannot act on one model together with the others, which play other roles."""
@@ -345,67 +420,52 @@ class EvictionPolicy(Policy):
     Args:
         evict: "each_pass" brings the cache to its budget at the end of every prompt pass (chunk, turn);
             "after_prompt" waits for the first decode step, so that chunking a prompt never changes what is kept, at the
-            price of holding the whole prompt until then.
+            price of holding the whole prompt until then; "each_row" attends and evicts a prompt's rows one after the other,
+            as decode steps do, which is slow and makes the prompt's own output sparse.
     """
 
     kind: ClassVar[str] = "evicting"
     takes_budget: ClassVar[bool] = True
     role: ClassVar[str | None] = "eviction"
 
-    observes: ClassVar[Literal["nothing", "every row", "window"]] = "nothing"
-    """Whose attention mass `Entries.mass` holds: no row's, every row's since the entry came in (accumulated over passes),
-    or that of the last `observed_window` rows of the prompt pass."""
-    drops_in_decode: ClassVar[bool] = True
-    """Whether decode evicts too, or the cache grows by one entry a step."""
-    merges: ClassVar[bool] = False
-    """Whether what is dropped may be merged into what stays, by `assign`."""
-
-    evict: Literal["each_pass", "after_prompt"] = "each_pass"
+    evict: Literal["each_pass", "after_prompt", "each_row"] = "each_pass"
 
     def __post_init__(self) -> None:
-        check_choice(self.evict, "evict", ("each_pass", "after_prompt"))
+        check_choice(self.evict, "evict", ("each_pass", "after_prompt", "each_row"))
+        if self.evict == "each_row" and self.evict_every is None:
+            raise PolicyError(
+                f"evict='each_row' evicts as decode steps do, and {self.name} evicts after prompts only; use 'each_pass' or "
+                "'after_prompt'"
+            )
 
     @property
-    def observed_window(self) -> int:
-        """Rows observed by a policy that observes a "window"; with "every row", rows that `Entries.last_rows` sums."""
-        return 0
+    def observes(self) -> Observer:
+        """What is counted while a layer attends: `Nothing()`, `Mass(...)` or `Window(rows)`."""
+        return Nothing()
 
     @property
-    def forgetting(self) -> float:
-        """With "every row": factor in [0, 1] on what was accumulated, for every row that comes after it."""
-        return 1.0
-
-    def perturbation(self, step: int, new_tokens: int | None, layer: int) -> Perturbation | None:
-        """With "every row": noise and temperature of the observed softmax; None for the attention's own.
-
-        Args:
-            step: decode steps since the latest prompt pass, 0 in the pass itself.
-            new_tokens: how many tokens `generate` was asked for, if it is known.
-            layer: index of the layer.
-        """
-        return None
-
-    @property
-    def evict_every(self) -> int:
-        """Decode steps between evictions: an entry too many is tolerated until there are so many."""
+    def evict_every(self) -> int | None:
+        """Decode steps between evictions: an entry too many is tolerated until there are so many. None: decode appends."""
         return 1
 
     @property
-    def row_by_row(self) -> bool:
-        """Whether the rows of a prompt are attended and evicted one after the other, as decode steps are."""
-        return False
-
-    @property
     def leaves_prompts_exact(self) -> bool:
-        return not self.row_by_row
+        return self.evict != "each_row"
 
     @property
-    def shares_heads(self) -> bool:
-        """Whether the kv heads of a layer share its entries, so that each keeps its own number of them: `head_totals`."""
-        return False
+    def keeps_a_share(self) -> bool:
+        """Whether what stays depends on the length of the prompt, in some layer."""
+        layers = range(64)
+        short, long = ([self.quota(tokens, layer, len(layers)) for layer in layers] for tokens in (1, 1 << 40))
+        return short != long
 
-    def head_totals(self, priority: Tensor, totals: Tensor) -> Tensor:
-        """How many entries each kv head keeps, for a policy that `shares_heads`.
+    @property
+    def merges(self) -> bool:
+        """Whether what is dropped may be merged into what stays: whether the class has a `merge` of its own."""
+        return type(self).merge is not EvictionPolicy.merge
+
+    def share(self, priority: Tensor, totals: Tensor) -> Tensor:
+        """How many entries each kv head keeps, for a policy whose `heads` are "shared".
 
         Args:
             priority: float32 [batch, kv_heads, n], the entries' scores, finite; +inf for the newest, which stay whatever their
@@ -415,16 +475,7 @@ class EvictionPolicy(Policy):
         Returns:
             int64 [batch, kv_heads], none more than the kv head has.
         """
-        raise AssertionError(f"{type(self).__name__} shares heads and does not say how")
-
-    @property
-    def reindexed_sinks(self) -> int:
-        """Number of first positions that are attended as if they stood right before the kept recent ones; 0 for none."""
-        return 0
-
-    @property
-    def moves_positions(self) -> bool:
-        return self.raw_keys or self.reindexed_sinks > 0
+        raise NotImplementedError(f"{type(self).__name__} shares entries among heads and does not say how")
 
     @abstractmethod
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
@@ -441,12 +492,25 @@ class EvictionPolicy(Policy):
 
         By default what the observed rows gave it, `Entries.mass`.
         """
-        assert entries.mass is not None, f"{type(self).__name__} observes nothing and does not say how to score"
         return entries.mass
 
-    def assign(self, merging: Merging) -> Merge:
-        """Where each dropped entry goes, for a policy that `merges`."""
-        raise AssertionError(f"{type(self).__name__} merges and does not say where")
+    def merge(self, dropped: Dropped) -> Merge | None:
+        """Where each dropped entry goes; None drops it. Asked of classes that define it."""
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeepAll(EvictionPolicy):
+    """No eviction: what plays the role where no policy does."""
+
+    role: ClassVar[str | None] = None
+
+    @property
+    def evict_every(self) -> int | None:
+        return None
+
+    def quota(self, tokens: int, layer: int, layers: int) -> Quota:
+        return Quota(UNLIMITED, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -458,9 +522,9 @@ class SelectionPolicy(Policy):
 
     observes_reads: ClassVar[bool] = False
     """Whether `after_read` wants the attention weights."""
-    remembers: ClassVar[str | None] = None
-    """What the policy keeps of slots from step to step, in an error's words; None for nothing. No policy that frees slots in
-    decode can be its company then."""
+    notes: ClassVar[str | None] = None
+    """What the policy keeps about slots from step to step, as an error calls it; None for nothing. It cannot be combined with
+    policies that evict during decode then."""
 
     @property
     def correct_every(self) -> int:
@@ -469,14 +533,14 @@ class SelectionPolicy(Policy):
 
     def check_company(self, others: "Sequence[Policy]") -> None:
         for other in others:
-            if other.raw_keys and not self.raw_keys:
+            if isinstance(other.places, Consecutive) and not isinstance(self.places, Consecutive):
                 raise PolicyError(
                     f"{self.describe()} compares queries with rotated keys, and {other.describe()} stores them without their "
                     "rotation; use a policy that leaves tokens at their own positions (rope='original' where it has that)"
                 )
-            if self.remembers is not None and isinstance(other, EvictionPolicy) and other.drops_in_decode:
+            if self.notes is not None and isinstance(other, EvictionPolicy) and other.evict_every is not None:
                 raise PolicyError(
-                    f"{other.describe()} frees slots in decode, and {self.remembers} would no longer fit what is in them; use "
+                    f"{other.describe()} frees slots in decode, and {self.notes} would no longer fit what is in them; use "
                     "a policy that evicts after the prompt only, as snapkv"
                 )
 
@@ -507,6 +571,49 @@ class SelectionPolicy(Policy):
         """
 
 
+@dataclass(frozen=True, kw_only=True)
+class ReadAll(SelectionPolicy):
+    """No selection: what plays the role where no policy does."""
+
+    role: ClassVar[str | None] = None
+
+    def select(self, view: View) -> Selected:
+        return Selected()
+
+
+@dataclass(frozen=True)
+class Roles:
+    """The policies of a model, one for each role."""
+
+    eviction: EvictionPolicy = KeepAll()
+    selection: SelectionPolicy = ReadAll()
+
+    @classmethod
+    def of(cls, policies: "Sequence[Policy]") -> "Roles":
+        """The roles that some policies play; the others are played by null objects."""
+        return cls(**{policy.role: policy for policy in policies if policy.role is not None})  # type: ignore[arg-type]
+
+    def describe(self) -> str:
+        """The policies that play a role; full() where none does."""
+        played = [one.describe() for one in (self.eviction, self.selection) if one.role is not None]
+        return " + ".join(played) or "full()"
+
+    @property
+    def evicts(self) -> bool:
+        """Whether entries may be dropped."""
+        return not isinstance(self.eviction, KeepAll)
+
+    @property
+    def selects(self) -> bool:
+        """Whether a step may read less than everything."""
+        return not isinstance(self.selection, ReadAll)
+
+    @property
+    def places(self) -> Places:
+        """At which positions entries are attended; at most one role moves them, or both in the same way."""
+        return next((one.places for one in (self.selection, self.eviction) if one.places.moved), Own())
+
+
 def pool_scores(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
     """Pool scores over neighbours, stride 1, keeping the length.
 
@@ -525,7 +632,6 @@ def pool_scores(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:
 
 def pooled_mass(entries: Entries, kernel_size: int, pooling: str) -> Tensor:
     """The observed attention mass, pooled over the candidates in position order, [batch, kv_heads, n]."""
-    assert entries.mass is not None
     # Candidates come first in position order, so what is filled in behind them acts as the pooling's padding.
     outside = 0.0 if pooling == "avg" else float("-inf")
     return pool_scores(entries.mass.masked_fill(~entries.candidates, outside), kernel_size, pooling)

@@ -206,12 +206,12 @@ def _check_sequential(model: Any) -> None:
     for policy in () if handle is None else handle.policies:
         if not isinstance(policy, EvictionPolicy):
             continue
-        if not policy.drops_in_decode:
+        if policy.evict_every is None:
             raise PolicyError(
                 f"mode='sequential' feeds a prompt of one token, and {policy.describe()} evicts after prompts only, so that it "
                 "would never act; use mode='decode', or a policy that evicts at every step"
             )
-        if policy.quota(1, 0, 1) != policy.quota(1 << 30, 0, 1):
+        if policy.keeps_a_share:
             raise PolicyError(
                 f"mode='sequential' feeds a prompt of one token, and {policy.describe()} keeps a share of the prompt; give its "
                 "budget as entries (int)"

@@ -68,7 +68,8 @@ class Slots(CacheLayerMixin):
         keys, values: [batch, kv_heads, capacity, head_dim].
         positions: int32 [batch, kv_heads, capacity], original position of each entry, -1 for an empty slot.
         stats: name -> [batch, kv_heads, ..., capacity], numbers that go with the entries; a new entry starts at 0.
-        state: name -> what else goes with the sequences; a tensor has the batch as its first dimension.
+        state: name -> what a selection policy keeps from step to step; a tensor has the batch as its first dimension.
+        notes: name -> what an observer keeps of the sequences, likewise.
         dtype: of keys and values, once there are some: that of the values of the first pass.
         nbytes: bytes of all tensors held, statistics and state included.
     """
@@ -92,6 +93,7 @@ class Slots(CacheLayerMixin):
         self.is_initialized = False
         self.stats: dict[str, Tensor] = {}
         self.state: dict[str, Any] = {}
+        self.notes: dict[str, Tensor] = {}
         self.length = 0  # slots in use, some perhaps empty
         self.uniform = True  # every sequence and kv head holds the same number of entries
         self.entries = 0  # that number, while uniform
@@ -284,7 +286,7 @@ class Slots(CacheLayerMixin):
 
     def _holders(self) -> list[dict[str, Any]]:
         """The mappings that hold tensors with the batch as first dimension."""
-        return [self.__dict__, self.stats, self.state]
+        return [self.__dict__, self.stats, self.state, self.notes]
 
     def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:

@@ -7,7 +7,9 @@ from kvpress.policies.ems import EMS
 from kvpress.policies.full import Full
 from kvpress.policies.h2o import H2O
 from kvpress.policies.h2o_prefill import H2OPrefill
+from kvpress.policies.key_diff import KeyDiff
 from kvpress.policies.keyformer import Keyformer
+from kvpress.policies.knorm import Knorm
 from kvpress.policies.observed_attention import ObservedAttention
 from kvpress.policies.pyramid_kv import PyramidKV
 from kvpress.policies.quest import Quest
@@ -27,7 +29,9 @@ __all__ = [
     "AdaKV",
     "Full",
     "H2OPrefill",
+    "KeyDiff",
     "Keyformer",
+    "Knorm",
     "ObservedAttention",
     "PyramidKV",
     "Quest",

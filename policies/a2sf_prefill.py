@@ -3,7 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvpress.policy import Budget, EvictionPolicy, Quota, check_budget, check_count, check_factor, check_room, quota_of
+from kvpress.policy import (
+    Budget,
+    EvictionPolicy,
+    Mass,
+    Quota,
+    check_budget,
+    check_count,
+    check_factor,
+    check_room,
+    quota_of,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +44,6 @@ class A2SFPrefill(EvictionPolicy):
 
     name: ClassVar[str] = "a2sf_prefill"
     paper: ClassVar[str] = "arXiv 2407.20485"
-    observes: ClassVar = "every row"
-    drops_in_decode: ClassVar[bool] = False
 
     budget: Budget = 256
     alpha: float = 0.95
@@ -49,8 +57,12 @@ class A2SFPrefill(EvictionPolicy):
         check_room(self.budget, self.recent, "recent")
 
     @property
-    def forgetting(self) -> float:
-        return float(self.alpha)
+    def observes(self) -> Mass:
+        return Mass(fading=float(self.alpha))
+
+    @property
+    def evict_every(self) -> None:
+        return None
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         return quota_of(self.budget, tokens, recent=self.recent)

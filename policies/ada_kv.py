@@ -14,6 +14,8 @@ from kvpress.policy import (
     Budget,
     Entries,
     EvictionPolicy,
+    Mass,
+    Observer,
     Policy,
     Quota,
     check_choice,
@@ -63,7 +65,6 @@ class AdaKV(EvictionPolicy):
 
     name: ClassVar[str] = "ada_kv"
     paper: ClassVar[str] = "arXiv 2407.11550"
-    drops_in_decode: ClassVar[bool] = False
     wraps: ClassVar[str | None] = "inner"
 
     inner: EvictionPolicy = field(default=SnapKV(), kw_only=False)
@@ -87,27 +88,23 @@ class AdaKV(EvictionPolicy):
 
     def check_company(self, others: Sequence[Policy]) -> None:
         selecting = [other for other in others if other.role == "selection"]
-        if selecting and self.shares_heads:
+        if selecting and self.heads == "shared":
             raise PolicyError(
                 f"{self.describe()} keeps another number of entries in each kv head, and {selecting[0].describe()} chooses "
                 f"among as many in all; use the inner policy {self.inner.describe()} with it, or leave it out"
             )
 
     @property
-    def observes(self) -> Literal["nothing", "every row", "window"]:  # type: ignore[override]
+    def observes(self) -> Observer:
         return self.inner.observes
 
     @property
-    def observed_window(self) -> int:
-        return self.inner.observed_window
+    def evict_every(self) -> None:
+        return None
 
     @property
-    def forgetting(self) -> float:
-        return self.inner.forgetting
-
-    @property
-    def shares_heads(self) -> bool:
-        return self.alpha < 1
+    def heads(self) -> Literal["alone", "together", "shared"]:
+        return "shared" if self.alpha < 1 else "alone"
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         return self.inner.quota(tokens, layer, layers)
@@ -116,7 +113,7 @@ class AdaKV(EvictionPolicy):
         """The inner policy's scores, [batch, kv_heads, n]."""
         return self.inner.score(entries)
 
-    def head_totals(self, priority: Tensor, totals: Tensor) -> Tensor:
+    def share(self, priority: Tensor, totals: Tensor) -> Tensor:
         kv_heads, n = priority.shape[1:]
         stays = priority == float("inf")
         beside = (totals[:, None] - stays.sum(-1)).clamp(min=0)  # [batch, kv_heads]
@@ -152,9 +149,9 @@ def check_inner(inner: Any) -> None:
         )
     if isinstance(inner, AdaKV):
         raise PolicyError(f"inner={inner.describe()} shares heads already; give its inner policy")
-    simple = not inner.raw_keys and not inner.reindexed_sinks and not inner.row_by_row and not inner.merges
-    plain = inner.observes != "every row" or (not inner.observed_window and inner.perturbation(0, None, 0) is None)
-    if inner.drops_in_decode or not simple or not plain:
+    counts = inner.observes
+    plain = not isinstance(counts, Mass) or (counts.noise is None and not counts.last_rows)
+    if inner.evict_every is not None or inner.places.moved or inner.merges or not plain:
         raise PolicyError(
             f"inner={inner.describe()} does more than evict after a prompt by scores; give a policy like SnapKV, PyramidKV, "
             "H2OPrefill, A2SFPrefill or ObservedAttention"

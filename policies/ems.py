@@ -10,10 +10,11 @@ from torch import Tensor
 from kvpress.kernels.nearest_centre import nearest_centre
 from kvpress.policy import (
     Budget,
+    Dropped,
     Entries,
     EvictionPolicy,
+    Mass,
     Merge,
-    Merging,
     Quota,
     check_at_least_zero,
     check_budget,
@@ -74,8 +75,6 @@ class EMS(EvictionPolicy):
 
     name: ClassVar[str] = "ems"
     paper: ClassVar[str] = "arXiv 2412.08521"
-    observes: ClassVar = "every row"
-    merges: ClassVar[bool] = True
 
     budget: Budget = 256
     window: int = 32
@@ -102,8 +101,8 @@ class EMS(EvictionPolicy):
         check_room(self.budget, self.window + self.n_sink, "window + n_sink" if self.n_sink else "window")
 
     @property
-    def observed_window(self) -> int:
-        return self.window
+    def observes(self) -> Mass:
+        return Mass(last_rows=self.window)
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         return quota_of(self.budget, tokens, recent=self.window)
@@ -112,34 +111,34 @@ class EMS(EvictionPolicy):
         """The global-local score, [batch, kv_heads, n]; infinite for the sinks."""
         return global_local_score(entries).masked_fill(entries.positions < self.n_sink, float("inf"))
 
-    def assign(self, merging: Merging) -> Merge:
-        entries, positions = merging.entries, merging.entries.positions
+    def merge(self, dropped: Dropped) -> Merge:
+        entries, positions = dropped.entries, dropped.entries.positions
         scores = global_local_score(entries)
         last = torch.iinfo(positions.dtype).max
 
         # The rest, best first; of equals the earlier one.
-        at = positions.gather(2, merging.rest).masked_fill(~merging.is_rest, last)
+        at = positions.gather(2, dropped.rest).masked_fill(~dropped.is_rest, last)
         order = at.argsort(dim=-1, stable=True)
-        ranked = scores.gather(2, merging.rest).masked_fill(~merging.is_rest, -1.0)
+        ranked = scores.gather(2, dropped.rest).masked_fill(~dropped.is_rest, -1.0)
         order = order.gather(2, ranked.gather(2, order).argsort(dim=-1, descending=True, stable=True))
-        is_candidate = self._candidates(ranked.gather(2, order), merging.is_centre.sum(-1, keepdim=True))
-        width = min(order.shape[2], math.floor(min(self.kappa * merging.centres.shape[2], order.shape[2])))
+        is_candidate = self._candidates(ranked.gather(2, order), dropped.is_centre.sum(-1, keepdim=True))
+        width = min(order.shape[2], math.floor(min(self.kappa * dropped.centres.shape[2], order.shape[2])))
         order, is_candidate = order[..., :width], is_candidate[..., :width]
 
         # Centres in position order, so that of equal ones the earlier is found first.
-        at = positions.gather(2, merging.centres).masked_fill(~merging.is_centre, last)
+        at = positions.gather(2, dropped.centres).masked_fill(~dropped.is_centre, last)
         by_position = at.argsort(dim=-1, stable=True)
         place, similarity = nearest_centre(
-            merging.keys,
-            merging.values,
-            merging.centres.gather(2, by_position),
-            merging.is_centre.gather(2, by_position),
-            merging.rest.gather(2, order),
+            entries.keys,
+            entries.values,
+            dropped.centres.gather(2, by_position),
+            dropped.is_centre.gather(2, by_position),
+            dropped.rest.gather(2, order),
             raw_product=self.raw_product,
         )
         place = by_position.gather(2, place).masked_fill(~is_candidate | (similarity < self.tau), -1)
         return Merge(
-            target=torch.full_like(merging.rest, -1).scatter_(2, order, place),
+            target=torch.full_like(dropped.rest, -1).scatter_(2, order, place),
             weights=scores.clamp(min=WEIGHT_FLOOR),
             value_norms=self.value_norms,
             sum_statistics=not self.keep_centre_score,
@@ -163,7 +162,6 @@ class EMS(EvictionPolicy):
 
 def global_local_score(entries: Entries) -> Tensor:
     """The larger of the mass from all rows and of that from the last rows, each over its mean, [batch, kv_heads, n]."""
-    assert entries.mass is not None and entries.last_rows is not None
     held = entries.positions >= 0
     return torch.maximum(_over_mean(entries.mass, held), _over_mean(entries.last_rows, held))
 

@@ -4,7 +4,20 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from kvpress.errors import PolicyError
-from kvpress.policy import Budget, EvictionPolicy, Quota, check_budget, check_choice, entries_for, quota_of
+from kvpress.policy import (
+    Budget,
+    Consecutive,
+    EvictionPolicy,
+    Mass,
+    Own,
+    Places,
+    Quota,
+    check_budget,
+    check_choice,
+    entries_for,
+)
+
+DEFAULT_BUDGET = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,56 +55,60 @@ class H2O(EvictionPolicy):
 
     name: ClassVar[str] = "h2o"
     paper: ClassVar[str] = "arXiv 2306.14048"
-    observes: ClassVar = "every row"
 
     heavy: Budget | None = None
     recent: Budget | None = None
     budget: Budget | None = None
     rope: Literal["original", "reindex"] = "original"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_choice(self.rope, "rope", ("original", "reindex"))
-        for part in ("heavy", "recent"):
-            if getattr(self, part) is not None:
-                check_budget(getattr(self, part), part, minimum=0)
-        if self.budget is not None:
-            check_budget(self.budget)
-            self._check_parts_fit(self.budget)
-        elif self.heavy is None and self.recent is None:
-            object.__setattr__(self, "budget", 0.2)
-        elif self.heavy is None or self.recent is None:
-            raise PolicyError(
-                f"heavy={self.heavy!r}, recent={self.recent!r} without a budget: give both, or budget= alone for equal halves"
-            )
-        elif not self.heavy and not self.recent:
-            raise PolicyError("heavy=0 and recent=0 keep nothing; give at least one entry")
-
-    def _check_parts_fit(self, budget: Budget) -> None:
-        given = {name: value for name in ("heavy", "recent") if (value := getattr(self, name)) is not None}
-        if any(value and isinstance(value, int) != isinstance(budget, int) for value in given.values()):
-            raise PolicyError(f"budget={budget!r} with {given}: give all as entries (int) or all as shares (float)")
-        used = sum(given.values())
-        if used > budget + 1e-9:
-            raise PolicyError(
-                f"heavy + recent = {used:g} is larger than budget={budget!r}; lower them or raise the budget"
-            )
-        if len(given) == 2 and used < budget - 1e-9:
-            raise PolicyError(
-                f"heavy + recent = {used:g} is less than budget={budget!r}; drop the budget or one of the parts"
-            )
+    @property
+    def observes(self) -> Mass:
+        return Mass()  # the entries with the most of it stay: `EvictionPolicy.score`
 
     @property
-    def raw_keys(self) -> bool:
-        return self.rope == "reindex"
+    def places(self) -> Places:
+        return Consecutive() if self.rope == "reindex" else Own()
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         if self.heavy is not None and self.recent is not None:
             heavy, recent = entries_for(self.heavy, tokens), entries_for(self.recent, tokens)
             return Quota(heavy + recent, recent) if heavy + recent else Quota(1, 1)
-        assert self.budget is not None
+        total = max(1, entries_for(self._total, tokens))
         if self.recent is not None:
-            return quota_of(self.budget, tokens, recent=entries_for(self.recent, tokens))
-        total = max(1, entries_for(self.budget, tokens))
+            return Quota(total, min(total, entries_for(self.recent, tokens)))
         heavy = total // 2 if self.heavy is None else min(total, entries_for(self.heavy, tokens))
         return Quota(total, total - heavy)
+
+    @property
+    def _total(self) -> Budget:
+        """Heavy and recent together, where not both are given."""
+        return DEFAULT_BUDGET if self.budget is None else self.budget
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self.rope, "rope", ("original", "reindex"))
+        given = {name: value for name in ("heavy", "recent") if (value := getattr(self, name)) is not None}
+        for name, value in given.items():
+            check_budget(value, name, minimum=0)
+        if self.budget is not None:
+            check_budget(self.budget)
+            check_parts(self.budget, given)
+        elif len(given) == 1:
+            raise PolicyError(
+                f"heavy={self.heavy!r}, recent={self.recent!r} without a budget: give both, or budget= alone for equal halves"
+            )
+        elif given and not any(given.values()):
+            raise PolicyError("heavy=0 and recent=0 keep nothing; give at least one entry")
+
+
+def check_parts(budget: Budget, given: dict[str, Budget]) -> None:
+    """Raise `PolicyError` unless `heavy` and `recent`, as far as given, are of the budget's kind, fit it and make it up."""
+    if any(value and isinstance(value, int) != isinstance(budget, int) for value in given.values()):
+        raise PolicyError(f"budget={budget!r} with {given}: give all as entries (int) or all as shares (float)")
+    used = sum(given.values())
+    if used > budget + 1e-9:
+        raise PolicyError(f"heavy + recent = {used:g} is larger than budget={budget!r}; lower them or raise the budget")
+    if len(given) == 2 and used < budget - 1e-9:
+        raise PolicyError(
+            f"heavy + recent = {used:g} is less than budget={budget!r}; drop the budget or one of the parts"
+        )

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from kvpress.policy import Budget, EvictionPolicy, Quota, check_budget, check_count, check_room, quota_of
+from kvpress.policy import Budget, EvictionPolicy, Mass, Quota, check_budget, check_count, check_room, quota_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,8 +36,6 @@ class H2OPrefill(EvictionPolicy):
 
     name: ClassVar[str] = "h2o_prefill"
     paper: ClassVar[str] = "arXiv 2306.14048"
-    observes: ClassVar = "every row"
-    drops_in_decode: ClassVar[bool] = False
 
     budget: Budget = 2048
     recent: int = 32
@@ -47,6 +45,14 @@ class H2OPrefill(EvictionPolicy):
         check_budget(self.budget)
         check_count(self.recent, "recent", 0)
         check_room(self.budget, self.recent, "recent")
+
+    @property
+    def observes(self) -> Mass:
+        return Mass()
+
+    @property
+    def evict_every(self) -> None:
+        return None
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         return quota_of(self.budget, tokens, recent=self.recent)

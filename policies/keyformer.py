@@ -4,10 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from kvpress.errors import PolicyError
-from kvpress.kernels.attention_mass import Perturbation
 from kvpress.policy import (
     Budget,
     EvictionPolicy,
+    Mass,
+    Noise,
     Quota,
     check_budget,
     check_choice,
@@ -61,7 +62,6 @@ class Keyformer(EvictionPolicy):
 
     name: ClassVar[str] = "keyformer"
     paper: ClassVar[str] = "arXiv 2403.09054"
-    observes: ClassVar = "every row"
 
     budget: Budget = 0.6
     recent: float = 0.3
@@ -90,13 +90,16 @@ class Keyformer(EvictionPolicy):
             raise PolicyError(f"seed={self.seed} is too large; give one below 2**63")
         check_count(self.evict_every, "evict_every", 1)
 
-    def perturbation(self, step: int, new_tokens: int | None, layer: int) -> Perturbation | None:
+    @property
+    def _noise(self) -> Noise | None:
         if self.noise == "none" and self.tau_init == self.tau_end == 1:
             return None
-        length = self.new_tokens or new_tokens or USUAL_NEW_TOKENS
-        temperature = self.tau_init + (self.tau_end - self.tau_init) * min(1.0, step / length)
         seed = None if self.noise == "none" else self.seed
-        return Perturbation(temperature, seed, layer, fresh=self.noise == "fresh")
+        return Noise(self.tau_init, self.tau_end, self.new_tokens, seed, self.noise == "fresh", USUAL_NEW_TOKENS)
+
+    @property
+    def observes(self) -> Mass:
+        return Mass(noise=self._noise)
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         total = max(1, entries_for(self.budget, tokens))

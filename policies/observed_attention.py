@@ -5,7 +5,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, quota_of
+from kvpress.policy import Budget, Entries, EvictionPolicy, Mass, Quota, check_budget, quota_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,6 @@ class ObservedAttention(EvictionPolicy):
 
     name: ClassVar[str] = "observed_attention"
     paper: ClassVar[str] = "arXiv 2306.14048"
-    observes: ClassVar = "every row"
-    drops_in_decode: ClassVar[bool] = False
 
     budget: Budget = 0.2
 
@@ -42,12 +40,20 @@ class ObservedAttention(EvictionPolicy):
         super().__post_init__()
         check_budget(self.budget)
 
+    @property
+    def observes(self) -> Mass:
+        return Mass()
+
+    @property
+    def evict_every(self) -> None:
+        return None
+
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         return quota_of(self.budget, tokens)
 
     def score(self, entries: Entries) -> Tensor:
         """The accumulated attention mass per row that can see the entry, [batch, kv_heads, n]."""
-        assert entries.mass is not None and entries.tokens is not None
+        assert entries.tokens is not None
         # The token at position j is seen by its own row and by all after it. (A slot that is empty does not count.)
         rows = entries.tokens[:, None, None] - entries.positions
         return entries.mass / rows

@@ -58,7 +58,7 @@ class Quest(SelectionPolicy):
     name: ClassVar[str] = "quest"
     paper: ClassVar[str] = "arXiv 2406.10774"
     takes_budget: ClassVar[bool] = True
-    remembers: ClassVar[str | None] = "the bounds of quest's pages"
+    notes: ClassVar[str | None] = "the bounds of quest's pages"
 
     budget: Budget = 2048
     page_size: int = 16

@@ -65,7 +65,7 @@ class RecycledAttention(SelectionPolicy):
     paper: ClassVar[str] = "arXiv 2411.05787"
     takes_budget: ClassVar[bool] = True
     observes_reads: ClassVar[bool] = True
-    remembers: ClassVar[str | None] = "recycled's sets"
+    notes: ClassVar[str | None] = "recycled's sets"
 
     budget: Budget = 4096
     stride: int = 50
@@ -88,8 +88,8 @@ class RecycledAttention(SelectionPolicy):
             )
 
     @property
-    def joins_heads(self) -> bool:
-        return self.similarity is not None  # the queries of all heads are compared at once
+    def heads(self) -> Literal["alone", "together", "shared"]:
+        return "alone" if self.similarity is None else "together"  # the queries of all heads are compared at once
 
     def select(self, view: View) -> Selected:
         state = view.state

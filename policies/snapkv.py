@@ -10,6 +10,7 @@ from kvpress.policy import (
     Entries,
     EvictionPolicy,
     Quota,
+    Window,
     check_budget,
     check_count,
     check_pooling,
@@ -50,24 +51,19 @@ class SnapKV(EvictionPolicy):
 
     name: ClassVar[str] = "snapkv"
     paper: ClassVar[str] = "arXiv 2404.14469"
-    observes: ClassVar = "window"
-    drops_in_decode: ClassVar[bool] = False
 
     budget: Budget = 2048
     window: int = 32
     kernel_size: int = 5
     pooling: Literal["avg", "max"] = "avg"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_budget(self.budget)
-        check_count(self.window, "window", 1)
-        check_pooling(self.kernel_size, self.pooling)
-        check_room(self.budget, self.window, "window")
+    @property
+    def observes(self) -> Window:
+        return Window(self.window)
 
     @property
-    def observed_window(self) -> int:
-        return self.window
+    def evict_every(self) -> None:
+        return None  # decode appends
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         return quota_of(self.budget, tokens, recent=self.window)
@@ -75,3 +71,10 @@ class SnapKV(EvictionPolicy):
     def score(self, entries: Entries) -> Tensor:
         """The window's attention mass, pooled over the candidates in position order, [batch, kv_heads, n]."""
         return pooled_mass(entries, self.kernel_size, self.pooling)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_budget(self.budget)
+        check_count(self.window, "window", 1)
+        check_pooling(self.kernel_size, self.pooling)
+        check_room(self.budget, self.window, "window")

@@ -10,12 +10,17 @@ from kvpress.policy import (
     Budget,
     Entries,
     EvictionPolicy,
+    Own,
+    Places,
     Quota,
+    Sinks,
     check_budget,
     check_choice,
     check_count,
     entries_for,
 )
+
+DEFAULT_RECENT = 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +61,21 @@ class StreamingLLM(EvictionPolicy):
     budget: Budget | None = None
     rope: Literal["reindex", "original"] = "reindex"
 
+    @property
+    def places(self) -> Places:
+        return Sinks(self.sink) if self.rope == "reindex" and self.sink else Own()
+
+    def quota(self, tokens: int, layer: int, layers: int) -> Quota:
+        if self.budget is None:
+            recent = max(1, entries_for(DEFAULT_RECENT if self.recent is None else self.recent, tokens))
+            return Quota(self.sink + recent, recent)
+        total = max(self.sink + 1, entries_for(self.budget, tokens))
+        return Quota(total, total - self.sink)
+
+    def score(self, entries: Entries) -> Tensor:
+        """Earlier is better: [batch, kv_heads, n]."""
+        return -entries.positions.float()
+
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.sink, "sink", 0)
@@ -65,8 +85,6 @@ class StreamingLLM(EvictionPolicy):
                 f"recent={self.recent!r} and budget={self.budget!r}: give one of them, as StreamingLLM(budget=0.2) or "
                 "StreamingLLM(sink=4, recent=512)"
             )
-        if self.recent is None and self.budget is None:
-            object.__setattr__(self, "recent", 512)
         if self.recent is not None:
             check_budget(self.recent, "recent")
         if self.budget is not None:
@@ -75,19 +93,3 @@ class StreamingLLM(EvictionPolicy):
                 raise PolicyError(
                     f"budget={self.budget} has no room for sink={self.sink} and one recent token; give at least {self.sink + 1}"
                 )
-
-    @property
-    def reindexed_sinks(self) -> int:
-        return self.sink if self.rope == "reindex" else 0
-
-    def quota(self, tokens: int, layer: int, layers: int) -> Quota:
-        if self.recent is not None:
-            recent = max(1, entries_for(self.recent, tokens))
-            return Quota(self.sink + recent, recent)
-        assert self.budget is not None
-        total = max(self.sink + 1, entries_for(self.budget, tokens))
-        return Quota(total, total - self.sink)
-
-    def score(self, entries: Entries) -> Tensor:
-        """Earlier is better: [batch, kv_heads, n]."""
-        return -entries.positions.float()

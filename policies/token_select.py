@@ -10,7 +10,18 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
-from kvpress.policy import Budget, Policy, Selected, SelectionPolicy, View, check_choice, check_count, check_finite
+from kvpress.policy import (
+    Budget,
+    Consecutive,
+    Places,
+    Policy,
+    Selected,
+    SelectionPolicy,
+    View,
+    check_choice,
+    check_count,
+    check_finite,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,16 +105,16 @@ class TokenSelect(SelectionPolicy):
         return cls(**(parts | fields))
 
     @property
-    def raw_keys(self) -> bool:
-        return True
+    def places(self) -> Places:
+        return Consecutive()
 
     @property
     def prompt_chunk(self) -> int | None:
         return self.chunk
 
     @property
-    def joins_heads(self) -> bool:
-        return True
+    def heads(self) -> Literal["alone", "together", "shared"]:
+        return "together"
 
     def check_company(self, others: Sequence[Policy]) -> None:
         for other in others:

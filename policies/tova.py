@@ -1,11 +1,11 @@
 """TOVA: token omission via attention."""
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, check_count, check_room, quota_of
+from kvpress.policy import Budget, Entries, EvictionPolicy, Mass, Quota, check_budget, check_count, check_room, quota_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,6 @@ class TOVA(EvictionPolicy):
 
     name: ClassVar[str] = "tova"
     paper: ClassVar[str] = "arXiv 2401.06104"
-    observes: ClassVar = "every row"
 
     budget: Budget = 0.125
     recent: int = 0
@@ -44,18 +43,17 @@ class TOVA(EvictionPolicy):
         check_room(self.budget, self.recent, "recent")
 
     @property
-    def forgetting(self) -> float:
-        return 0.0
+    def observes(self) -> Mass:
+        return Mass(fading=0.0)
 
     @property
-    def joins_heads(self) -> bool:
-        return True
+    def heads(self) -> Literal["alone", "together", "shared"]:
+        return "together"
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         return quota_of(self.budget, tokens, recent=self.recent)
 
     def score(self, entries: Entries) -> Tensor:
         """The last row's attention mass over all heads, [batch, kv_heads, n], the same for all kv heads."""
-        assert entries.mass is not None
         # All heads keep the same entries, so a slot holds the same token in each of them.
         return entries.mass.sum(dim=1, keepdim=True).expand_as(entries.mass)

@@ -5,9 +5,29 @@ import math
 import torch
 
 from kvpress.layer import KVLayer
-from kvpress.passes import Scores, plain_tokens
+from kvpress.observe import Scores
+from kvpress.passes import plain_tokens
+from kvpress.policy import Roles
 
 HEAD_DIM = 4
+
+
+def new_layer(policy, scale=1.0):
+    """The only layer of a model under a policy; scores are products times `scale`."""
+    layer = KVLayer(Roles.of([policy]), 0, 1)
+    layer.scores = Scores(scale)
+    return layer
+
+
+def observe(layer, query, tokens, past=0):
+    """Let the layer's observer see a prompt pass whose entries are stored, query [batch, heads, count, head_dim]."""
+    layer.observe_prompt(query, tokens, layer.scores, None, past)
+
+
+def counted(layer):
+    """What the layer's observer answers now: name -> float32 [batch, kv_heads, entries held]."""
+    held = layer.positions[:, :, : layer.length]
+    return layer.observer.answer(layer.observed, held, layer._keys_in_place, layer.scores)
 
 
 def feed(layer, count, mass=None, batch=1, kv_heads=1, seed=0):
@@ -17,13 +37,13 @@ def feed(layer, count, mass=None, batch=1, kv_heads=1, seed=0):
     tokens = plain_tokens(batch, count, layer.tokens, layer.facts.tokens, "cpu")
     layer.append(keys, values, tokens)
     if mass is not None:
-        layer.observe(mass)
+        layer.add_mass(mass)
     return tokens
 
 
 def prompt(policy, count, mass=None, layer=None, **shape):
     """A prompt pass of `count` tokens, on a new layer or one that has seen others; the layer."""
-    layer = KVLayer(policy, 0, 1) if layer is None else layer
+    layer = new_layer(policy) if layer is None else layer
     layer.close_prompt(feed(layer, count, mass, **shape))
     return layer
 
@@ -34,7 +54,7 @@ def step(layer, mass=None, **shape):
     feed(layer, 1, **shape)
     if mass is not None:
         held = layer.positions[:, :, : layer.length]
-        layer.observe(torch.tensor([mass.get(at, 0.0) for at in held.flatten().tolist()]).view(held.shape))
+        layer.add_mass(torch.tensor([mass.get(at, 0.0) for at in held.flatten().tolist()]).view(held.shape))
     layer.evict_step()
 
 
@@ -44,17 +64,18 @@ def attended(policy, query, key, passes):
     Scores are plain products. A later pass of one token is a decode step. Returns the layer and what it kept after each
     pass: for each sequence and kv head the sorted positions.
     """
-    layer, seen, sets = KVLayer(policy, 0, 1), 0, []
+    layer, seen, sets = new_layer(policy), 0, []
     for count in passes:
         rows, decode, past = slice(seen, seen + count), seen > 0 and count == 1, layer.length
         tokens = plain_tokens(key.shape[0], count, layer.tokens, layer.facts.tokens, "cpu")
         if decode:
             layer.settle()
         layer.append(key[:, :, rows], key[:, :, rows], tokens)
-        layer.observe_rows(query[:, :, rows], tokens, Scores(1.0), None, past)
         if decode:
+            layer.observe_step(query[:, :, rows], tokens, layer.scores, None, mass=None)
             layer.evict_step()
         else:
+            observe(layer, query[:, :, rows], tokens, past)
             layer.close_prompt(tokens)
         seen += count
         sets.append([[kept(layer, b, head) for head in range(key.shape[1])] for b in range(key.shape[0])])

@@ -17,7 +17,9 @@ from kvpress.policies import (
     AdaKV,
     Full,
     H2OPrefill,
+    KeyDiff,
     Keyformer,
+    Knorm,
     ObservedAttention,
     PyramidKV,
     Quest,
@@ -29,7 +31,7 @@ from kvpress.policies import (
 )
 from kvpress.policy import EvictionPolicy, Policy
 from models import VOCAB, tiny_llama
-from oracles import accumulated, ada_kv, ems, keyformer, selecting, token_select
+from oracles import accumulated, ada_kv, ems, keyformer, keys, selecting, token_select
 from oracles import policies as oracle
 from oracles.llama import Oracle
 
@@ -130,19 +132,19 @@ CASES = [
     both(
         A2SF,
         accumulated.A2SF,
-        {"budget": 500, "alpha": 0.5, "prefill": "sequential"},
+        {"budget": 500, "alpha": 0.5, "evict": "each_row"},
         budget=7,
         alpha=0.5,
-        prefill="sequential",
+        evict="each_row",
     ),
     both(
         A2SF,
         accumulated.A2SF,
-        {"budget": 500, "alpha": 0.0, "prefill": "sequential"},
+        {"budget": 500, "alpha": 0.0, "evict": "each_row"},
         budget=0.4,
         alpha=0.0,
         recent=0.1,
-        prefill="sequential",
+        evict="each_row",
     ),
     both(A2SFPrefill, accumulated.A2SFPrefill, {"budget": 500}, budget=0.5, alpha=0.9, recent=3),
     both(
@@ -218,6 +220,10 @@ CASES = [
         noise="none",
         evict="after_prompt",
     ),
+    both(KeyDiff, keys.KeyDiff, {"budget": 500}, budget=0.4),
+    both(KeyDiff, keys.KeyDiff, {"budget": 500, "evict": "after_prompt"}, budget=7, evict="after_prompt"),
+    both(Knorm, keys.Knorm, {"budget": 500}, budget=0.3),
+    both(Knorm, keys.Knorm, {"budget": 500, "skip_layers": 1}, budget=6, skip_layers=1, evict="after_prompt"),
     both(EMS, ems.EMS, {"budget": 500}, budget=0.4, window=3, tau=0.1, evict_every=2),
     both(
         EMS,

@@ -24,6 +24,7 @@ from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.layer import KVLayer
 from kvpress.policies import H2O, TOVA, Full, RecycledAttention, SnapKV, StreamingLLM, TokenSelect
+from kvpress.policy import Quota, Sinks
 from models import (
     tiny_bloom,
     tiny_deepseek_v3,
@@ -351,8 +352,10 @@ def test_streaming(model, fields, words):
 
 def test_defaults_without_a_budget():
     """With nothing given: H2O's main setting, a share of 0.2, and the StreamingLLM authors' 4 + 512."""
-    assert H2O() == H2O(budget=0.2)
-    assert StreamingLLM() == StreamingLLM(recent=512)
+    for tokens in (1, 4, 5, 99, 515, 516, 517, 1000, 131072):
+        assert H2O().quota(tokens, 0, 1) == H2O(budget=0.2).quota(tokens, 0, 1)
+        assert StreamingLLM().quota(tokens, 0, 1) == StreamingLLM(recent=512).quota(tokens, 0, 1) == Quota(516, 512)
+    assert (H2O().describe(), StreamingLLM().describe()) == ("h2o()", "streaming_llm()")
 
 
 # ------------------------------------------------------------------ which model
@@ -441,7 +444,7 @@ def test_unpatching_twice(model):
     for first in ("handle", "function"):
         handle = kvpress.patch(model, "h2o")
         handle.unpatch() if first == "handle" else kvpress.unpatch(model)
-        with refused("h2o(budget=0.2)", "unpatched already", model=model):
+        with refused("h2o()", "unpatched already", model=model):
             handle.unpatch()
         with refused("LlamaForCausalLM", "not patched", model=model):
             kvpress.unpatch(model)
@@ -947,7 +950,7 @@ def test_cache_of_an_unpatched_run(model, policy, count, rows):
             assert cache.get_seq_length() == 9
             return
         logits = model(new, attention_mask=mask, **{CACHE: cache}).logits
-        if not getattr(policy, "reindexed_sinks", 0) and (policy == Full() or count > 1):
+        if not isinstance(policy.places, Sinks) and (policy == Full() or count > 1):
             torch.testing.assert_close(logits, dense)
         assert logits.isfinite().all()
         assert all(isinstance(layer, KVLayer) for layer in cache.layers)

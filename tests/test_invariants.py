@@ -10,6 +10,7 @@ from transformers import DynamicCache
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.kernels import gumbel_noise
+from kvpress.policy import Mass
 from matrix import CASES, EVICTING, Case, conversation, prompt, run, sharp_llama
 
 every_policy = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -63,7 +64,7 @@ def test_u3_size_after_the_first_eviction(model: Any, case: Case) -> None:
     _, sets = run(model, policy, passes)
     totals = [policy.quota(24, layer, 2).total for layer in range(2)]
     for step, layers in enumerate(sets[1:], 1):
-        more = step % policy.evict_every if policy.drops_in_decode else step
+        more = step % policy.evict_every if policy.evict_every is not None else step
         for layer, total in zip(layers, totals, strict=True):
             assert sizes(policy, layer) == {total + more}
     for layer, total in zip(sets[0], totals, strict=True):
@@ -72,7 +73,7 @@ def test_u3_size_after_the_first_eviction(model: Any, case: Case) -> None:
 
 def sizes(policy: Any, layer: list[list[int]]) -> set[float]:
     """How many entries the kv heads of a layer keep, or how many on average where they share."""
-    if policy.shares_heads:
+    if policy.heads == "shared":
         return {sum(map(len, layer)) / len(layer)}
     return {len(head) for head in layer}
 
@@ -134,28 +135,32 @@ def test_u4_the_newest_token_is_attended_by_its_own_query(model: Any, case: Case
         run(model, case.policy, passes)
     finally:
         patcher.undo()
-    first = 0 if getattr(case.policy, "row_by_row", False) else 24  # prompt rows attended as decode steps are
+    first = 0 if getattr(case.policy, "evict", None) == "each_row" else 24  # prompt rows attended as decode steps are
     period = getattr(case.policy, "correct_every", 0) + 1
     steps = [at for at in range(first, 28) if period == 1 or (at - 23) % period]
     assert {(layer, at) for layer in range(2) for at in steps} <= rows
     assert min(weights) > 1e-6
 
 
-@pytest.mark.parametrize("case", [case for case in EVICTING if case.policy.observes == "every row"], ids=lambda c: c.id)  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    "case", [case for case in EVICTING if isinstance(case.policy.observes, Mass)], ids=lambda c: c.id
+)  # type: ignore[attr-defined]
 def test_u5_each_row_adds_the_group_size(model: Any, case: Case) -> None:
     """H6 too: right before the first eviction the scores of a kv head sum to (rows seen) * group.
 
     Where later rows make earlier ones fade, each row counts by its age (A5).
     """
     cache = DynamicCache(config=model.config)
-    policy = dataclasses.replace(case.roomy, evict="each_pass")
+    policy: Any = case.roomy
+    if policy.evict == "after_prompt":
+        policy = dataclasses.replace(policy, evict="each_pass")
     with torch.no_grad(), kvpress.patch(model, policy):
         for rows, ids in ((24, prompt(24)), (25, [5]), (26, [6]), (33, prompt(7, 2))):
             model(torch.tensor([ids]), **{CACHE: cache})
             for layer in cache.layers:
-                group = model.config.num_attention_heads // layer.mass.shape[1]
-                sums = layer.mass[:, :, : layer.length].sum(-1)
-                counted = sum(policy.forgetting**age for age in range(rows))
+                group = model.config.num_attention_heads // layer.stats["mass"].shape[1]
+                sums = layer.stats["mass"][:, :, : layer.length].sum(-1)
+                counted = sum(policy.observes.fading**age for age in range(rows))
                 torch.testing.assert_close(sums, torch.full_like(sums, counted * group), atol=1e-3, rtol=0)
 
 
@@ -186,7 +191,7 @@ def test_u6_permuting_heads_permutes_results(case: Case, monkeypatch: pytest.Mon
 
 
 def chunks_cannot_matter(policy: Any) -> bool:
-    return policy.evict == "each_pass" and not (policy.row_by_row and isinstance(policy.budget, float))
+    return policy.evict == "each_pass" or (policy.evict == "each_row" and not policy.keeps_a_share)
 
 
 @pytest.mark.parametrize("sizes", [(24,), (11, 13), (2, 20, 2)], ids=str)
@@ -203,7 +208,7 @@ def test_u7_chunks_keep_what_one_shot_keeps(model: Any, case: Case, sizes: tuple
         chunks.append(text[start : start + size])
         start += size
     waits: Any = case.policy
-    if not waits.row_by_row:
+    if waits.evict != "each_row":
         waits = dataclasses.replace(waits, evict="after_prompt")
     logits, sets = run(model, case.policy, [text, *steps])
     chunk_logits, chunk_sets = run(model, waits, [*chunks, *steps])

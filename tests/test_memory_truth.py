@@ -147,10 +147,9 @@ def test_report_is_what_is_left_after_a_crop(model: Any, policy: Any) -> None:
         for case in CASES
         if case.policy.role == "eviction"
         and case.policy.evict == "each_pass"
-        and not case.policy.row_by_row
-        and not case.policy.shares_heads
+        and case.policy.heads != "shared"
         # EMS also keeps the positions of the last rows, a few numbers a layer, made where they are known.
-        and not (case.policy.observes == "every row" and case.policy.observed_window)
+        and not getattr(case.policy.observes, "last_rows", 0)
     ],
     ids=str,
 )
@@ -264,7 +263,7 @@ def test_an_evicting_policy_stays_flat(policy: Any) -> None:
     assert len(set(watch.tensors)) == 1
     slots = 40 + policy.evict_every
     # K, V, the position, and for H2O and EMS statistics: what 2000 tokens would hold is 30 times as much.
-    assert watch.held[0] < 2 * slots * (2 * 16 * 4 + 4 + 4 * (1 + policy.observed_window)) * 1.1
+    assert watch.held[0] < 2 * slots * (2 * 16 * 4 + 4 + 4 * (1 + policy.observes.last_rows)) * 1.1
 
 
 @pytest.mark.parametrize(

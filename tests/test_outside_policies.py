@@ -36,7 +36,7 @@ class KeepFirst(EvictionPolicy):
     """Keep the first tokens, and the newest one."""
 
     name = "keep_first"
-    drops_in_decode = False
+    evict_every = None
     budget: float | int = 4
 
     def quota(self, tokens, layer, layers):

@@ -23,7 +23,7 @@ every_eviction = pytest.mark.parametrize("case", EVICTING, ids=lambda case: case
 
 
 def sees_rows_alone(policy: Any) -> bool:
-    return policy.evict_every == 1 and policy.perturbation(1, 4, 0) is None
+    return policy.evict_every == 1 and policy.observes.perturbation(0, 1, 4) is None
 
 
 @pytest.fixture(scope="module")
@@ -405,7 +405,7 @@ def test_prompt_output_is_dense(model: Any, case: Case) -> None:
         dense = model(ids).logits
         with kvpress.patch(model, case.policy):
             ours = model(ids).logits
-    if getattr(case.policy, "row_by_row", False) or getattr(case.policy, "prompt_chunk", None):
+    if not case.policy.leaves_prompts_exact:
         [step] = expect(model, case, [ids[0].tolist()])
         torch.testing.assert_close(ours[0], step.logits, atol=1e-4, rtol=1e-4)
         assert (ours - dense).abs().max() > 1e-2
@@ -436,9 +436,9 @@ def test_memory_is_freed(model: Any, case: Case) -> None:
         report = handle.report().to_dict()
     for layer, heads_kept, figures in zip(cache.layers, kept(cache), report["layers"], strict=True):
         held = sum(map(len, heads_kept)) / len(heads_kept)
-        assert getattr(case.policy, "shares_heads", False) or {len(head) for head in heads_kept} == {held}
+        assert case.policy.heads == "shared" or {len(head) for head in heads_kept} == {held}
         head_dim, heads = layer.keys.shape[-1], layer.keys.shape[1]
-        spare = case.policy.evict_every if case.policy.drops_in_decode else 64  # type: ignore[attr-defined]
+        spare = case.policy.evict_every or 64  # type: ignore[attr-defined]
         slots = held + spare
         holder = getattr(layer, "pages", None) or layer
         tensors = [holder.keys, holder.values, holder.positions, *holder.stats.values()]
@@ -488,7 +488,7 @@ def test_bfloat16(case: Case) -> None:
             output = generate(model, torch.tensor([text]))
         assert all(torch.isfinite(logits).all() for logits in output.logits)
         held = [[len(head) for head in layer] for layer in kept(output[CACHE])]
-        sizes.append([sum(layer) for layer in held] if getattr(case.policy, "shares_heads", False) else held)
+        sizes.append([sum(layer) for layer in held] if case.policy.heads == "shared" else held)
     assert sizes[0] == sizes[1]
     assert output[CACHE].layers[0].keys.dtype == torch.bfloat16
     assert output.logits[0].shape[-1] == VOCAB

@@ -19,9 +19,11 @@ POLICIES = [
     "full",
     "h2o",
     "h2o_prefill",
+    "key_diff",
+    "knorm",
     "observed_attention",
     "a2sf",
-    {"name": "a2sf", "prefill": "sequential"},
+    {"name": "a2sf", "evict": "each_row"},
     "a2sf_prefill",
     "keyformer",
     {"name": "ems", "window": 8, "evict_every": 4},
@@ -107,7 +109,7 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
         for index, row in own.items():
             other = batched[policy][index]
             assert [other[name] for name in SAME] == [row[name] for name in SAME], (policy, index)
-            if "prefill='sequential'" in policy or "chunk" in policy:  # these choose within a prompt
+            if "evict='each_row'" in policy or "chunk" in policy:  # these choose within a prompt
                 assert other["batch"] == 1 and other["read_share"] == row["read_share"]
                 continue
             # a batch's few numbers per sequence, and slots as wide as its widest, are shared out; pages come whole

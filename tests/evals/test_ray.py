@@ -34,7 +34,7 @@ class KeepFirst(EvictionPolicy):
     """Keep the first tokens, and the newest one."""
 
     name = "keep_first_on_ray"
-    drops_in_decode = False
+    evict_every = None
     budget: int = 9
 
     def quota(self, tokens, layer, layers):

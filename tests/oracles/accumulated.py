@@ -13,11 +13,7 @@ def best_and_recent(entries, scores, total, recent):
 
 
 class Fading(Oracle):
-    """Each row first multiplies what an entry has gathered by the rules' `alpha`; rows may evict one by one."""
-
-    @property
-    def row_by_row(self):
-        return getattr(self.policy, "prefill", "dense") == "sequential"
+    """Each row first multiplies what an entry has gathered by the rules' `alpha`."""
 
     def observe(self, layer, kv_head, position, mass, logits, decode):
         for entry in self.heads[layer][kv_head].entries:
@@ -60,7 +56,6 @@ class A2SF:
     budget: int | float
     alpha: float
     recent: int | float = 0
-    prefill: str = "dense"
     evict: str = "each_pass"
     rope = "original"
     prompt_only = False

@@ -93,7 +93,7 @@ class Oracle:
             else:
                 prompt_seen = seen
                 evicts = self.policy.evict == "each_pass"
-                eviction_waits = not evicts
+                eviction_waits = self.policy.evict == "after_prompt"
 
             hidden = self.weights["model.embed_tokens.weight"][again + tokens]
             for layer in range(config.num_hidden_layers):
@@ -135,7 +135,7 @@ class Oracle:
         keys = linear(self.weights, f"{name}.k_proj", x).view(tokens, -1, config.head_dim)
         values = linear(self.weights, f"{name}.v_proj", x).view(tokens, -1, config.head_dim)
         output = torch.zeros_like(queries)
-        one_by_one = self.row_by_row and not decode
+        one_by_one = self.policy.evict == "each_row" and not decode
         for rows in [[row] for row in range(tokens)] if one_by_one else [list(range(tokens))]:
             for kv_head, head in enumerate(self.heads[layer]):
                 head.entries += [Entry(positions[row], keys[row, kv_head], values[row, kv_head]) for row in rows]
@@ -144,8 +144,6 @@ class Oracle:
             if one_by_one:
                 self.evict(layer, self.prompt_seen, decode=True)
         return linear(self.weights, f"{name}.o_proj", output.flatten(1))
-
-    row_by_row = False  # whether a prompt's rows are attended and evicted one after the other
 
     def row(self, layer, queries, row, positions, decode):
         """One query row of all heads over what it reads. queries [q, H, d], not rotated -> [H, d]."""

@@ -8,7 +8,7 @@ import kvpress
 from brute import attend
 from kvpress.compat import CACHE
 from kvpress.policies import A2SF, H2O, TOVA
-from kvpress.policy import Quota
+from kvpress.policy import Mass, Quota
 from layers import attended, kept, prompt, random_mass, rows_that_give
 from matrix import kept as held
 from matrix import prompt as text
@@ -60,10 +60,10 @@ def test_a2_alpha_0_looks_at_the_last_row_only(passes):
     policy = A2SF(alpha=0, budget=12 if len(passes) == 4 else 5, evict="after_prompt")
     layer, _ = attended(policy, query, key, passes)
     same, _ = attended(policy, other, key, passes)
-    torch.testing.assert_close(layer.mass, same.mass, atol=0, rtol=0)
+    torch.testing.assert_close(layer.stats["mass"], same.stats["mass"], atol=0, rtol=0)
     whole = (torch.arange(12) <= 11).expand(2, 2, 1, 12)
     last = attend(query[:, :, 11:], key, key, whole, scale=1.0)[1]
-    torch.testing.assert_close(layer.mass[:, :, :12].double(), last, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(layer.stats["mass"][:, :, :12].double(), last, atol=1e-6, rtol=1e-5)
     if len(passes) < 4:
         layer.settle()
         for b in range(2):
@@ -86,7 +86,7 @@ def test_a3(alpha, scores, kept_of_two, passes):
     """A3: the rows [1, 0, 0], [.6, .4, 0], [.1, .6, .3], of which the one entry too many depends on alpha."""
     query, key = rows_that_give(*H2_ROWS)
     layer, _ = attended(A2SF(alpha=alpha, budget=3), query, key, passes)
-    torch.testing.assert_close(layer.mass[0, 0, :3], torch.tensor(scores))
+    torch.testing.assert_close(layer.stats["mass"][0, 0, :3], torch.tensor(scores))
     _, sets = attended(A2SF(alpha=alpha, budget=2), query, key, passes)
     assert sets[-1] == [[kept_of_two]]
 
@@ -100,7 +100,7 @@ def test_a4_recursion_equals_the_closed_form(alpha, tokens):
     for passes in ([tokens], [1] * tokens, [tokens // 3, tokens - tokens // 3]):
         passes = [count for count in passes if count]
         layer, _ = attended(A2SF(alpha=alpha, budget=100), query, key, passes)
-        torch.testing.assert_close(layer.mass[:, :, :tokens].double(), expected, atol=1e-5, rtol=1e-6)
+        torch.testing.assert_close(layer.stats["mass"][:, :, :tokens].double(), expected, atol=1e-5, rtol=1e-6)
 
 
 @ALPHAS
@@ -109,7 +109,7 @@ def test_a5_the_scores_sum_to_a_geometric_series(alpha):
     query, key = random_rows(30, group=1)
     for tokens in (1, 7, 30):
         layer, _ = attended(A2SF(alpha=alpha, budget=100), query[:, :, :tokens], key[:, :, :tokens], [1] * tokens)
-        sums = layer.mass[:, :, :tokens].sum(-1)
+        sums = layer.stats["mass"][:, :, :tokens].sum(-1)
         expected = tokens if alpha == 1 else (1 - alpha**tokens) / (1 - alpha)
         torch.testing.assert_close(sums, torch.full_like(sums, expected), atol=1e-4, rtol=1e-5)
         assert alpha == 1 or (sums <= 1 / (1 - alpha) + 1e-4).all()
@@ -138,7 +138,7 @@ def test_a_sequential_prompt_is_its_tokens_one_by_one(alpha):
     """Every row attends and evicts as a decode step does; memory never holds more than one entry too many."""
     model, ids = sharp_llama(), text(30)
     fields = {"alpha": alpha, "budget": 6, "recent": 1}
-    with torch.no_grad(), kvpress.patch(model, A2SF(prefill="sequential", **fields)):
+    with torch.no_grad(), kvpress.patch(model, A2SF(evict="each_row", **fields)):
         cache = DynamicCache(config=model.config)
         logits = model(torch.tensor([ids]), **{CACHE: cache}).logits[0]
     assert all(layer.keys.shape[2] <= 7 for layer in cache.layers)
@@ -152,7 +152,7 @@ def test_a_sequential_prompt_is_its_tokens_one_by_one(alpha):
 def test_a_sequential_prompt_without_forgetting_or_groups_is_tova():
     """With alpha=0 and one kv head a sequential prompt is TOVA, fed one token at a time."""
     model, ids = sharp_llama(kv_heads=1), text(30)
-    [logits], [kept_at_once] = run(model, A2SF(alpha=0, budget=6, prefill="sequential"), [ids])
+    [logits], [kept_at_once] = run(model, A2SF(alpha=0, budget=6, evict="each_row"), [ids])
     steps, sets = run(model, TOVA(budget=6), [[token] for token in ids])
     torch.testing.assert_close(logits, torch.cat(steps), atol=1e-4, rtol=1e-4)
     assert kept_at_once == sets[-1]
@@ -161,8 +161,8 @@ def test_a_sequential_prompt_without_forgetting_or_groups_is_tova():
 def test_a_sequential_share_is_of_the_whole_prompt():
     """The budget is known before the first row: a share of the prompt, not of what was seen so far."""
     model, ids = sharp_llama(), text(30)
-    [share], share_sets = run(model, A2SF(budget=0.2, prefill="sequential"), [ids])
-    [entries], entry_sets = run(model, A2SF(budget=6, prefill="sequential"), [ids])
+    [share], share_sets = run(model, A2SF(budget=0.2, evict="each_row"), [ids])
+    [entries], entry_sets = run(model, A2SF(budget=6, evict="each_row"), [ids])
     assert torch.equal(share, entries) and share_sets == entry_sets
 
 
@@ -185,9 +185,9 @@ def test_quota(fields, tokens, total, recent):
 def test_defaults():
     """The authors' default, in the middle of the paper's best range; nothing protected; a dense prompt."""
     policy = A2SF()
-    assert (policy.alpha, policy.recent, policy.budget, policy.prefill) == (0.2, 0, 0.2, "dense")
-    assert policy.forgetting == 0.2 and not policy.row_by_row
-    assert A2SF(prefill="sequential").row_by_row
+    assert (policy.alpha, policy.recent, policy.budget, policy.evict) == (0.2, 0, 0.2, "each_pass")
+    assert policy.observes == Mass(fading=0.2) and policy.leaves_prompts_exact
+    assert not A2SF(evict="each_row").leaves_prompts_exact
 
 
 @pytest.mark.parametrize(
@@ -202,12 +202,7 @@ def test_defaults():
         pytest.param({"recent": -1}, ("recent=-1", "at least 0"), id="negative"),
         pytest.param({"budget": 4, "recent": 5}, ("recent=5", "budget=4", "lower"), id="too-recent"),
         pytest.param({"budget": 4, "recent": 0.5}, ("recent=0.5", "budget=4", "both as"), id="two-kinds"),
-        pytest.param({"prefill": "fast"}, ("prefill='fast'", "'dense'", "'sequential'"), id="prefill"),
-        pytest.param(
-            {"prefill": "sequential", "evict": "after_prompt"},
-            ("evict='after_prompt'", "prefill='sequential'", "leave evict out"),
-            id="sequential-waits",
-        ),
+        pytest.param({"evict": "fast"}, ("evict='fast'", "'each_pass'", "'after_prompt'", "'each_row'"), id="evict"),
     ],
 )
 def test_bad_values(fields, words):
@@ -220,5 +215,5 @@ def test_without_a_cache_a_sequential_prompt_is_exact():
     """There is nothing to evict from: the model's own result."""
     model, ids = sharp_llama(), torch.tensor([text(30)])
     expected = model(ids, use_cache=False).logits
-    with kvpress.patch(model, A2SF(budget=6, prefill="sequential")):
+    with kvpress.patch(model, A2SF(budget=6, evict="each_row")):
         torch.testing.assert_close(model(ids, use_cache=False).logits, expected, atol=1e-5, rtol=1e-5)

@@ -5,7 +5,7 @@ import torch
 
 from brute import attend
 from kvpress.policies import A2SFPrefill
-from kvpress.policy import Quota
+from kvpress.policy import Mass, Quota
 from layers import attended, kept, rows_that_give
 from refusals import refused
 
@@ -71,7 +71,8 @@ def test_quota(fields, tokens, total, recent):
 def test_defaults():
     """The authors' current code."""
     policy = A2SFPrefill()
-    assert (policy.budget, policy.alpha, policy.recent, policy.forgetting) == (256, 0.95, 16, 0.95)
+    assert (policy.budget, policy.alpha, policy.recent) == (256, 0.95, 16)
+    assert policy.observes == Mass(fading=0.95) and policy.evict_every is None
 
 
 @pytest.mark.parametrize(

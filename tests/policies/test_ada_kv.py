@@ -65,7 +65,7 @@ def sizes(cache, row=0):
 
 
 def totals(policy, priority, total):
-    return policy.head_totals(torch.tensor([priority]), torch.tensor([total])).tolist()[0]
+    return policy.share(torch.tensor([priority]), torch.tensor([total])).tolist()[0]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_against_lists(seed, alpha, normalize):
     scores[:, 1] *= 3
     scores[:, 2, 5:] = -inf
     budgets = torch.tensor([2, 5, 10])
-    counts = AdaKV(SnapKV(budget=40), alpha=alpha, normalize=normalize).head_totals(scores, budgets)
+    counts = AdaKV(SnapKV(budget=40), alpha=alpha, normalize=normalize).share(scores, budgets)
     for b in range(3):
         heads = [[score for score in head if score > -inf] for head in scores[b].tolist()]
         expected = share_out(heads, [int(budgets[b])] * 4, alpha, normalize)
@@ -139,7 +139,7 @@ def test_extreme_scores(value):
     """Nothing, next to nothing and the ends of float32: the number of entries is right, and every head has its floor."""
     scores = torch.full((1, 3, 20), value)
     scores[0, 1, :5] = 1.0
-    counts = AdaKV(SnapKV(budget=40), alpha=0.5).head_totals(scores, torch.tensor([8]))
+    counts = AdaKV(SnapKV(budget=40), alpha=0.5).share(scores, torch.tensor([8]))
     assert counts.sum() == 24 and counts.min() >= 4
 
 
@@ -191,7 +191,7 @@ def test_alpha_1_is_the_inner_policy(model, inner):
 @every_inner
 def test_pages_of_even_heads_are_the_inner_policy(model, inner, monkeypatch):
     """The same through pages: where all heads get as many, positions are the inner policy's and logits to rounding."""
-    monkeypatch.setattr(AdaKV, "shares_heads", True)
+    monkeypatch.setattr(AdaKV, "heads", "shared")
     results = []
     for policy in (inner, AdaKV(inner, alpha=1)):
         cache, logits, sets = DynamicCache(config=model.config), [], []
@@ -235,7 +235,7 @@ def test_bytes_are_those_of_the_heads_pages(inner, dtype, monkeypatch):
         assert any(len({count // page for count in layer}) > 1 for layer in held)
         for layer, counts, figures in zip(cache.layers, held, report, strict=True):
             pages = sum(count // page + 1 for count in counts)
-            window = 0 if layer.window is None else layer.window.nbytes
+            window = sum(note.nbytes for note in layer.notes.values())
             steps = min(page - count % page for count in counts)
             tables = 8 * len(counts) * (steps + 2) + 4 + 4 + window  # upcoming slots and quotas
             assert layer.nbytes == figures["bytes"] == pages * page_bytes(layer, dtype.itemsize) + tables

@@ -110,7 +110,7 @@ def test_a_selection_with_room_leaves_the_eviction_as_it_is(model, evicts):
 
 def test_prompts_evicted_row_by_row_are_exact_beside_a_selection(model):
     """The selection policy acts in decode alone: a prompt whose rows evict as they come is as without it."""
-    evicts = A2SF(budget=10, alpha=0.5, prefill="sequential")
+    evicts = A2SF(budget=10, alpha=0.5, evict="each_row")
     expected, cache, _ = run(model, evicts, PASSES[:1])
     found, other, _ = run(model, [evicts, TidalDecode(k=2, sparse_layer_start=0)], PASSES[:1])
     torch.testing.assert_close(found[0], expected[0])

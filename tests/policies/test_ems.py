@@ -11,11 +11,11 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress.compat import CACHE
-from kvpress.layer import KVLayer
 from kvpress.passes import plain_tokens
 from kvpress.policies import EMS, H2O
 from kvpress.policies.ems import global_local_score
-from kvpress.policy import Entries, Merging, Quota
+from kvpress.policy import Dropped, Entries, Quota
+from layers import counted, new_layer
 from layers import kept as held
 from matrix import Case, check, conversation, expect, prompt, run, sharp_llama
 from oracles import ems as oracle
@@ -52,7 +52,7 @@ def observed(count, rows, seed=0):
 
 def compress(policy, keys, values, mass, last):
     """A prompt pass of such entries that were observed so; the layer after it."""
-    layer, count = KVLayer(policy, 0, 1), keys.shape[2]
+    layer, count = new_layer(policy), keys.shape[2]
     tokens = plain_tokens(keys.shape[0], count, None, None, "cpu")
     layer.append(keys.clone(), values.clone(), tokens)
     layer.stats["mass"][:, :, :count] = mass
@@ -66,10 +66,11 @@ def merging(keys, values, mass, last, centres):
     n = keys.shape[2]
     slots = torch.tensor([centres + [at for at in range(n) if at not in centres]]).expand(*keys.shape[:2], n)
     positions = torch.arange(n, dtype=torch.int32).expand(keys.shape[:3])
-    entries = Entries(positions, torch.ones_like(positions, dtype=torch.bool), mass, last.sum(2))
+    seen = {"mass": mass, "last_rows": last.sum(2)}
+    entries = Entries(positions, torch.ones_like(positions, dtype=torch.bool), seen, fetch=lambda: (keys, values))
     stay, leave = slots[..., : len(centres)], slots[..., len(centres) :]
     yes = torch.ones_like(slots, dtype=torch.bool)
-    return Merging(entries, keys, values, stay, yes[..., : len(centres)], leave, yes[..., len(centres) :])
+    return Dropped(entries, stay, yes[..., : len(centres)], leave, yes[..., len(centres) :])
 
 
 def expected(rules, keys, values, mass, last, total):
@@ -155,7 +156,7 @@ def test_e3_everything_merges():
     mass, last = observed(40, 3)
     mass[0, 0, 5] = last[0, 0, :, 5] = 0.0  # an entry that nobody looked at is of the rest too
     policy = EMS(budget=12, window=3, tau=0.0, rho=1.0, kappa=INF)
-    target = policy.assign(merging(keys, values, mass, last, [1, 7, 30])).target
+    target = policy.merge(merging(keys, values, mass, last, [1, 7, 30])).target
     assert target.shape[2] == 37 and (target >= 0).all() and (target < 3).all()
     layer = compress(policy, keys, values, mass, last)
     torch.testing.assert_close(layer.stats["mass"].sum(-1), mass.sum(-1))
@@ -215,7 +216,7 @@ def test_e7_scores_are_aligned_by_their_means(factor, which):
 
 def entries_of(mass, last, positions=None):
     positions = torch.arange(mass.shape[-1], dtype=torch.int32).expand(mass.shape) if positions is None else positions
-    return Entries(positions, positions >= 0, mass, last)
+    return Entries(positions, positions >= 0, {"mass": mass, "last_rows": last})
 
 
 def test_e8_a_window_of_all_rows_ranks_as_h2o():
@@ -265,7 +266,7 @@ def test_candidates_by_hand(fields, expected):
     shares = torch.tensor([[[0.5, 0.15, 0.4, 0.05, 0.3, 0.0, 0.1, 0.7]]])
     same = torch.ones(1, 1, 8, 4)
     policy = EMS(budget=100, tau=0.0, **fields)
-    target = policy.assign(merging(same, same, shares, shares[:, :, None], [0, 7])).target
+    target = policy.merge(merging(same, same, shares, shares[:, :, None], [0, 7])).target
     ranks = torch.tensor([2, 0, 4, 1, 5, 3])  # of the slots 1 .. 6
     assert torch.equal(target[0, 0] >= 0, ranks < expected)
 
@@ -275,18 +276,18 @@ def test_equal_scores_are_candidates_in_order():
     same, scores = torch.ones(1, 1, 6, 4), torch.ones(1, 1, 6)
     policy = EMS(budget=100, rho=1.0, kappa=1.0)
     given = merging(same, same, scores, scores[:, :, None], [4, 1])
-    assert (policy.assign(given).target[0, 0] >= 0).tolist() == [True, True, False, False]  # 0 and 2 of 0, 2, 3, 5
+    assert (policy.merge(given).target[0, 0] >= 0).tolist() == [True, True, False, False]  # 0 and 2 of 0, 2, 3, 5
     backwards = replace(given, entries=replace(given.entries, positions=given.entries.positions.flip(-1)))
-    assert (policy.assign(backwards).target[0, 0] >= 0).tolist() == [False, False, True, True]
+    assert (policy.merge(backwards).target[0, 0] >= 0).tolist() == [False, False, True, True]
 
 
 def test_equal_centres_the_earlier_one():
     """Of centres that are equally alike it is the one at the earlier position, in whatever slots they are."""
     same, scores = torch.ones(1, 1, 6, 4), torch.ones(1, 1, 6)
     given = merging(same, same, scores, scores[:, :, None], [4, 1, 5])
-    assert (EMS(budget=100, rho=1.0).assign(given).target == 1).all()
+    assert (EMS(budget=100, rho=1.0).merge(given).target == 1).all()
     backwards = replace(given, entries=replace(given.entries, positions=given.entries.positions.flip(-1)))
-    assert (EMS(budget=100, rho=1.0).assign(backwards).target == 2).all()
+    assert (EMS(budget=100, rho=1.0).merge(backwards).target == 2).all()
 
 
 @pytest.mark.parametrize(("raw", "expected"), [(False, -1), (True, 0)], ids=["clamped", "raw"])
@@ -295,7 +296,7 @@ def test_two_opposites(raw, expected):
     keys = torch.tensor([[[[1.0, 2.0], [-1.0, -2.0]]]])
     scores = torch.ones(1, 1, 2)
     policy = EMS(budget=100, raw_product=raw, rho=1.0)
-    assert policy.assign(merging(keys, keys, scores, scores[:, :, None], [0])).target.item() == expected
+    assert policy.merge(merging(keys, keys, scores, scores[:, :, None], [0])).target.item() == expected
 
 
 def test_tau_is_enough():
@@ -303,7 +304,7 @@ def test_tau_is_enough():
     keys = torch.tensor([[[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]])
     scores = torch.ones(1, 1, 3)
     given = merging(keys, keys, scores, scores[:, :, None], [0])
-    assert EMS(budget=100, rho=1.0, tau=1.0).assign(given).target.tolist() == [[[0, -1]]]
+    assert EMS(budget=100, rho=1.0, tau=1.0).merge(given).target.tolist() == [[[0, -1]]]
 
 
 def test_sinks_stay():
@@ -387,9 +388,9 @@ def test_local_score_is_that_of_the_last_rows(model):
             model(torch.tensor([ids]), **{CACHE: cache})
             rows += len(ids)
             for layer in cache.layers:
-                _, last = layer._observed()
+                last = counted(layer)["last_rows"]
                 assert torch.allclose(last.sum(-1), torch.tensor(2.0 * min(rows, 5)), atol=1e-4)
-                held_rows = sorted(layer.row_positions[0].tolist())
+                held_rows = sorted(layer.notes["rows.at"][0].tolist())
                 assert [at for at in held_rows if at >= 0] == list(range(max(0, rows - 5), rows))
                 entries = last[0, 0, layer.positions[0, 0, : layer.length] == rows - 1]
                 assert (entries > 0).all()

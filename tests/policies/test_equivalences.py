@@ -25,7 +25,7 @@ from kvpress.policies import (
     TidalDecode,
     TokenSelect,
 )
-from kvpress.policy import Policy, Quota, Selected, View
+from kvpress.policy import Mass, Policy, Quota, Selected, View
 from matrix import kept, prompt, sharp_llama
 
 PROMPT = [24, 1, 1, 1, 1, 1]
@@ -60,8 +60,8 @@ class AllRowsEMS(EMS):
     name = ""
 
     @property
-    def observed_window(self) -> int:
-        return 500
+    def observes(self) -> Mass:
+        return Mass(last_rows=500)
 
 
 class SeldomH2O(H2O):

@@ -8,7 +8,7 @@ import kvpress
 from kvpress import UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, StreamingLLM
-from kvpress.policy import Quota
+from kvpress.policy import Consecutive, Own, Quota
 from layers import kept, prompt, random_mass, row, step
 from matrix import kept as held
 from matrix import prompt as text
@@ -119,8 +119,8 @@ def test_h6_right_before_eviction_scores_are_column_sums():
     with torch.no_grad(), kvpress.patch(model, H2O(budget=8, evict="after_prompt")):
         model(torch.tensor([ids]), **{CACHE: cache})
     for layer, sums in zip(cache.layers, column_sums(model, ids), strict=True):
-        torch.testing.assert_close(layer.mass[0].double(), sums, atol=1e-4, rtol=1e-4)
-        torch.testing.assert_close(layer.mass[0].sum(-1), torch.full((2,), 30.0 * 2), atol=1e-3, rtol=0)
+        torch.testing.assert_close(layer.stats["mass"][0].double(), sums, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(layer.stats["mass"][0].sum(-1), torch.full((2,), 30.0 * 2), atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("recent", [1, 3, 5], ids="recent-{}".format)
@@ -173,7 +173,7 @@ def test_dropped_scores_are_lost():
     assert kept(layer) == [0, 2, 3]
     step(layer, {4: 0.2})
     assert kept(layer) == [0, 2, 4]
-    assert layer.mass[layer.positions == 4].item() == pytest.approx(0.2)
+    assert layer.stats["mass"][layer.positions == 4].item() == pytest.approx(0.2)
 
 
 @pytest.mark.parametrize(
@@ -260,8 +260,9 @@ def test_reindex_needs_a_rotary_embedding():
 def test_defaults():
     """20 % in equal halves at original positions, as in the paper's main results."""
     policy = H2O()
-    assert (policy.budget, policy.heavy, policy.recent, policy.rope) == (0.2, None, None, "original")
-    assert not policy.raw_keys and H2O(rope="reindex").raw_keys
+    assert (policy.budget, policy.heavy, policy.recent, policy.rope) == (None, None, None, "original")
+    assert all(policy.quota(n, 0, 1) == H2O(budget=0.2).quota(n, 0, 1) for n in (1, 4, 5, 99, 1000, 131072))
+    assert policy.places == Own() and H2O(rope="reindex").places == Consecutive()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ def test_hand_values():
     """Rows [1], [.6, .4], [.1, .6, .3], [.1, .2, .3, .4] sum to [1.8, 1.2, .6, .4]."""
     query, key = rows_that_give([1, 0, 0, 0], [0.6, 0.4, 0, 0], [0.1, 0.6, 0.3, 0], [0.1, 0.2, 0.3, 0.4])
     layer, [[[positions]]] = attended(H2OPrefill(budget=3, recent=1, evict="after_prompt"), query, key, [4])
-    torch.testing.assert_close(layer.mass[0, 0, :4], torch.tensor([1.8, 1.2, 0.6, 0.4]))
+    torch.testing.assert_close(layer.stats["mass"][0, 0, :4], torch.tensor([1.8, 1.2, 0.6, 0.4]))
     assert positions == [0, 1, 2, 3]
     layer.settle()
     assert kept(layer) == [0, 1, 3]

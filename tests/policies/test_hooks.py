@@ -10,7 +10,7 @@ from transformers import DynamicCache
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.policies import A2SF, SnapKV
-from kvpress.policy import EvictionPolicy, Quota, Selected, SelectionPolicy, View
+from kvpress.policy import Consecutive, EvictionPolicy, Own, Quota, Selected, SelectionPolicy, View
 from matrix import kept, prompt, sharp_llama
 
 
@@ -20,7 +20,6 @@ class Newest(EvictionPolicy):
 
     total: int = 6
     every: int = 1
-    rows: bool = False
     raw: bool = False
 
     @property
@@ -28,12 +27,8 @@ class Newest(EvictionPolicy):
         return self.every
 
     @property
-    def row_by_row(self):
-        return self.rows
-
-    @property
-    def raw_keys(self):
-        return self.raw
+    def places(self):
+        return Consecutive() if self.raw else Own()
 
     def quota(self, tokens, layer, layers):
         return Quota(self.total, self.total)
@@ -50,8 +45,8 @@ class ReadAll(SelectionPolicy):
     chunk: int | None = None
 
     @property
-    def raw_keys(self):
-        return self.raw
+    def places(self):
+        return Consecutive() if self.raw else Own()
 
     @property
     def prompt_chunk(self):
@@ -97,7 +92,7 @@ def test_selecting_everything_is_full():
 def test_rows_one_by_one_are_decode_steps():
     """A prompt that is evicted row by row is the same as its tokens fed one at a time."""
     model, text = sharp_llama(), prompt(20)
-    found, cache = logits(model, Newest(rows=True), [([text], 20)])
+    found, cache = logits(model, Newest(evict="each_row"), [([text], 20)])
     single, other = logits(model, Newest(), [([[token]], at + 1) for at, token in enumerate(text)])
     for at in range(20):
         torch.testing.assert_close(found[0][:, at], single[at][:, 0], atol=1e-5, rtol=1e-4)
@@ -106,7 +101,7 @@ def test_rows_one_by_one_are_decode_steps():
     ]
 
 
-def test_raw_keys_slide_like_a_window():
+def test_consecutive_places_slide_like_a_window():
     """With the newest only, consecutive places are the same distances as the original ones."""
     model = sharp_llama()
     expected, _ = logits(model, Newest(), conversation())
@@ -136,7 +131,7 @@ def test_what_is_observed_does_not_depend_on_how_keys_are_stored(policy):
 
     class Raw(type(policy)):
         name = ""
-        raw_keys = True
+        places = Consecutive()
 
     model = sharp_llama()
     raw = Raw(**{field.name: getattr(policy, field.name) for field in dataclasses.fields(policy)})

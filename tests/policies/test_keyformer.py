@@ -10,7 +10,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.policies import H2O, Keyformer
-from kvpress.policy import Quota
+from kvpress.policy import Mass, Noise, Quota
 from layers import kept as held
 from layers import prompt as prompt_pass
 from layers import row
@@ -27,10 +27,10 @@ def model():
 @pytest.fixture
 def temperatures(monkeypatch):
     """The temperature of each pass, as the statistics of the first layer were made with, in prompts and decode steps."""
-    from kvpress import attention, layer
+    from kvpress import attention, observe
 
     seen: list[float] = []
-    of_prompts, of_steps = layer.attention_mass, attention.decode_attention
+    of_prompts, of_steps = observe.attention_mass, attention.decode_attention
 
     def note(perturbation: Perturbation) -> None:
         if perturbation.layer == 0:
@@ -44,7 +44,7 @@ def temperatures(monkeypatch):
         note(options["perturbed"][0])
         return of_steps(*args, **options)
 
-    monkeypatch.setattr(layer, "attention_mass", prompt_spy)
+    monkeypatch.setattr(observe, "attention_mass", prompt_spy)
     monkeypatch.setattr(attention, "decode_attention", step_spy)
     return seen
 
@@ -66,8 +66,9 @@ class NoNoise(Keyformer):
 
     name = ""
 
-    def perturbation(self, step, new_tokens, layer):
-        return Perturbation()
+    @property
+    def observes(self):
+        return Mass(noise=Noise())
 
 
 @pytest.mark.parametrize("kind", [Keyformer, NoNoise], ids=["by-its-parameters", "by-the-perturbed-path"])
@@ -84,13 +85,18 @@ def test_k1_without_noise_it_is_h2o(model, kind, budget, recent):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+def perturbed(policy, step, new_tokens, layer=1):
+    """Noise and temperature of what the policy observes in a pass."""
+    return policy.observes.perturbation(layer, step, new_tokens)
+
+
 def test_k2_is_the_kernels():
     """K2 (the numbers: `tests/kernels/test_perturbed_mass.py`): the policy hands noise and temperature to the kernel."""
-    fresh = Keyformer(tau_init=2.0, tau_end=2.0, seed=5).perturbation(3, 8, layer=4)
+    fresh = perturbed(Keyformer(tau_init=2.0, tau_end=2.0, seed=5), 3, 8, layer=4)
     assert fresh == Perturbation(2.0, 5, 4, fresh=True)
-    assert Keyformer(noise="per_token").perturbation(0, 8, 1) == Perturbation(1.0, 0, 1, fresh=False)
-    assert Keyformer(noise="none").perturbation(0, 8, 1) == Perturbation(1.0, None, 1, fresh=False)
-    assert Keyformer(noise="none", tau_init=1.0, tau_end=1.0).perturbation(3, 8, 1) is None
+    assert perturbed(Keyformer(noise="per_token"), 0, 8) == Perturbation(1.0, 0, 1, fresh=False)
+    assert perturbed(Keyformer(noise="none"), 0, 8) == Perturbation(1.0, None, 1, fresh=False)
+    assert perturbed(Keyformer(noise="none", tau_init=1.0, tau_end=1.0), 3, 8) is None
 
 
 SCHEDULE = [1.0, 1.25, 1.5, 1.75, 2.0]
@@ -128,12 +134,12 @@ def test_k3_nobody_says_how_many_tokens(model, temperatures):
     run(model, Keyformer(), [prompt(8), [5], [6]])
     assert temperatures == pytest.approx([1.0, 1 + 1 / 128, 1 + 2 / 128])
     policy = Keyformer()
-    assert policy.perturbation(128, None, 0).temperature == policy.perturbation(1000, None, 0).temperature == 2.0
+    assert perturbed(policy, 128, None).temperature == perturbed(policy, 1000, None).temperature == 2.0
 
 
 def test_k3_falling_temperature():
     falling = Keyformer(tau_init=2.0, tau_end=0.5, new_tokens=3)
-    assert [falling.perturbation(step, None, 0).temperature for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.5]
+    assert [perturbed(falling, step, None).temperature for step in range(5)] == [2.0, 1.5, 1.0, 0.5, 0.5]
 
 
 def test_generated_text_with_the_length_of_generate(model):

@@ -12,7 +12,7 @@ from layers import attended, kept, prompt, random_mass, row, rows_that_give, ste
 def score(mass, tokens):
     """The policy's scores of entries in position order."""
     positions = torch.arange(mass.shape[-1], dtype=torch.int32).expand(mass.shape)
-    return ObservedAttention().score(Entries(positions, positions >= 0, mass, tokens=torch.tensor(tokens)))
+    return ObservedAttention().score(Entries(positions, positions >= 0, {"mass": mass}, tokens=torch.tensor(tokens)))
 
 
 def test_h3():

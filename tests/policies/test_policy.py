@@ -10,11 +10,24 @@ import torch
 
 import kvpress
 from kvpress import PolicyError
-from kvpress.layer import KVLayer
-from kvpress.passes import Scores, masked_tokens
-from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
-from kvpress.policy import Budget, Entries, EvictionPolicy, Quota, check_budget, entries_for, pool_scores
-from layers import feed, kept, prompt, random_mass, row, step
+from kvpress.passes import masked_tokens
+from kvpress.policies import H2O, AdaKV, Full, Keyformer, PyramidKV, SnapKV, StreamingLLM
+from kvpress.policy import (
+    Budget,
+    Entries,
+    EvictionPolicy,
+    Mass,
+    Nothing,
+    Policy,
+    Quota,
+    Window,
+    check_budget,
+    entries_for,
+    pool_scores,
+)
+from layers import feed, kept, new_layer, observe, prompt, random_mass, row, step
+from matrix import EVICTING, sharp_llama
+from matrix import prompt as text
 
 LIMIT = torch.finfo(torch.float32).max
 
@@ -28,19 +41,20 @@ POLICIES = {
     "snapkv-max": SnapKV(budget=5, window=2, kernel_size=3, pooling="max"),
 }
 every_policy = pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
-DROPPING = {name: policy for name, policy in POLICIES.items() if policy.drops_in_decode}
+DROPPING = {name: policy for name, policy in POLICIES.items() if policy.evict_every is not None}
 dropping_policy = pytest.mark.parametrize("policy", DROPPING.values(), ids=DROPPING.keys())
 
 
 def run_prompt(policy, count, batch=1, kv_heads=1, layer=None, seed=0, mass=None):
     """A prompt pass with whatever the policy observes, from the seed."""
-    layer = KVLayer(policy, 0, 1) if layer is None else layer
+    layer = new_layer(policy) if layer is None else layer
+    past = layer.length
     tokens = feed(layer, count, batch=batch, kv_heads=kv_heads, seed=seed)
-    if policy.observes == "every row":
-        layer.observe(random_mass(batch, kv_heads, layer.length, seed=seed) if mass is None else mass)
-    if policy.observes == "window":
+    if isinstance(policy.observes, Mass):
+        layer.add_mass(random_mass(batch, kv_heads, layer.length, seed=seed) if mass is None else mass)
+    if isinstance(policy.observes, Window):
         generator = torch.Generator().manual_seed(seed + 1)
-        layer.remember(torch.randn(batch, 2 * kv_heads, count, 4, generator=generator), tokens, Scores(1.0))
+        observe(layer, torch.randn(batch, 2 * kv_heads, count, 4, generator=generator), tokens, past)
     layer.close_prompt(tokens)
     return layer
 
@@ -169,6 +183,49 @@ class TestPolicies:
         torch.testing.assert_close(pool_scores(row(3.0, 0.0, 6.0), 3, "avg"), row(1.0, 3.0, 2.0))
         torch.testing.assert_close(pool_scores(row(-3.0, -5.0, -6.0), 3, "max"), row(-3.0, -3.0, -5.0))
 
+    @pytest.mark.parametrize("policy", [case.policy for case in EVICTING], ids=lambda policy: policy.describe())
+    def test_keeps_a_share_where_the_quota_depends_on_the_prompt(self, policy):
+        """In any layer of a few: also where the share is a default, an inner policy's, or of one part only."""
+        quotas = [
+            [policy.quota(tokens, layer, layers) for layers in (1, 2, 3) for layer in range(layers)]
+            for tokens in (1, 1 << 30)
+        ]
+        assert policy.keeps_a_share == (quotas[0] != quotas[1])
+
+    @pytest.mark.parametrize(
+        ("policy", "expected"),
+        [
+            (H2O(), True),
+            (H2O(heavy=4, recent=0.5), True),
+            (H2O(heavy=4, recent=3), False),
+            (StreamingLLM(), False),
+            (StreamingLLM(recent=0.5), True),
+            (AdaKV(SnapKV(budget=0.5)), True),
+            (AdaKV(SnapKV(budget=64)), False),
+            (Keyformer(budget=64, recent=0.3), False),
+            (PyramidKV(budget=64), True),  # a short prompt has no pyramid
+            (PyramidKV(budget=64, beta=1), False),
+        ],
+        ids=lambda value: value.describe() if isinstance(value, Policy) else "",
+    )
+    def test_keeps_a_share_by_hand(self, policy, expected):
+        assert policy.keeps_a_share == expected
+
+    def test_what_was_not_observed_is_refused_by_name(self):
+        """A policy that scores by attention and observes nothing is told what to say."""
+        entries = Entries(torch.zeros(1, 1, 3, dtype=torch.int32), torch.ones(1, 1, 3, dtype=torch.bool))
+        for name in ("mass", "last_rows"):
+            with pytest.raises(PolicyError, match=rf"'{name}' was not observed.*`observes`.*Mass\(\)"):
+                getattr(entries, name)
+
+        class Blind(H2O):
+            name = ""
+            observes = Nothing()
+
+        model = sharp_llama()
+        with torch.no_grad(), kvpress.patch(model, Blind(budget=4)), pytest.raises(PolicyError, match="`observes`"):
+            model(torch.tensor([text(20)]))
+
 
 class TestSelection:
     """What a layer keeps under any policy."""
@@ -199,8 +256,8 @@ class TestSelection:
         for seen in range(10, 25):
             layer.settle()
             feed(layer, 1, batch=2, kv_heads=2, seed=seen)
-            if policy.observes == "every row":
-                layer.observe(random_mass(2, 2, layer.length, seed=seen))
+            if isinstance(policy.observes, Mass):
+                layer.add_mass(random_mass(2, 2, layer.length, seed=seen))
             layer.evict_step()
             for place, held in before.items():
                 now = set(kept(layer, *place))
@@ -212,7 +269,7 @@ class TestSelection:
     @pytest.mark.parametrize("passes", [[9, 4], [3, 1, 6], [6, 6, 6]], ids=str)
     def test_u2_later_prompt_passes(self, policy, passes):
         """Chunks and turns compress again: the budget holds after each, and what is gone stays gone."""
-        layer, seen, before = KVLayer(policy, 0, 1), 0, set()
+        layer, seen, before = new_layer(policy), 0, set()
         for count in passes:
             run_prompt(policy, count, layer=layer, seed=seen)
             now = set(kept(layer))
@@ -227,7 +284,7 @@ class TestSelection:
         """With evict="after_prompt" passes only add up; the first decode step evicts before it attends."""
         layer = run_prompt(dataclasses.replace(policy, evict="after_prompt"), 9)
         assert kept(layer) == list(range(9))
-        run_prompt(layer.policy, 4, layer=layer)
+        run_prompt(layer.eviction, 4, layer=layer)
         assert kept(layer) == list(range(13))
         layer.settle()
         assert len(kept(layer)) == 5
@@ -240,14 +297,14 @@ class TestSelection:
         queries, mass = torch.randn(2, 2, 12, 4, generator=generator), random_mass(2, 2, 12)
 
         def sets(rows, heads):
-            layer = KVLayer(policy, 0, 1)
+            layer = new_layer(policy)
             tokens = feed(layer, 12, batch=len(rows), kv_heads=len(heads))
             pick = torch.tensor(rows)[:, None], torch.tensor(heads)
             layer.keys[:, :, :12], layer.values[:, :, :12] = keys[pick], values[pick]
-            if policy.observes == "every row":
-                layer.observe(mass[pick])
-            if policy.observes == "window":
-                layer.remember(queries[pick], tokens, Scores(1.0))
+            if isinstance(policy.observes, Mass):
+                layer.add_mass(mass[pick])
+            if isinstance(policy.observes, Window):
+                observe(layer, queries[pick], tokens)
             layer.close_prompt(tokens)
             return {(b, h): kept(layer, i, j) for i, b in enumerate(rows) for j, h in enumerate(heads)}
 
@@ -259,7 +316,7 @@ class TestSelection:
     @every_policy
     def test_keys_and_values_follow_their_positions(self, policy):
         """What stays is what came in, entry by entry, also after steps into freed slots."""
-        layer = KVLayer(policy, 0, 1)
+        layer = new_layer(policy)
         stored = {}
 
         def remember(before):
@@ -269,8 +326,8 @@ class TestSelection:
 
         tokens = feed(layer, 9)
         remember(0)
-        if policy.observes == "window":
-            layer.remember(torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0)), tokens, Scores(1.0))
+        if isinstance(policy.observes, Window):
+            observe(layer, torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0)), tokens)
         layer.close_prompt(tokens)
         for seen in range(9, 20):
             feed(layer, 1, seed=seen)
@@ -288,15 +345,15 @@ class TestSelection:
         lengths, generator = [12, 7, 4], torch.Generator().manual_seed(0)
         mask = torch.tensor([[column < length for column in range(12)] for length in lengths])
         mask = mask.flip(1) if side == "left" else mask
-        layer, mass = KVLayer(policy, 0, 1), random_mass(3, 1, 12)
+        layer, mass = new_layer(policy), random_mass(3, 1, 12)
         tokens = masked_tokens(mask, None, None, prompt=True)
         layer.append(*torch.randn(2, 3, 1, 12, 4, generator=generator), tokens)
-        if policy.observes == "every row":
+        if isinstance(policy.observes, Mass):
             for b, length in enumerate(lengths):
-                layer.observe(mass[b : b + 1, :, :length], slice(b, b + 1))
+                layer.add_mass(mass[b : b + 1, :, :length], slice(b, b + 1))
         layer.close_prompt(tokens)
         for b, length in enumerate(lengths):
-            alone = prompt(policy, length, mass[b : b + 1, :, :length] if policy.observes == "every row" else None)
+            alone = prompt(policy, length, mass[b : b + 1, :, :length] if isinstance(policy.observes, Mass) else None)
             assert kept(layer, b) == kept(alone) and len(kept(layer, b)) == length // 2
         for step_index in range(4):
             tokens = masked_tokens(torch.ones(3, 1, dtype=torch.bool), layer.tokens, layer.facts.tokens, prompt=False)
@@ -309,7 +366,7 @@ class TestSelection:
     def test_short_sequence_of_a_batch_fills_up_first(self, policy):
         """While the long sequence drops an entry a step, the short one keeps all until it is at its budget too."""
         mask = torch.tensor([[True] * 12, [False] * 9 + [True] * 3])
-        layer, generator = KVLayer(policy, 0, 1), torch.Generator().manual_seed(0)
+        layer, generator = new_layer(policy), torch.Generator().manual_seed(0)
         tokens = masked_tokens(mask, None, None, prompt=True)
         layer.append(*torch.randn(2, 2, 1, 12, 4, generator=generator), tokens)
         layer.close_prompt(tokens)
@@ -379,27 +436,27 @@ class TestBrokenScores:
     def test_snapkv_broken_key(self, bad, pooling):
         """A key that is not finite makes its head's mass NaN; the count and the window are right."""
         policy = SnapKV(budget=5, window=2, kernel_size=3, pooling=pooling)
-        layer, clean = KVLayer(policy, 0, 1), KVLayer(policy, 0, 1)
+        layer, clean = new_layer(policy), new_layer(policy)
         for one in (layer, clean):
             tokens = feed(one, 12, kv_heads=2)
             if one is layer:
                 one.keys[0, 0, 4] = bad
             query = torch.randn(1, 4, 12, 4, generator=torch.Generator().manual_seed(0))
-            one.remember(query, tokens, Scores(1.0))
+            observe(one, query, tokens)
             one.close_prompt(tokens)
         assert len(kept(layer)) == 5 and kept(layer)[-2:] == [10, 11]
         assert kept(layer, head=1) == kept(clean, head=1), "the other head is untouched"
 
     @pytest.mark.parametrize("pooling", ["avg", "max"])
-    def test_snapkv_never_nan_before_finite(self, pooling):
+    def test_snapkv_never_nan_before_finite(self, pooling, monkeypatch):
         """Entries whose weight is exactly zero, as far ones are in a sharp softmax, win over NaN."""
         policy = SnapKV(budget=3, window=1, kernel_size=1, pooling=pooling)
         mass = row(float("nan"), 0.0, float("nan"), 0.0, 1.0)
         candidates = torch.tensor([[[True, True, True, True, False]]])
         positions = torch.arange(5, dtype=torch.int32).view(1, 1, 5)
-        score = policy.score(Entries(positions, candidates, mass))
-        layer = KVLayer(policy, 0, 1)
+        score = policy.score(Entries(positions, candidates, {"mass": mass}))
+        layer = new_layer(policy)
         tokens = feed(layer, 5)
-        layer._observed = lambda: (mass, None)
+        monkeypatch.setattr(Window, "answer", lambda *_: {"mass": mass})
         layer.close_prompt(tokens)
         assert kept(layer) == [1, 3, 4], f"scores {score.tolist()}"

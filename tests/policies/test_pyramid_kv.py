@@ -9,7 +9,7 @@ from transformers import DynamicCache
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.policies import PyramidKV, SnapKV
-from kvpress.policy import Entries, Quota
+from kvpress.policy import Entries, Quota, Window
 from layers import random_mass
 from matrix import kept, prompt, sharp_llama
 from refusals import refused
@@ -78,10 +78,10 @@ def test_totals_are_a_pyramid_of_the_right_size():
 def test_scores_are_those_of_snapkv(kernel_size, pooling):
     mass = random_mass(2, 3, 30)
     positions = torch.arange(30, dtype=torch.int32).expand(mass.shape)
-    entries = Entries(positions, positions < 26, mass)
+    entries = Entries(positions, positions < 26, {"mass": mass})
     fields = {"budget": 12, "window": 4, "kernel_size": kernel_size, "pooling": pooling}
     assert torch.equal(PyramidKV(**fields).score(entries), SnapKV(**fields).score(entries))
-    assert PyramidKV(**fields).observed_window == 4
+    assert PyramidKV(**fields).observes == Window(4)
 
 
 def test_a_model_keeps_a_pyramid():

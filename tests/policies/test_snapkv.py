@@ -4,18 +4,16 @@ import pytest
 import torch
 
 from brute import attend
-from kvpress.layer import KVLayer
-from kvpress.passes import Scores
 from kvpress.policies import SnapKV
 from kvpress.policy import Entries, Quota
-from layers import HEAD_DIM, feed, kept, row, step
+from layers import HEAD_DIM, counted, feed, kept, new_layer, observe, row, step
 
 
 def score(policy, mass, candidates):
     """The policy's scores of entries in position order, the first `candidates` of which compete."""
     n = mass.shape[-1]
     positions = torch.arange(n, dtype=torch.int32).expand(mass.shape)
-    return policy.score(Entries(positions, positions < candidates, mass))
+    return policy.score(Entries(positions, positions < candidates, {"mass": mass}))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +70,10 @@ def test_prompt_against_lists(tokens, window, kernel_size, pooling):
     """The kept sets of a group of three, from the queries on."""
     policy = SnapKV(budget=8, window=window, kernel_size=kernel_size, pooling=pooling)
     query, key, mass = attended(tokens, window, seed=tokens)
-    layer = KVLayer(policy, 0, 1)
+    layer = new_layer(policy, scale=0.5)
     passed = feed(layer, tokens, batch=2, kv_heads=2)
     layer.keys[:, :, :tokens] = key
-    layer.remember(query, passed, Scores(0.5))
+    observe(layer, query, passed)
     layer.close_prompt(passed)
     for b in range(2):
         for head in range(2):
@@ -86,11 +84,11 @@ def test_all_rows_without_pooling_are_column_sums():
     """The window of all rows and kernel size 1 ranks by plain column sums (section 8.1, 4)."""
     query, key, mass = attended(9, 9, seed=1)
     policy = SnapKV(budget=0.5, window=9, kernel_size=1)
-    layer = KVLayer(policy, 0, 1)
+    layer = new_layer(policy, scale=0.5)
     tokens = feed(layer, 9, batch=2, kv_heads=2)
     layer.keys[:, :, :9] = key
-    layer.remember(query, tokens, Scores(0.5))
-    torch.testing.assert_close(layer._observed()[0], mass.float())
+    observe(layer, query, tokens)
+    torch.testing.assert_close(counted(layer)["mass"], mass.float())
     torch.testing.assert_close(mass.sum(-1), torch.full((2, 2), 9 * 3.0, dtype=torch.float64))
 
 
@@ -105,10 +103,10 @@ def test_decode_appends_and_never_evicts():
 
 def snap(policy, count, layer=None, seed=0):
     """A prompt pass whose queries are random."""
-    layer = KVLayer(policy, 0, 1) if layer is None else layer
+    layer = new_layer(policy, scale=0.5) if layer is None else layer
     tokens = feed(layer, count, seed=seed)
     query = torch.randn(1, 2, count, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
-    layer.remember(query, tokens, Scores(0.5))
+    observe(layer, query, tokens)
     layer.close_prompt(tokens)
     return layer
 
@@ -118,11 +116,11 @@ def test_u7_chunks_keep_what_one_pass_keeps(chunks):
     """U7: with evict="after_prompt" the last rows score, in whichever chunks they came."""
     query, key, mass = attended(12, 3, seed=7)
     policy = SnapKV(budget=6, window=3, kernel_size=3, evict="after_prompt")
-    layer, seen = KVLayer(policy, 0, 1), 0
+    layer, seen = new_layer(policy, scale=0.5), 0
     for count in chunks:
         tokens = feed(layer, count, batch=2, kv_heads=2)
         layer.keys[:, :, seen : seen + count] = key[:, :, seen : seen + count]
-        layer.remember(query[:, :, seen : seen + count], tokens, Scores(0.5))
+        observe(layer, query[:, :, seen : seen + count], tokens, seen)
         layer.close_prompt(tokens)
         seen += count
     layer.settle()
@@ -146,13 +144,13 @@ def test_only_the_rows_of_a_pass_score_it():
     """A second pass shorter than the window is scored by its own rows alone, not by those of the first."""
     query, key, _ = attended(11, 2, seed=3)
     policy = SnapKV(budget=6, window=3, kernel_size=1)
-    layer = KVLayer(policy, 0, 1)
+    layer = new_layer(policy, scale=0.5)
     for start, stop in [(0, 9), (9, 11)]:
         tokens = feed(layer, stop - start, batch=2, kv_heads=2)
         for slot in range(layer.length - (stop - start), layer.length):
             layer.keys[:, :, slot] = key[:, :, layer.positions[0, 0, slot]]
         held = layer.positions[:, :, : layer.length].tolist()
-        layer.remember(query[:, :, start:stop], tokens, Scores(0.5))
+        observe(layer, query[:, :, start:stop], tokens, start)
         layer.close_prompt(tokens)
     for b in range(2):
         for head in range(2):

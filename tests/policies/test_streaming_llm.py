@@ -2,10 +2,9 @@
 
 import pytest
 
-from kvpress.layer import KVLayer
 from kvpress.policies import StreamingLLM
-from kvpress.policy import Quota
-from layers import feed, kept, prompt, step
+from kvpress.policy import Own, Quota, Sinks
+from layers import feed, kept, new_layer, prompt, step
 
 
 def test_spec_s2_r3_n7():
@@ -24,7 +23,7 @@ def test_spec_s0_is_a_window():
 @pytest.mark.parametrize("passes", [[9], [1], [3, 6], [2, 9, 4]], ids=str)
 def test_sinks_and_window_at_every_step(sink, recent, rope, passes):
     """After any passes and steps: the first s and the last r, in every head."""
-    layer, seen = KVLayer(StreamingLLM(sink=sink, recent=recent, rope=rope), 0, 1), 0
+    layer, seen = new_layer(StreamingLLM(sink=sink, recent=recent, rope=rope)), 0
     for count in [*passes, *[0] * 8]:
         if count:
             prompt(None, count, layer=layer, kv_heads=2)
@@ -40,7 +39,7 @@ def test_spec_content_does_not_matter():
     """The kept set is the same whatever the keys and values."""
     sets = []
     for seed in range(3):
-        layer = KVLayer(StreamingLLM(sink=2, recent=3), 0, 1)
+        layer = new_layer(StreamingLLM(sink=2, recent=3))
         layer.close_prompt(feed(layer, 11, seed=seed, batch=2, kv_heads=2))
         sets += [kept(layer, b, head) for b in range(2) for head in range(2)]
     assert sets == [[0, 1, 8, 9, 10]] * 12
@@ -66,7 +65,9 @@ def test_quota(fields, tokens, total, recent):
     assert StreamingLLM(**fields).quota(tokens, 0, 1) == Quota(total, recent)
 
 
-@pytest.mark.parametrize(("rope", "expected"), [("reindex", 4), ("original", 0)])
+@pytest.mark.parametrize(("rope", "expected"), [("reindex", Sinks(4)), ("original", Own())])
 def test_only_reindex_moves_sinks(rope, expected):
     """With rope="original" keys and query stay at their own positions."""
-    assert StreamingLLM(recent=8, rope=rope).reindexed_sinks == expected
+    places = StreamingLLM(recent=8, rope=rope).places
+    assert places == expected and places.moved == (rope == "reindex")
+    assert StreamingLLM(sink=0, recent=8, rope=rope).places == Own()

@@ -16,7 +16,7 @@ from kvpress.kernels.rope_shift import rope_shift
 from kvpress.layer import KVLayer
 from kvpress.policies import H2O, Full, TokenSelect
 from kvpress.policies import token_select as module
-from kvpress.policy import Selected, View
+from kvpress.policy import Consecutive, Roles, Selected, View
 from kvpress.rotary import Rotary
 from matrix import CASES, prompt, sharp_llama
 from oracles.token_select import TokenSelect as Rules
@@ -99,7 +99,7 @@ def test_defaults() -> None:
     policy = TokenSelect()
     assert (policy.n_init, policy.n_local, policy.k, policy.chunk, policy.theta) == (128, 512, 2048, 512, 0.9)
     assert (policy.rotate_query, policy.pool, policy.vote_scale, policy.gqa_map) == (True, 0, 1.0, "group")
-    assert policy.raw_keys and policy.moves_positions and policy.prompt_chunk == 512
+    assert policy.places == Consecutive() and policy.places.moved and policy.prompt_chunk == 512
     assert kvpress.make_policy("token_select") == policy
 
 
@@ -132,7 +132,7 @@ def test_bad_values(fields: dict[str, Any], message: str) -> None:
 
 
 def test_no_eviction_beside_it(model: Any) -> None:
-    with pytest.raises(PolicyError, match=r"needs every one in the cache, and h2o\(budget=0.2\) evicts"):
+    with pytest.raises(PolicyError, match=r"needs every one in the cache, and h2o\(\) evicts"):
         kvpress.patch(model, [H2O(), TokenSelect()])
     with kvpress.patch(model, [Full(), TokenSelect()]):
         pass
@@ -334,7 +334,7 @@ def test_keys_are_cached_without_rotation(model: Any) -> None:
 def test_a_far_query_is_moved_exactly() -> None:
     """A query that was rotated at a position past a million comes back as it was."""
     rotary = Rotary(1e6 ** (-torch.arange(4) / 4), False)
-    layer = KVLayer(None, 0, 1, TokenSelect(), rotary)
+    layer = KVLayer(Roles.of([TokenSelect()]), 0, 1, rotary)
     query = random(2, HEADS, 3, DIM)
     seen = torch.tensor([1_000_003, 700_001])
     places = seen[:, None, None] - 3 + torch.arange(3)
