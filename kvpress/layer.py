@@ -40,8 +40,8 @@ class KVLayer(Slots):
         self.rotary = rotary
         places = roles.places
         self.raw_keys = rotary is not None and isinstance(places, Consecutive)
-        moves_sinks = isinstance(places, Sinks) and rotary is not None and rotary.channels > 0
-        self.reindexed_sinks = places.count if moves_sinks else 0
+        rotates = rotary is not None and rotary.channels > 0
+        self.reindexed_sinks = places.count if isinstance(places, Sinks) and rotates else 0
         super().__init__()
 
     def reset(self) -> None:
