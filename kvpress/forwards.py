@@ -111,13 +111,11 @@ def mlp_in_tiles(self: nn.Module, hidden: Tensor) -> Tensor:
         return whole(self, hidden)
     if watching(hooks_inside(self)) or _is_quantised(self):  # a hook expects to see all tokens at once
         return whole(self, hidden)
-    output: Tensor | None = None
-    for start in range(0, hidden.shape[1], tile):
-        part = whole(self, hidden[:, start : start + tile])
-        if output is None:  # only now known is the dtype, which `torch.autocast` may change
-            output = part.new_empty(hidden.shape)
-        output[:, start : start + tile] = part
-    assert output is not None
+    first = whole(self, hidden[:, :tile])
+    output = first.new_empty(hidden.shape)  # within `torch.autocast` not in the dtype of `hidden`
+    output[:, :tile] = first
+    for start in range(tile, hidden.shape[1], tile):
+        output[:, start : start + tile] = whole(self, hidden[:, start : start + tile])
     return output
 
 

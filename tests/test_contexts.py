@@ -22,7 +22,7 @@ BY_NAME = {case.policy.name: [other for other in CASES if other.policy.name == c
 # The second case of a policy is the less usual one.
 each_policy = pytest.mark.parametrize("case", [cases[:2][-1] for cases in BY_NAME.values()], ids=lambda case: case.id)
 # What is compiled is the same for every policy.
-some_policies = pytest.mark.parametrize("name", ["full", "ada_kv", "keyformer", "tidal_decode"])
+some_policies = pytest.mark.parametrize("name", ["full", "ada_kv"])
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def more(mask):
 INSIDE, OUTSIDE, NO_GRAD = torch.inference_mode, nullcontext, torch.no_grad
 
 
-@every_case
+@each_policy
 def test_the_passes_of_a_cache_in_and_out_of_inference_mode(model, case):
     """Prompt, steps, a second turn and its steps, against the oracle; the prompt inside, or outside."""
     passes = conversation(3)
