@@ -156,6 +156,7 @@ def attention(
         name = originals.name(module.config)
         function = default if name == "eager" else AttentionInterface().get(name, default)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+    current.attend(index, type(module).__name__)
     if current.seen is not None:  # a probe: what one token alone attends to is its own value
         current.seen[index] = query, key
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None
@@ -169,7 +170,6 @@ def attention(
             f"{type(module).__name__} was given an attention mask that is not just causal, made by the model itself (tokens that "
             "see each other in both directions, or sequences packed into one row); kvpress attends causally"
         )
-    current.attend(index, type(module).__name__)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
     if not current.layers:  # no cache: every policy leaves a single pass exact

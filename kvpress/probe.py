@@ -91,9 +91,11 @@ def _run(
         originals.switch(config)
     before = active_pass()
     try:
-        set_pass(Pass(modules, tokens, [], prompt=True, seen=seen))
+        current = Pass(modules, tokens, [], prompt=True, seen=seen)
+        set_pass(current)
         decoder.eval()
         decoder.forward(input_ids=ids, position_ids=positions[:, None].to(device), use_cache=False)
+        current.check_attended()
     finally:
         set_pass(before)
         for config in configs:

@@ -64,11 +64,6 @@ def find_decoder(model: Any) -> Any:
         raise UnsupportedModelError(
             f"{name} does not call its attention through transformers' AttentionInterface, so it cannot be patched"
         )
-    if not _uses_mask_functions(type(decoder)):
-        raise UnsupportedModelError(
-            f"{name}'s {type(decoder).__name__} makes its attention masks itself, not by transformers' create_causal_mask, so that "
-            "causality and padding cannot be told apart; not supported"
-        )
     _check_causal(name, model.config, config, decoder.config)
     missing = _without_weights(decoder)
     if missing:
@@ -96,6 +91,11 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
         raise UnsupportedModelError(f"{name} has indexed sparse attention: {_count(kinds)}; not supported")
     if not any(plain):
         raise UnsupportedModelError(f"{name} has no layer with full attention and a plain cache: {_why(layers)}")
+    if not _uses_mask_functions(type(decoder)):
+        raise UnsupportedModelError(
+            f"{name} makes its attention masks itself, not by transformers' create_causal_mask, so that causality and padding "
+            "cannot be told apart; not supported"
+        )
     found: dict[int, torch.nn.Module] = {}
     for module in decoder.modules():
         index = getattr(module, "layer_idx", None)

@@ -150,6 +150,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "whisper": {"pad_token_id": 0, "decoder_start_token_id": 1},
     "reformer": {"axial_pos_embds": False, "is_decoder": True},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 16,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
     "glm5_next_text": {"index_kpool": 4},
     "chameleon": {"vocabulary_map": {"<image>": 4}},
     "cohere_compass_text": {
@@ -178,7 +185,9 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     },
 }
 # Fields of the default configuration that the rule starts from.
-DEFAULTS: dict[str, dict[str, Any]] = {"gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}}}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+}
 
 
 def family_names() -> dict[str, str]:
