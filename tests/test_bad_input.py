@@ -23,7 +23,7 @@ import refusals
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.layer import KVLayer
-from kvpress.policies import H2O, TOVA, Full, RecycledAttention, SnapKV, StreamingLLM, TokenSelect
+from kvpress.policies import H2O, TOVA, Full, Quest, RecycledAttention, SnapKV, StreamingLLM, TidalDecode, TokenSelect
 from kvpress.policy import Quota, Sinks
 from models import (
     tiny_bloom,
@@ -694,6 +694,40 @@ def test_assisted_decoding_with_full(model, options):
         except PolicyError as error:
             assert "assistant_early_exit" in options() and "assist" in str(error)
         assert state(model) == before
+
+
+SELECTING = {
+    "quest": (Quest(budget=500, page_size=4, dense_layers=0), Quest(budget=8, page_size=4, dense_layers=0)),
+    "tidal": (TidalDecode(k=500, sparse_layer_start=0), TidalDecode(k=5, sparse_layer_start=0)),
+    "tidal-corrected": (TidalDecode(k=500, sparse_layer_start=0, correct_every=2), None),
+    "recycled": (RecycledAttention(budget=500, stride=3), None),
+    "token-select": (TokenSelect(k=500), None),
+}
+HELPERS = {name: options for name, options in ASSISTED.items() if name != "early-exit"}
+
+
+@pytest.mark.parametrize("options", HELPERS.values(), ids=HELPERS.keys())
+@pytest.mark.parametrize("roomy", [pair[0] for pair in SELECTING.values()], ids=SELECTING.keys())
+def test_assisted_decoding_under_policies_that_select(model, roomy, options):
+    """They keep everything, so that tokens can be taken back; with room for all the text is that of greedy decoding."""
+    ids = token_ids(1, 4).repeat(1, 6)
+    expected = model.generate(ids, do_sample=False, max_new_tokens=24)
+    with kvpress.patch(model, roomy):
+        assert torch.equal(model.generate(ids, do_sample=False, max_new_tokens=24, **options()), expected)
+
+
+@pytest.mark.parametrize("policy", [SELECTING["quest"][1], SELECTING["tidal"][1]], ids=["quest", "tidal"])
+def test_tokens_that_are_taken_back_leave_nothing_in_a_selection(model, policy):
+    """Passes of which some tokens are taken back, as assisted decoding does, and the same passes without those tokens."""
+    passes = [(token_ids(1, 20), 0), (token_ids(1, 5, 1), 2), (token_ids(1, 1, 2), 0), (token_ids(1, 1, 3), 0)]
+    passes += [(token_ids(1, 4, 4), 1), (token_ids(1, 1, 5), 0), (token_ids(1, 1, 6), 0)]
+    cropped, alone = DynamicCache(config=model.config), DynamicCache(config=model.config)
+    with kvpress.patch(model, policy), torch.no_grad():
+        for ids, back in passes:
+            kept = ids.shape[1] - back
+            found = model(ids, **{CACHE: cropped}).logits[:, :kept]
+            cropped.crop(-back)
+            torch.testing.assert_close(found, model(ids[:, :kept], **{CACHE: alone}).logits, atol=1e-4, rtol=1e-4)
 
 
 def test_crop_of_an_evicted_cache(model):
