@@ -295,7 +295,7 @@ def test_t6_places_never_exceed_the_room(model: Any, monkeypatch: pytest.MonkeyP
     """T6: keys are attended at 0 .. m-1 and the query at the last of these, however long the text."""
     places: list[list[int]] = []
     inside = [False]
-    original_turned, original_shift = attention._turned, attention.rope_shift
+    original_turned, original_rotated = attention._turned, attention.rotated
 
     def turned(*args: Any) -> Any:
         inside[0] = True
@@ -304,13 +304,13 @@ def test_t6_places_never_exceed_the_room(model: Any, monkeypatch: pytest.MonkeyP
         finally:
             inside[0] = False
 
-    def shift(x: torch.Tensor, by: torch.Tensor, *args: Any, **options: Any) -> torch.Tensor:
+    def rotated(x: torch.Tensor, positions: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         if inside[0]:
-            places.append(by.flatten().tolist())
-        return original_shift(x, by, *args, **options)
+            places.append(positions.flatten().tolist())
+        return original_rotated(x, positions, rotary)
 
     monkeypatch.setattr(attention, "_turned", turned)
-    monkeypatch.setattr(attention, "rope_shift", shift)
+    monkeypatch.setattr(attention, "rotated", rotated)
     for length in (30, 90):
         places.clear()
         run(model, TokenSelect(**SMALL), [prompt(length), [5], [6]])
