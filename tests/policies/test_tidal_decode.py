@@ -28,7 +28,7 @@ def exact(model):
 
 
 SETTINGS = [
-    {"k": 6},
+    {"k": 7},  # with 6 two scores are 1e-6 apart, and which is larger depends on the processor
     {"k": 4, "sparse_layer_start": 1, "correction_layer": 3},
     {"k": 0.3, "sparse_layer_start": 0, "correction_layer": 5},
     {"k": 1, "sparse_layer_start": 1, "correction_layer": 50},
