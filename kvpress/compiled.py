@@ -102,7 +102,8 @@ def step_inputs(current: Pass, kwargs: dict[str, Any]) -> dict[str, Tensor] | No
         inputs["position_ids"] = torch.tensor([[current.layers[0].facts.seen]], device=positions.device)
     # Without a mask transformers looks in the positions for sequences that are packed in one.
     inputs["attention_mask"] = torch.ones(len(current.tokens.seen_tensor), 1, dtype=torch.bool, device=positions.device)
-    return inputs
+    # One graph for callers in inference mode and out of it: torch makes another for tensors that were made inside.
+    return {name: value.clone() if value.is_inference() else value for name, value in inputs.items()}
 
 
 def check_compiles(model: Any, decoder: Any, backend: Any = "inductor", mode: str | None = None) -> None:
