@@ -367,7 +367,7 @@ def test_statistics_are_float32_under_autocast(model):
         _, _, cache = dense_and_ours(model, H2O(budget=500), [autocast], turns(pad))
         rows = torch.tensor([[20.0 if pad else 28.0], [28.0]]).expand(2, 2)
         for layer in cache.layers:
-            torch.testing.assert_close(layer.mass.sum(-1), 2 * rows, atol=1e-4, rtol=0)
+            torch.testing.assert_close(layer.stats["mass"].sum(-1), 2 * rows, atol=1e-4, rtol=0)
 
 
 def test_exact_and_differentiable_without_a_cache_under_autocast(model):
