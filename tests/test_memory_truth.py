@@ -168,7 +168,11 @@ def test_what_a_prompt_leaves_is_made_before_its_second_layer(model: Any, policy
             hook = model.model.layers[1].register_forward_pre_hook(note)
             feed(model, texts(PROMPT, seed=turn), cache)
             hook.remove()
-            left = {key for layer in cache.layers for key in reachable(layer, beside=tuple(handle._patched_forward()._rotary))}
+            left = {
+                key
+                for layer in cache.layers
+                for key in reachable(layer, beside=tuple(handle._patched_forward()._rotary))
+            }
             assert left and left <= made, f"turn {turn}"
 
 
