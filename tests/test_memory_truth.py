@@ -66,7 +66,7 @@ def reachable(root: Any, beside: tuple[Any, ...] = ()) -> dict[int, int]:
 def held_bytes(cache: DynamicCache, handle: kvpress.Handle) -> int:
     """Bytes of the distinct storages behind a cache."""
     # How the model rotates is the model's, one small tensor for all caches.
-    return sum(reachable(cache, beside=tuple(handle._forward()._rotary)).values())
+    return sum(reachable(cache, beside=tuple(handle._patched_forward()._rotary)).values())
 
 
 def check_truth(handle: kvpress.Handle, cache: DynamicCache, when: str) -> None:
@@ -168,7 +168,11 @@ def test_what_a_prompt_leaves_is_made_before_its_second_layer(model: Any, policy
             hook = model.model.layers[1].register_forward_pre_hook(note)
             feed(model, texts(PROMPT, seed=turn), cache)
             hook.remove()
-            left = {key for layer in cache.layers for key in reachable(layer, beside=tuple(handle._forward()._rotary))}
+            left = {
+                key
+                for layer in cache.layers
+                for key in reachable(layer, beside=tuple(handle._patched_forward()._rotary))
+            }
             assert left and left <= made, f"turn {turn}"
 
 
