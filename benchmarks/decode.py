@@ -59,7 +59,7 @@ def policy_cache(model: Any, policy: Policy, prompt: SharedPrompt) -> DynamicCac
     return cache
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def compare(
     model: Any,
     tokenizer: Any,

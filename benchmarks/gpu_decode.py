@@ -186,7 +186,7 @@ def measured(step: Callable[[], Any], cache: DynamicCache, device: torch.device,
     }
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def one(
     model: Any,
     policy: Policy | str,

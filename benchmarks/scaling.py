@@ -129,7 +129,7 @@ def entries_read(cache: DynamicCache) -> float:
     return sum(layer.facts.read * layer.facts.entry_bytes for layer in cache.layers if isinstance(layer, KVLayer))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(model: Any, policy: Policy | str, entries: Entries, rounds: int) -> dict[str, Any]:
     """Decode with one policy, with transformers' cache, or with an empty one."""
     if policy == FLOOR:
