@@ -62,8 +62,8 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     check_transformers(KVLayer)
     model = unwrapped(model)
     decoder = find_decoder(model)
-    check_decoder(decoder)
     attention = find_attention(decoder)
+    check_decoder(decoder)
     split = getattr(model, "tp_size", None) or 1
     for one in policies:
         if one.heads != "alone" and split > 1:
