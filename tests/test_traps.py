@@ -473,7 +473,8 @@ def test_layers_with_different_numbers(model: Any, case: Case) -> None:
         feed(model, [[5]], cache)
         feed(model, [question], cache)
         figures = handle.report().to_dict()["layers"]
-    assert figures[0]["kept"] < figures[1]["kept"] == 43
+    assert figures[1]["kept"] == 43
+    assert figures[0]["kept"] < 43 or case.policy.quota(43, 0, 2).total > 43  # type: ignore[attr-defined]
     assert kept(cache)[0] == expect(model, case, [text, question, [5], question])[-1].kept[0]
 
 
