@@ -248,7 +248,8 @@ def _save_smollm2(folder: Path) -> None:
         loaded = AutoModelForCausalLM.from_pretrained(**source)
         tokenizer = AutoTokenizer.from_pretrained(**source)
         config = loaded.config
-        del config.quantization_config  # with it the model refuses to be saved
+        if hasattr(config, "quantization_config"):  # transformers 5.6 sets none
+            del config.quantization_config  # with it the model refuses to be saved
         fresh = AutoModelForCausalLM.from_config(config)
         fresh.load_state_dict(loaded.state_dict())
         fresh.generation_config = loaded.generation_config
