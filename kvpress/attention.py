@@ -317,9 +317,7 @@ def _row_by_row(
     return output
 
 
-def _planned(
-    layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current: Pass, past: int
-) -> Tensor:
+def _planned(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current: Pass, past: int) -> Tensor:
     """A prompt pass whose rows read what the prefill policy plans, each sequence alone unless all hold as many entries."""
     output = torch.zeros_like(query[..., : layer.values.shape[-1]])
     sequences: list[tuple[slice, Tensor | None, int]] = [(slice(None), None, tokens.count)]

@@ -73,7 +73,9 @@ class XAttention(PrefillPolicy):
         if isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):
             for layer, heads in enumerate(self.threshold):
                 if not isinstance(heads, Sequence) or isinstance(heads, str):
-                    raise PolicyError(f"threshold[{layer}]={heads!r} is no list; give one number per layer and query head")
+                    raise PolicyError(
+                        f"threshold[{layer}]={heads!r} is no list; give one number per layer and query head"
+                    )
                 for head, share in enumerate(heads):
                     check_factor(share, f"threshold[{layer}][{head}]")
             object.__setattr__(self, "threshold", tuple(tuple(heads) for heads in self.threshold))
