@@ -31,7 +31,7 @@ def attend_listed_blocks(
     blocks = blocks.flatten(0, 2).long()
 
     # The whole blocks first, in each list.
-    whole = (blocks >= 0) & ((blocks + 1) * block_size <= first[:, None] + 1)
+    whole = (blocks >= 0) & (blocks < first[:, None] // block_size)  # the edge begins with the first row's block
     counts = whole.sum(dim=-1)
     listed = blocks.gather(1, whole.to(torch.uint8).argsort(dim=-1, descending=True, stable=True))
     order = counts.argsort(descending=True, stable=True)

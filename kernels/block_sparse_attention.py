@@ -102,28 +102,33 @@ def block_sparse_attention(
 
     Args:
         query: [batch, heads, q, head_dim]; query head h reads kv head h // (heads / kv_heads).
-        key, value: [batch, kv_heads, n, head_dim]; only the entry dimension may be strided.
+        key, value: [batch, kv_heads, n, head_dim]; only the entry dimension may be strided. Values may have another
+            head_dim.
         scale: factor on q.k, from the model.
         blocks: int [batch, heads or kv_heads, query blocks, m], the key blocks of each query block in any order, each at
             most once; -1 for none.
         columns: int [batch, heads or kv_heads, m], entries that every query block reads, each at most once; -1 for none.
         diagonals: int [batch, heads or kv_heads, m], distances d of 0 or more, each at most once, -1 for none: a query
             block whose first row is entry a reads the entries from a - d to a - d + block_size - 1.
-        block_size: a power of two from 16, as a rule 64 or 128.
+        block_size: a power of two, as a rule 64 or 128; the Triton kernel has those from 16.
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores.
         sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
         backend: "triton" and "auto" on CUDA run the Triton kernel.
 
     Returns:
-        output: [batch, heads, q, head_dim] in the dtype of `query`.
+        output: [batch, heads, q, head_dim of the values] in the dtype of `query`.
         lse: float32 [batch, heads, q], the natural logarithm of the summed exp of what the row read and of the sink.
 
     Raises:
-        ValueError: the block size is no power of two from 16; the backend does not exist, or cannot run here.
+        ValueError: the block size is no power of two, or below 16 with backend="triton"; the backend does not exist, or cannot
+            run here.
     """
-    if block_size < 16 or block_size & (block_size - 1):
-        raise ValueError(f"block_size={block_size} is no power of two from 16; choose 64 or 128")
-    if use_triton(backend, query) and query.dtype != torch.float64:
+    if block_size < 1 or block_size & (block_size - 1):
+        raise ValueError(f"block_size={block_size} is no power of two; choose 64 or 128")
+    if block_size < 16 and backend == "triton":
+        raise ValueError(f"block_size={block_size} is too small for backend='triton'; choose 64 or 128, or 'auto'")
+    same_width = query.shape[-1] == value.shape[-1]
+    if block_size >= 16 and same_width and use_triton(backend, query) and query.dtype != torch.float64:
         from kvpress.kernels.gpu import block_sparse_attention as gpu
 
         return gpu.block_sparse_attention(
@@ -138,12 +143,13 @@ def block_sparse_attention(
             softcap=softcap,
             sinks=sinks,
         )
-    on_cpu = query.device.type == "cpu" and query.dtype != torch.float64 and query.shape[-1] == value.shape[-1]
-    if on_cpu and blocks is not None and columns is None and diagonals is None and softcap is None:
+    on_cpu = query.device.type == "cpu" and query.dtype != torch.float64
+    if on_cpu and same_width and blocks is not None and columns is None and diagonals is None and softcap is None:
         return attend_listed_blocks(query, key, value, blocks, scale=scale, block_size=block_size, sinks=sinks)
     batch, heads, rows, _ = query.shape
     kv_heads, n = key.shape[1], key.shape[2]
-    output, lse = torch.empty_like(query), query.new_empty(batch, heads, rows, dtype=torch.float32)
+    output = query.new_empty(batch, heads, rows, value.shape[-1])
+    lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
     lists = [x for x in (blocks, columns, diagonals) if x is not None]
     count = heads if any(x.shape[1] == heads for x in lists) else kv_heads  # heads that have lists of their own
     share = heads // count  # query heads with the same lists, and so of the same kv head

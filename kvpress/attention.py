@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from kvpress.compat import AttentionInterface, AttentionMaskInterface, causal_mask_function
 from kvpress.contexts import no_autocast
 from kvpress.errors import PolicyError
+from kvpress.evict import in_position_order
+from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.prompt_attention import prompt_attention
@@ -19,7 +22,7 @@ from kvpress.observe import Scores
 from kvpress.paged import PagedLayer
 from kvpress.passes import Pass, Tokens, active_pass, one_row
 from kvpress.places import consecutive, last_positions, nearer, rotated, without_rotation
-from kvpress.policy import Selected, View
+from kvpress.policy import Pattern, Selected, View
 
 NAME = "kvpress"
 COMPILED_LAYER = "_kvpress_layer"
@@ -261,9 +264,8 @@ def _prompt(
             one.prepare(key, value, tokens)
     layer.state.clear()
     layer.append(key, value, tokens)
-    chunk = layer.selection.prompt_chunk
-    if chunk is not None:
-        output = _in_chunks(layer, tokens, query, scores, current, past, chunk)
+    if layer.roles.plans and not current.again:
+        output = _planned(layer, tokens, query, scores, current, past)
     elif tokens.columns is None:
         output = _attend_rows(layer, query, scores, current, past, slice(None), layer.length)
     else:  # each padded sequence alone: nothing is computed for padding, and no mask is needed
@@ -277,7 +279,7 @@ def _prompt(
                 )
     if current.record is not None:
         current.record.append((tokens, arrived, key, value, scores))
-    layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.takes_mass)
+    layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.takes_prompt_mass)
     return output
 
 
@@ -294,7 +296,7 @@ def _attend_rows(
         raw = _unrotated(layer, query, positions.amax(dim=(1, 2)) + 1)
         query, keys = _turned(layer, raw, keys, positions)
     output, mass, _ = prompt_attention(
-        query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.takes_mass
+        query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.takes_prompt_mass
     )
     if mass is not None:
         layer.add_mass(mass, only)
@@ -315,27 +317,77 @@ def _row_by_row(
     return output
 
 
-def _in_chunks(
-    layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current: Pass, past: int, chunk: int
-) -> Tensor:
-    """A prompt pass whose rows read what the selection policy chooses for each chunk of them."""
+def _planned(layer: KVLayer, tokens: Tokens, query: Tensor, scores: Scores, current: Pass, past: int) -> Tensor:
+    """A prompt pass whose rows read what the prefill policy plans, each sequence alone unless all hold as many entries."""
     output = torch.zeros_like(query[..., : layer.values.shape[-1]])
-    whole = torch.arange(tokens.count, device=query.device)
-    groups = (
-        [(slice(None), whole)]
-        if tokens.columns is None
-        else [(slice(row, row + 1), columns.to(query.device)) for row, columns in enumerate(tokens.columns)]
-    )
-    for only, columns in groups:
-        for start in range(0, len(columns), chunk):
-            rows = columns[start : start + chunk]
-            stop = past + start + len(rows)
-            current.shared.clear()
-            part = query[only, :, rows]
-            seen = tokens.positions.expand(query.shape[0], -1)[only][:, rows[-1]] + 1
-            view = replace(_view(layer, part, scores, current, only, stop, seen), state={})
-            output[only, :, rows] = _read_selected(layer, view, scores)[0]
+    sequences: list[tuple[slice, Tensor | None, int]] = [(slice(None), None, tokens.count)]
+    if tokens.columns is not None:
+        columns = [one.to(query.device) for one in tokens.columns]
+        sequences = [(slice(row, row + 1), one, len(one)) for row, one in enumerate(columns)]
+    elif not layer.uniform:
+        sequences = [(slice(row, row + 1), None, tokens.count) for row in range(len(query))]
+    places = tokens.positions.expand(len(query), -1)
+    for only, own, count in sequences:
+        held = _in_order(layer, only, past, past + count)
+        if past and _moved_query(layer, query[only, :, :1], current, only) is not None:
+            held = None
+        for start in range(0, count, layer.prefill.chunk or max(1, count)):
+            chunk = slice(start, min(count, start + (layer.prefill.chunk or count)))
+            rows = chunk if own is None else own[chunk]
+            part, stop = query[only, :, rows], past + chunk.stop
+            pattern = None
+            if held is not None:
+                keys, values, positions = (x[:, :, : x.shape[2] - count + chunk.stop] for x in held)
+                seen = places[only][:, rows][:, -1].to(keys.device) + 1
+                view = _view(layer, part, scores, current, only, stop, seen)
+                view = replace(view, keys=keys, positions=positions, valid=None, state={}, shared={}, moved=None)
+                pattern = layer.prefill.plan(view)
+            if pattern is None:
+                output[only, :, rows] = _attend_rows(layer, part, scores, current, past + start, only, stop)
+            else:
+                output[only, :, rows] = _attend_pattern(layer, pattern, view.query, keys, values, scores)
     return output
+
+
+def _in_order(layer: KVLayer, only: slice, past: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Keys, values and positions of what a sequence (or each of all) holds in the first `stop` slots, in position order.
+
+    None where kv heads hold different numbers of entries.
+
+    Args:
+        past: slots that were in use before the pass; what lies behind is in order.
+    """
+    (keys, values), positions = layer.used(only, stop), layer.positions[only, :, :stop]
+    if past == 0 or (layer.ordered and layer.is_full):
+        return keys, values, positions
+    most = least = layer.entries
+    if not layer.uniform:
+        counts = (positions >= 0).sum(-1)
+        most, least = int(counts.max()), int(counts.min())
+    if least < most:
+        return None
+    order = in_position_order(positions)[..., :most]
+    return *gather_both(keys, values, order), positions.gather(2, order)
+
+
+def _attend_pattern(
+    layer: KVLayer, pattern: Pattern, query: Tensor, keys: Tensor, values: Tensor, scores: Scores
+) -> Tensor:
+    """Rows of a prompt over what they read of the entries, which are in position order, the rows' own ones last."""
+    if pattern.index is not None:
+        keys, values = gather_both(keys, values, pattern.index)
+    if layer.raw_keys:
+        query, keys = _turned(layer, query, keys, None)
+    if pattern.blocks is None:
+        attend = decode_attention if query.shape[2] == 1 else prompt_attention
+        return attend(query, keys, values, **vars(scores))[0]
+    # The rows' first block may begin before them.
+    before = (keys.shape[2] - query.shape[2]) % pattern.block_size
+    rows = functional.pad(query, (0, 0, before, 0))
+    output, _ = block_sparse_attention(
+        rows, keys, values, blocks=pattern.blocks, block_size=pattern.block_size, **vars(scores)
+    )
+    return output[:, :, before:]
 
 
 def _decode(
@@ -444,16 +496,16 @@ def _view(layer: KVLayer, query: Tensor, scores: Scores, current: Pass, only: sl
 def _read_selected(
     layer: KVLayer, view: View, scores: Scores, observed: bool = False
 ) -> tuple[Tensor, Tensor | None, float]:
-    """Attend what the selection policy chooses: output, mass per slot if it is observed, entries read per kv head."""
+    """Attend what the selection policy chooses for one row: output, mass per slot if it is observed, entries read per kv head."""
     selection = layer.selection
     selected = selection.select(view)
     with_mass = observed or selection.observes_reads
-    stop, rows, query = view.keys.shape[2], view.query.shape[2], view.query
+    stop, query = view.keys.shape[2], view.query
     index = None
     if selected.index is None:
         keys, values = layer.used(view.rows, stop)
         member, read = view.valid, float(stop)
-    elif rows == 1 and not layer.raw_keys:  # the kernel reads the listed slots where they are
+    elif not layer.raw_keys:  # the kernel reads the listed slots where they are
         keys, values, index = layer.keys[view.rows], layer.values[view.rows], selected.index
         member, read = selected.member, float(index.shape[2])
     else:
@@ -465,26 +517,22 @@ def _read_selected(
             places = view.positions if selected.index is None else view.positions.gather(2, selected.index)
             places = places if member is None else places.masked_fill(~member, -1)
         query, keys = _turned(layer, query, keys, places)
-    if rows == 1:
-        moved = view.moved
-        if moved is not None and selected.index is not None:
-            slots = moved[1]
-            chosen = selected.index < slots if isinstance(slots, int) else slots.gather(2, selected.index)
-            moved = moved[0], chosen
-        output, mass, _ = decode_attention(
-            query,
-            keys,
-            values,
-            member,
-            **vars(scores),
-            moved=moved,
-            index=index,
-            with_mass=with_mass,
-            per_head=selection.observes_reads,
-        )
-    else:
-        older = None if member is None else member[:, :, : keys.shape[2] - rows]
-        output, mass, _ = prompt_attention(query, keys, values, older, **vars(scores))
+    moved = view.moved
+    if moved is not None and selected.index is not None:
+        slots = moved[1]
+        chosen = selected.index < slots if isinstance(slots, int) else slots.gather(2, selected.index)
+        moved = moved[0], chosen
+    output, mass, _ = decode_attention(
+        query,
+        keys,
+        values,
+        member,
+        **vars(scores),
+        moved=moved,
+        index=index,
+        with_mass=with_mass,
+        per_head=selection.observes_reads,
+    )
     if mass is not None and selection.observes_reads:
         selection.after_read(view, selected, mass)
         mass = mass.unflatten(1, (keys.shape[1], -1)).sum(2)

@@ -33,7 +33,7 @@ class KVLayer(Slots):
 
     def __init__(self, roles: Roles, index: int, count: int, rotary: Rotary | None = None) -> None:
         self.roles = roles
-        self.eviction, self.selection = roles.eviction, roles.selection
+        self.eviction, self.selection, self.prefill = roles.eviction, roles.selection, roles.prefill
         self.evicts, self.observer = roles.evicts, roles.eviction.observes
         self.index = index
         self.count = count
@@ -115,6 +115,11 @@ class KVLayer(Slots):
     def takes_mass(self) -> bool:
         """Whether the attention hands out all that the observer counts."""
         return self.observer.takes_mass
+
+    @property
+    def takes_prompt_mass(self) -> bool:
+        """The same for a prompt's attention, which hands it out only where all rows read everything."""
+        return self.takes_mass and not self.roles.plans
 
     def add_mass(self, mass: Tensor, rows: slice = slice(None)) -> None:
         """Add what a prompt pass gave, float32 [batch, kv_heads, n], to the first n slots (of some sequences)."""

@@ -71,13 +71,13 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
                 f"{one.describe()} decides over all heads of a layer together, and this model's are split over {split} processes "
                 "(tp_plan); load it with device_map, or use a policy that decides head by head"
             )
-        if isinstance(one, SelectionPolicy):
-            one.check_layers(len(attention))
-            if one.correct_every and len(DynamicCache(config=decoder.config).layers) > len(attention):
-                raise PolicyError(
-                    f"{one.describe()} takes decode steps back to compute them again, and {type(model).__name__} has layers "
-                    "without full attention, whose cache cannot; use correct_every=0"
-                )
+        one.check_layers(len(attention))
+        corrects = isinstance(one, SelectionPolicy) and one.correct_every
+        if corrects and len(DynamicCache(config=decoder.config).layers) > len(attention):
+            raise PolicyError(
+                f"{one.describe()} takes decode steps back to compute them again, and {type(model).__name__} has layers "
+                "without full attention, whose cache cannot; use correct_every=0"
+            )
     with _handles_lock:
         if decoder in _handles:
             raise PolicyError(

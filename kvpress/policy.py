@@ -1,8 +1,8 @@
 """What a policy is: a frozen dataclass of hyper-parameters and pure functions from tensors to scores.
 
-A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it is read. Policies of different
-roles can act together; a policy without a role (`Full`) leaves everything exact. The runtime owns all state: it lives with
-the cache, never on the policy.
+A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it a decode step reads, prefill says
+what the rows of a prompt read. Policies of different roles can act together, and one may play several; a policy without a
+role (`Full`) leaves everything exact. The runtime owns all state: it lives with the cache, never on the policy.
 """
 
 import math
@@ -29,8 +29,10 @@ __all__ = [
     "Nothing",
     "Observer",
     "Own",
+    "Pattern",
     "Places",
     "Policy",
+    "PrefillPolicy",
     "Quota",
     "Selected",
     "SelectionPolicy",
@@ -246,7 +248,10 @@ class Merge:
 
 @dataclass(frozen=True)
 class View:
-    """One cache layer as a selection policy sees it, before its attention; this pass's entries are in it.
+    """One cache layer as a selection or prefill policy sees it, before its attention; this pass's entries are in it.
+
+    A prefill policy sees the entries of a prompt in the order of their positions, none of them empty (`valid` is None); its
+    rows are the last ones. It keeps and hands on nothing: `state` and `shared` are empty and lost.
 
     Attributes:
         layer, layers: index among the layers that the policy acts on, and their number.
@@ -260,7 +265,7 @@ class View:
         turn: (x [batch, heads, n, head_dim], shift [batch], or what broadcasts to [batch, heads, n]) -> x rotated by so many
             positions; only under `Consecutive` places.
         state: what the policy keeps for this layer from step to step. It lives with the cache and starts empty, also after
-            every prompt pass; a tensor must have the batch as its first dimension. What a chunk of a prompt leaves is lost.
+            every prompt pass; a tensor must have the batch as its first dimension.
         shared: what the policy hands from layer to layer in one pass; empty at the first layer.
         rows: which sequences of the batch these are.
         moved: (query, slots), in a decode step under an eviction policy that re-indexes its sinks: what the attention uses
@@ -302,6 +307,25 @@ class Selected:
     scanned: float = 0.0
 
 
+@dataclass(frozen=True)
+class Pattern:
+    """What rows of a prompt read: a list of blocks for each block of rows, or one list of entries for all of them.
+
+    Entries are numbered as in `View.keys`: the rows are the last ones. A row always reads itself, and nothing after itself.
+
+    Attributes:
+        blocks: int [batch, heads or kv_heads, row blocks, m], the blocks of entries that each block of rows reads, in any
+            order, each at most once; -1 for none. Block j is the entries [j * block_size, (j + 1) * block_size), for rows as
+            for what they read; the first block listed for is that of the first row, which may lie inside of it.
+        block_size: a power of two; below 16 it is slow on a GPU.
+        index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
+    """
+
+    blocks: Tensor | None = None
+    block_size: int = 64
+    index: Tensor | None = None
+
+
 class Places:
     """At which positions attention sees entries; what re-indexes them needs to know how the model rotates."""
 
@@ -337,9 +361,15 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     takes_budget: ClassVar[bool] = False
     takes_share: ClassVar[bool] = True
     """Whether a budget may be a share of the prompt, not only entries."""
-    role: ClassVar[str | None] = None
+    roles: ClassVar[tuple[str, ...]] = ()
+    """The roles that it plays: those of the role classes that it derives from."""
     wraps: ClassVar[str | None] = None
     """The field that is a policy itself; a mapping may give it as it gives a policy."""
+
+    def __init_subclass__(cls, role: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        inherited = [one for base in cls.__bases__ for one in getattr(base, "roles", ())]
+        cls.roles = tuple(dict.fromkeys(inherited + [role] * (role is not None)))
 
     @classmethod
     def at_budget(cls, budget: Budget, **fields: Any) -> "Policy":
@@ -380,6 +410,9 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     def check_company(self, others: "Sequence[Policy]") -> None:  # noqa: B027 (most policies have nothing against company)
         """Raise `PolicyError` if the policy cannot act on one model together with the others, which play other roles."""
 
+    def check_layers(self, layers: int) -> None:  # noqa: B027 (most policies work with any number)
+        """Raise `PolicyError` if the policy cannot act on a model with so many attention layers."""
+
     calibrated: ClassVar[str | None] = None
     """The field that `kvpress calibrate` can choose for a model."""
 
@@ -411,7 +444,7 @@ def shown_value(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvictionPolicy(Policy):
+class EvictionPolicy(Policy, role="eviction"):
     """A policy that decides which entries a cache layer keeps.
 
     After a pass the runtime keeps, per sequence, layer and kv head, the `Quota.recent` newest entries and the
@@ -426,7 +459,6 @@ class EvictionPolicy(Policy):
 
     kind: ClassVar[str] = "evicting"
     takes_budget: ClassVar[bool] = True
-    role: ClassVar[str | None] = "eviction"
 
     evict: Literal["each_pass", "after_prompt", "each_row"] = "each_pass"
 
@@ -503,8 +535,6 @@ class EvictionPolicy(Policy):
 class KeepAll(EvictionPolicy):
     """No eviction: what plays the role where no policy does."""
 
-    role: ClassVar[str | None] = None
-
     @property
     def evict_every(self) -> int | None:
         return None
@@ -514,11 +544,10 @@ class KeepAll(EvictionPolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionPolicy(Policy):
+class SelectionPolicy(Policy, role="selection"):
     """A policy that keeps everything and says, layer by layer, what a decode step reads."""
 
     kind: ClassVar[str] = "selecting"
-    role: ClassVar[str | None] = "selection"
 
     observes_reads: ClassVar[bool] = False
     """Whether `after_read` wants the attention weights."""
@@ -533,35 +562,16 @@ class SelectionPolicy(Policy):
 
     def check_company(self, others: "Sequence[Policy]") -> None:
         for other in others:
-            if isinstance(other.places, Consecutive) and not isinstance(self.places, Consecutive):
-                raise PolicyError(
-                    f"{self.describe()} compares queries with rotated keys, and {other.describe()} stores them without their "
-                    "rotation; use a policy that leaves tokens at their own positions (rope='original' where it has that)"
-                )
+            _check_sees_rotated_keys(self, other)
             if self.notes is not None and isinstance(other, EvictionPolicy) and other.evict_every is not None:
                 raise PolicyError(
                     f"{other.describe()} frees slots in decode, and {self.notes} would no longer fit what is in them; use "
                     "a policy that evicts after the prompt only, as snapkv"
                 )
 
-    @property
-    def prompt_chunk(self) -> int | None:
-        """Rows of a prompt that select together; None leaves the prompt's attention exact."""
-        return None
-
-    @property
-    def leaves_prompts_exact(self) -> bool:
-        return self.prompt_chunk is None
-
-    def check_layers(self, layers: int) -> None:
-        """Raise `PolicyError` if the policy cannot act on a model with so many attention layers."""
-
     @abstractmethod
     def select(self, view: View) -> Selected:
-        """What is read in this layer now: in a decode step, or for a chunk of a prompt (see `prompt_chunk`).
-
-        A selection for a chunk ends with the chunk's own rows, in order.
-        """
+        """What a decode step reads in this layer."""
 
     def after_read(self, view: View, selected: Selected, mass: Tensor) -> None:
         """See the weights of a decode step, float32 [batch, heads, k] (all slots in use if all were read).
@@ -575,10 +585,62 @@ class SelectionPolicy(Policy):
 class ReadAll(SelectionPolicy):
     """No selection: what plays the role where no policy does."""
 
-    role: ClassVar[str | None] = None
-
     def select(self, view: View) -> Selected:
         return Selected()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrefillPolicy(Policy, role="prefill"):
+    """A policy that keeps everything and says, layer by layer, what the rows of a prompt read.
+
+    Decode steps are exact, unless another role is played, too. Not asked, and attended exactly, are rows whose kv heads hold
+    different numbers of entries (after `AdaKV`), rows before which entries stand at other places than their own (after
+    StreamingLLM has evicted), rows fed again to correct decode steps, and passes without a cache.
+    """
+
+    kind: ClassVar[str] = "sparse prompt"
+
+    @property
+    def chunk(self) -> int | None:
+        """Rows of a prompt that are planned together; None for all that come in one pass."""
+        return None
+
+    @property
+    def leaves_prompts_exact(self) -> bool:
+        return False
+
+    def check_company(self, others: "Sequence[Policy]") -> None:
+        for other in others:
+            _check_sees_rotated_keys(self, other)
+            if isinstance(other, EvictionPolicy) and other.evict == "each_row":
+                raise PolicyError(
+                    f"{other.describe()} attends a prompt row by row, and {self.describe()} plans what many rows read; use "
+                    "evict='each_pass' or 'after_prompt'"
+                )
+
+    @abstractmethod
+    def plan(self, view: View) -> Pattern | None:
+        """What rows of a prompt read in this layer; None for everything."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DensePrefill(PrefillPolicy):
+    """Prompts read everything: what plays the role where no policy does."""
+
+    @property
+    def leaves_prompts_exact(self) -> bool:
+        return True
+
+    def plan(self, view: View) -> Pattern | None:
+        return None
+
+
+def _check_sees_rotated_keys(policy: Policy, other: Policy) -> None:
+    if isinstance(other.places, Consecutive) and not isinstance(policy.places, Consecutive):
+        raise PolicyError(
+            f"{policy.describe()} compares queries with rotated keys, and {other.describe()} stores them without their "
+            "rotation; use a policy that leaves tokens at their own positions (rope='original' where it has that)"
+        )
 
 
 @dataclass(frozen=True)
@@ -587,16 +649,17 @@ class Roles:
 
     eviction: EvictionPolicy = KeepAll()
     selection: SelectionPolicy = ReadAll()
+    prefill: PrefillPolicy = DensePrefill()
 
     @classmethod
     def of(cls, policies: "Sequence[Policy]") -> "Roles":
         """The roles that some policies play; the others are played by null objects."""
-        return cls(**{policy.role: policy for policy in policies if policy.role is not None})  # type: ignore[arg-type]
+        return cls(**{role: policy for policy in policies for role in policy.roles})  # type: ignore[arg-type]
 
     def describe(self) -> str:
         """The policies that play a role; full() where none does."""
-        played = [one.describe() for one in (self.eviction, self.selection) if one.role is not None]
-        return " + ".join(played) or "full()"
+        acts = ((self.eviction, self.evicts), (self.selection, self.selects), (self.prefill, self.plans))
+        return " + ".join(dict.fromkeys(one.describe() for one, does in acts if does)) or "full()"
 
     @property
     def evicts(self) -> bool:
@@ -609,9 +672,15 @@ class Roles:
         return not isinstance(self.selection, ReadAll)
 
     @property
+    def plans(self) -> bool:
+        """Whether a prompt's rows may read less than everything."""
+        return not isinstance(self.prefill, DensePrefill)
+
+    @property
     def places(self) -> Places:
-        """At which positions entries are attended; at most one role moves them, or both in the same way."""
-        return next((one.places for one in (self.selection, self.eviction) if one.places.moved), Own())
+        """At which positions entries are attended; at most one role moves them, or all in the same way."""
+        players = (self.selection, self.prefill, self.eviction)
+        return next((one.places for one in players if one.places.moved), Own())
 
 
 def pool_scores(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:

@@ -19,6 +19,7 @@ from kvpress.policies.streaming_llm import StreamingLLM
 from kvpress.policies.tidal_decode import TidalDecode
 from kvpress.policies.token_select import TokenSelect
 from kvpress.policies.tova import TOVA
+from kvpress.policies.x_attention import XAttention
 
 __all__ = [
     "A2SF",
@@ -40,4 +41,5 @@ __all__ = [
     "StreamingLLM",
     "TidalDecode",
     "TokenSelect",
+    "XAttention",
 ]

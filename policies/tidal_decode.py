@@ -13,6 +13,7 @@ from kvpress.kernels.topk_select import topk_select
 from kvpress.kernels.union_select import union_select
 from kvpress.policy import (
     Budget,
+    EvictionPolicy,
     Policy,
     Selected,
     SelectionPolicy,
@@ -102,7 +103,7 @@ class TidalDecode(SelectionPolicy):
     def check_company(self, others: Sequence[Policy]) -> None:
         super().check_company(others)
         for other in others:
-            if self.correct_every and other.role == "eviction":
+            if self.correct_every and isinstance(other, EvictionPolicy):
                 raise PolicyError(
                     f"correct_every={self.correct_every} takes decode steps back, and {other.describe()} evicts entries for "
                     "good; use correct_every=0"

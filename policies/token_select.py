@@ -13,8 +13,11 @@ from kvpress.kernels.topk_select import topk_select
 from kvpress.policy import (
     Budget,
     Consecutive,
+    EvictionPolicy,
+    Pattern,
     Places,
     Policy,
+    PrefillPolicy,
     Selected,
     SelectionPolicy,
     View,
@@ -25,7 +28,7 @@ from kvpress.policy import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenSelect(SelectionPolicy):
+class TokenSelect(SelectionPolicy, PrefillPolicy):
     """Read the first tokens, the last ones, and those between that the layer's heads vote for; at consecutive places.
 
     Every query head spreads one vote over the tokens between by the softmax of its q.k, and the `k` tokens with the most
@@ -109,16 +112,12 @@ class TokenSelect(SelectionPolicy):
         return Consecutive()
 
     @property
-    def prompt_chunk(self) -> int | None:
-        return self.chunk
-
-    @property
     def heads(self) -> Literal["alone", "together", "shared"]:
         return "together"
 
     def check_company(self, others: Sequence[Policy]) -> None:
         for other in others:
-            if other.role == "eviction":
+            if isinstance(other, EvictionPolicy):
                 raise PolicyError(
                     f"{self.describe()} selects among all tokens and needs every one in the cache, and {other.describe()} evicts "
                     "some; use one of the two"
@@ -136,6 +135,11 @@ class TokenSelect(SelectionPolicy):
             return Selected(tokens[:, None].expand(shape), None, scanned)
         index = _slots_by_token(view).gather(1, tokens.clamp(min=0))
         return Selected(index[:, None].expand(shape), (tokens >= 0)[:, None].expand(shape), scanned)
+
+    def plan(self, view: View) -> Pattern | None:
+        """The tokens that a chunk of a prompt reads, by a vote of its own."""
+        index = self.select(view).index
+        return None if index is None else Pattern(index=index)
 
     def _tokens(self, view: View, voted: Tensor) -> Tensor:
         """First, voted and last tokens, int64 [batch, n_init + k + n_local]; negative where a sequence has none."""

@@ -28,10 +28,11 @@ from kvpress.policies import (
     StreamingLLM,
     TidalDecode,
     TokenSelect,
+    XAttention,
 )
 from kvpress.policy import EvictionPolicy, Policy
 from models import VOCAB, tiny_llama
-from oracles import accumulated, ada_kv, ems, keyformer, keys, selecting, token_select
+from oracles import accumulated, ada_kv, ems, keyformer, keys, selecting, token_select, x_attention
 from oracles import policies as oracle
 from oracles.llama import Oracle
 
@@ -292,8 +293,10 @@ CASES = [
         query_stride=2,
         similarity=0.3,
     ),
+    both(XAttention, x_attention.XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
+    both(XAttention, x_attention.XAttention, {"min_len": 500}, stride=1, threshold=0.3, block_size=2, norm=0.5),
 ]
-EVICTING = [case for case in CASES if case.policy.role == "eviction"]
+EVICTING = [case for case in CASES if "eviction" in case.policy.roles]
 
 
 def sharp_llama(layers: int = 2, heads: int = 4, kv_heads: int = 2, seed: int = 1) -> LlamaForCausalLM:

@@ -227,7 +227,25 @@ def test_a_diagonal_takes_whole_runs():
     )
 
 
-@pytest.mark.parametrize("block_size", [0, 8, 48, 100])
+@pytest.mark.parametrize(("block_size", "rows", "past"), [(1, 13, 7), (2, 13, 7), (4, 13, 7), (8, 13, 7), (16, 40, 31)])
+def test_small_blocks(block_size, rows, past):
+    """Also rows that begin with the last entry of a block, and values of another head_dim."""
+    query, key, value = inputs(rows, past, 2)
+    blocks = torch.tensor([-1, 0, 1, 2]).expand(BATCH, KV_HEADS * 2, -(-rows // block_size), 4)
+    seen = reads(rows, past, KV_HEADS * 2, blocks=blocks, block_size=block_size)
+    for width in (value.shape[-1], value.shape[-1] - 3):
+        found, _ = block_sparse_attention(
+            query, key, value[..., :width], scale=0.3, blocks=blocks, block_size=block_size
+        )
+        torch.testing.assert_close(found, exact(query, key, value[..., :width], seen, scale=0.3).float())
+
+
+def test_triton_has_no_small_blocks():
+    with pytest.raises(ValueError, match="block_size=8 is too small for backend='triton'"):
+        block_sparse_attention(*inputs(4, 0, 1), scale=1.0, block_size=8, backend="triton")
+
+
+@pytest.mark.parametrize("block_size", [0, 48, 100])
 def test_bad_block_size(block_size):
     with pytest.raises(ValueError, match=f"block_size={block_size} is no power of two"):
         block_sparse_attention(*inputs(4, 0, 1), scale=1.0, block_size=block_size)

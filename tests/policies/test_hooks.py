@@ -10,7 +10,17 @@ from transformers import DynamicCache
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.policies import A2SF, SnapKV
-from kvpress.policy import Consecutive, EvictionPolicy, Own, Quota, Selected, SelectionPolicy, View
+from kvpress.policy import (
+    Consecutive,
+    EvictionPolicy,
+    Own,
+    Pattern,
+    PrefillPolicy,
+    Quota,
+    Selected,
+    SelectionPolicy,
+    View,
+)
 from matrix import kept, prompt, sharp_llama
 
 
@@ -42,19 +52,30 @@ class ReadAll(SelectionPolicy):
     """Selects every slot by its index."""
 
     raw: bool = False
-    chunk: int | None = None
 
     @property
     def places(self):
         return Consecutive() if self.raw else Own()
 
-    @property
-    def prompt_chunk(self):
-        return self.chunk
-
     def select(self, view: View) -> Selected:
         n = view.keys.shape[2]
         return Selected(torch.arange(n).expand(*view.positions.shape[:2], n), view.valid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanAll(ReadAll, PrefillPolicy):
+    """Also plans every entry for each chunk of a prompt: by its index, or in blocks."""
+
+    chunk: int | None = None
+    block_size: int | None = None
+
+    def plan(self, view: View) -> Pattern:
+        assert view.valid is None and (view.positions.diff(dim=2) > 0).all()
+        shape, n = view.positions.shape[:2], view.keys.shape[2]
+        if self.block_size is None:
+            return Pattern(index=torch.arange(n).expand(*shape, n))
+        first, blocks = (n - view.query.shape[2]) // self.block_size, -(-n // self.block_size)
+        return Pattern(blocks=torch.arange(blocks).expand(*shape, blocks - first, blocks), block_size=self.block_size)
 
 
 @torch.no_grad()
@@ -83,7 +104,16 @@ def test_selecting_everything_is_full():
     mask[0, :9], mask[1, :2] = 0, 0
     for passes, padding in ((conversation(), None), (conversation(3), mask)):
         expected, _ = logits(model, "full", passes, padding)
-        for policy in (ReadAll(), ReadAll(raw=True), ReadAll(chunk=4), ReadAll(raw=True, chunk=3)):
+        for policy in (
+            ReadAll(),
+            ReadAll(raw=True),
+            PlanAll(),
+            PlanAll(chunk=4),
+            PlanAll(raw=True, chunk=3),
+            PlanAll(block_size=4),
+            PlanAll(chunk=3, block_size=2),
+            PlanAll(chunk=5, block_size=4, raw=True),
+        ):
             found, _ = logits(model, policy, passes, padding)
             for a, b in zip(found, expected, strict=True):
                 torch.testing.assert_close(a[:, -1], b[:, -1], atol=1e-4, rtol=1e-4)

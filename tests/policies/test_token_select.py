@@ -99,7 +99,7 @@ def test_defaults() -> None:
     policy = TokenSelect()
     assert (policy.n_init, policy.n_local, policy.k, policy.chunk, policy.theta) == (128, 512, 2048, 512, 0.9)
     assert (policy.rotate_query, policy.pool, policy.vote_scale, policy.gqa_map) == (True, 0, 1.0, "group")
-    assert policy.places == Consecutive() and policy.places.moved and policy.prompt_chunk == 512
+    assert policy.places == Consecutive() and policy.places.moved and policy.roles == ("selection", "prefill")
     assert kvpress.make_policy("token_select") == policy
 
 

@@ -1,0 +1,180 @@
+"""XAttention: a prompt's rows read the blocks whose antidiagonals promise attention."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvpress.errors import PolicyError
+from kvpress.policy import Pattern, PrefillPolicy, View, check_count, check_factor, check_finite
+
+# Scores of one tile of cells, in numbers.
+TILE_SCORES = 1 << 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class XAttention(PrefillPolicy):
+    """Read, in a prompt, the blocks that hold a share of the attention, as far as sums over antidiagonals tell.
+
+    Rows and entries are cut into cells of `stride`. The score of a cell of rows with one of entries is the sum of q.k along
+    its antidiagonal, so that every row and every entry has a part in it, at a `stride`-th of the work. The softmax of these
+    scores, summed over blocks of `block_size`, estimates what attention a block of rows gives a block of entries. Each query
+    head and block of rows then reads the first block, its own, and of the others the best ones until what is read makes up
+    the share `threshold`. Decode steps are exact, and everything is kept.
+
+    Source: Xu et al., "XAttention: Block Sparse Attention with Antidiagonal Scoring", arXiv 2503.16428, and the authors' code
+    (github.com/mit-han-lab/x-attention). Where the two differ and deviations:
+
+    - The first block and the one of the rows themselves are always read, and count towards the share (code).
+    - The block with which the share is reached is read, too. Of equal blocks the earlier one comes first.
+    - With `threshold` 1 everything is read (in the code what rounding leaves over may be missed).
+    - Blocks are counted from a sequence's first entry in every pass. The rows of a later pass (a chunk, a turn) may begin
+      inside of a block; rows and entries that a cell lacks count as zeros, and a cell without rows has no share in its block.
+    - In a padded batch each sequence is planned alone. The authors have batches of one.
+    - Behind an eviction policy blocks are runs of the entries that are kept, which differ between kv heads.
+    - Soft-capping and attention sinks act in the attention, not in the estimate (the authors' models have neither).
+    - q.k of the cells is in the model's dtype on a GPU, float32 on a CPU; softmax and sums are float32 (authors: model's dtype).
+    - Per-head thresholds are taken as they are given; the authors' search for them, and their tables, are not here.
+    - A pass without a cache is exact attention, as under every policy.
+
+    Args:
+        stride: side of a cell, a divisor of `block_size` (authors: 8 or 16).
+        threshold: share of the estimated attention that is read, from 0 to 1, or one for each layer that the policy acts on
+            and query head (authors: 0.9, or found per head).
+        block_size: rows and entries of a block, a power of two.
+        norm: divides the scores of cells besides `stride`.
+        min_len: a pass that ends before so many entries is exact (authors: none are); up to two blocks are read whole anyway.
+
+    Raises:
+        PolicyError: a value out of range, or thresholds for another number of layers or heads than the model has.
+    """
+
+    name: ClassVar[str] = "x_attention"
+    paper: ClassVar[str] = "arXiv 2503.16428"
+
+    stride: int = 16
+    threshold: float | Sequence[Sequence[float]] = 0.9
+    block_size: int = 128
+    norm: float = 1.0
+    min_len: int = 0
+
+    def __post_init__(self) -> None:
+        check_count(self.stride, "stride", 1)
+        check_count(self.block_size, "block_size", 1)
+        check_count(self.min_len, "min_len", 0)
+        check_finite(self.norm, "norm", above=0)
+        if self.block_size & (self.block_size - 1):
+            raise PolicyError(f"block_size={self.block_size} is no power of two; give 64 or 128")
+        if self.block_size % self.stride:
+            raise PolicyError(f"stride={self.stride} does not divide block_size={self.block_size}; give 8 or 16")
+        if isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):
+            for layer, heads in enumerate(self.threshold):
+                if not isinstance(heads, Sequence) or isinstance(heads, str):
+                    raise PolicyError(
+                        f"threshold[{layer}]={heads!r} is no list; give one number per layer and query head"
+                    )
+                for head, share in enumerate(heads):
+                    check_factor(share, f"threshold[{layer}][{head}]")
+            object.__setattr__(self, "threshold", tuple(tuple(heads) for heads in self.threshold))
+        else:
+            check_factor(self.threshold, "threshold")
+
+    def check_layers(self, layers: int) -> None:
+        if isinstance(self.threshold, tuple) and len(self.threshold) != layers:
+            raise PolicyError(
+                f"threshold has numbers for {len(self.threshold)} layers, and the model has {layers} attention layers; give a "
+                "list for each, or one number"
+            )
+
+    def plan(self, view: View) -> Pattern | None:
+        """The blocks that each query head reads, int64 [batch, heads, row blocks, m]."""
+        heads, n = view.query.shape[1], view.keys.shape[2]
+        if n <= 2 * self.block_size or n < self.min_len:
+            return None
+        thresholds = self._thresholds(view.layer, heads)
+        if min(thresholds) >= 1:
+            return None
+        mass = block_mass(
+            view.query,
+            view.keys,
+            scale=view.scale / self.norm,
+            stride=self.stride,
+            block_size=self.block_size,
+        )
+        return Pattern(blocks=best_blocks(mass, thresholds), block_size=self.block_size)
+
+    def _thresholds(self, layer: int, heads: int) -> list[float]:
+        """One for each query head of a layer."""
+        if not isinstance(self.threshold, tuple):
+            return [float(self.threshold)] * heads  # type: ignore[arg-type]
+        if len(self.threshold[layer]) != heads:
+            raise PolicyError(
+                f"threshold[{layer}] has {len(self.threshold[layer])} numbers, and the layer has {heads} query heads; give a "
+                "number for each, or one for all"
+            )
+        return list(self.threshold[layer])
+
+
+def block_mass(query: Tensor, keys: Tensor, *, scale: float, stride: int, block_size: int) -> Tensor:
+    """How much attention blocks of rows give blocks of entries, by the antidiagonals of cells.
+
+    Args:
+        query: [batch, heads, rows, head_dim], those of the last entries.
+        keys: [batch, kv_heads, n, head_dim].
+        scale: factor on q.k.
+        stride, block_size: sides of a cell and of a block.
+
+    Returns:
+        float32 [batch, heads, row blocks, blocks]: the row blocks are the last of the blocks, those that hold rows. 0 for a
+        block after that of the rows. A row block's sum is the number of its cells that hold rows.
+    """
+    batch, heads, rows, _ = query.shape
+    kv_heads, n = keys.shape[1:3]
+    past, blocks, cells = n - rows, -(-n // block_size), block_size // stride
+    first = past // block_size
+    before, after = past - first * block_size, blocks * block_size - n
+    dtype = torch.float32 if query.device.type == "cpu" else query.dtype
+    # A cell of entries side by side, and one of rows in the opposite order: their product is the sum over the antidiagonal.
+    key_cells = functional.pad(keys, (0, 0, 0, after)).unflatten(2, (-1, stride)).flatten(3)
+    row_cells = functional.pad(query, (0, 0, before, after)).unflatten(2, (-1, stride)).flip(3).flatten(3)
+    row_cells = row_cells.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, cells, stride * head_dim]
+    key_cells = key_cells.to(dtype).transpose(2, 3)
+    place = torch.arange(blocks * cells, device=query.device)
+    has_rows = ((place + 1) * stride > past) & (place * stride < n)
+    mass = query.new_zeros(batch, heads, blocks - first, blocks, dtype=torch.float32)
+    step = max(1, TILE_SCORES // (batch * heads * cells * blocks * cells))
+    for start in range(first, blocks, step):
+        stop = min(blocks, start + step)
+        at, seen = slice(start * cells, stop * cells), stop * cells
+        tile = row_cells[..., at.start - first * cells : at.stop - first * cells, :].to(dtype) * (scale / stride)
+        scores = (tile.flatten(2, 3) @ key_cells[..., :seen]).float().view(batch, heads, at.stop - at.start, seen)
+        weights = scores.masked_fill_(place[:seen] > place[at, None], float("-inf")).softmax(dim=-1)
+        weights *= has_rows[at, None]
+        blockwise = weights.unflatten(3, (-1, cells)).unflatten(2, (-1, cells)).sum(dim=(3, 5))
+        mass[:, :, start - first : stop - first, :stop] = blockwise
+    return mass
+
+
+def best_blocks(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
+    """The first block, that of the rows, and the best of the others until the threshold's share of the mass is reached.
+
+    Args:
+        mass: float32 [batch, heads, row blocks, blocks], as `block_mass` gives it.
+        thresholds: shares, one for each head.
+
+    Returns:
+        int64 [batch, heads, row blocks, m], -1 behind the last one chosen.
+    """
+    rows, blocks = mass.shape[2:]
+    place = torch.arange(blocks, device=mass.device)
+    own = place[blocks - rows :, None]
+    ranked = mass.masked_fill((place == 0) | (place == own), float("inf")).masked_fill_(place > own, float("-inf"))
+    order = ranked.argsort(dim=-1, descending=True, stable=True)
+    reached = functional.pad(mass.gather(-1, order).cumsum(-1), (1, -1))  # by those before
+    share = torch.tensor(thresholds, device=mass.device).view(-1, 1, 1)
+    wanted = (reached < share * mass.sum(-1, keepdim=True)) | (share >= 1)
+    wanted = (wanted & (order <= own)) | (order == 0) | (order == own)
+    return order.masked_fill_(~wanted, -1)[..., : int(wanted.sum(-1).max())]
