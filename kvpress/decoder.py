@@ -26,6 +26,7 @@ from kvpress.places import check_consecutive
 from kvpress.policy import Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.support import check_cache
+from kvpress.texts import Texts, share_texts
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -174,16 +175,17 @@ class PatchedForward(Wrapper):
             cache = kwargs[self.cache_argument] = DynamicCache(config=self.decoder.config)
         layers = self.layers(cache, mask, batch, count)
         acted = [layers[index] for index in self.indices]
-        tokens = self._tokens(batch, count, mask, inputs.device, acted[0])
+        texts = acted[0].texts
+        tokens = self._tokens(batch, count, mask, inputs.device, texts)
         self._check_positions(kwargs.get("position_ids"), tokens, acted[0])
-        again = self._feed_again(kwargs, inputs, acted)
+        again = self._feed_again(kwargs, inputs, acted, texts)
         if again:
-            tokens = self._tokens(batch, again + count, mask, inputs.device, acted[0])
+            tokens = self._tokens(batch, again + count, mask, inputs.device, texts)
         current = Pass(
             self._modules,
             tokens,
             acted,
-            prompt=again + count > 1 or acted[0].facts.seen == 0,
+            prompt=again + count > 1 or texts.columns == 0,
             new_tokens=expected_tokens(),
             record=current_record(),
             again=again,
@@ -198,9 +200,9 @@ class PatchedForward(Wrapper):
 
         On a GPU a decode step waits for the device only if its position ids are the caller's own.
         """
-        seen, offset = layer.facts.seen, layer.facts.offset
         if self._moving is None:
             return
+        seen, offset = layer.texts.columns, layer.texts.offset
         if places is None:  # the model counts columns
             if layer.uniform and not tokens.padded and offset is None:
                 return
@@ -211,11 +213,11 @@ class PatchedForward(Wrapper):
             offset = None
         elif offset is None and layer.uniform:
             offset = torch.zeros_like(tokens.seen_tensor, dtype=torch.int64)
-        layer.facts.offset = check_consecutive(
+        layer.texts.offset = check_consecutive(
             places, tokens, offset, self._moving.describe(), self._moving.place_remedy
         )
 
-    def _feed_again(self, kwargs: dict[str, Any], inputs: Tensor, acted: list[KVLayer]) -> int:
+    def _feed_again(self, kwargs: dict[str, Any], inputs: Tensor, acted: list[KVLayer], texts: Texts) -> int:
         """Feed decode steps once more, before this pass's tokens, where the policy wants what they stored exact.
 
         Decode steps are remembered until there are as many as the policy corrects at a time, or a prompt pass follows. Then
@@ -225,24 +227,24 @@ class PatchedForward(Wrapper):
             How many there are.
         """
         every = self.roles.selection.correct_every
-        first, count = acted[0], inputs.shape[1]
-        if not every or first.facts.seen == 0:
+        count = inputs.shape[1]
+        if not every or texts.columns == 0:
             return 0
         places = kwargs.get("position_ids")
         if places is None:
-            places = torch.arange(first.facts.seen, first.facts.seen + count, device=inputs.device)[None]
+            places = torch.arange(texts.columns, texts.columns + count, device=inputs.device)[None]
         if places.ndim != 2:
             raise PolicyError(
                 f"correct_every needs 2-D position_ids, and these have {places.ndim}; use correct_every=0"
             )
         places = places.expand(inputs.shape[0], -1)
-        decoded, decoded_at = first.decoded, first.decoded_at
+        decoded, decoded_at = texts.inputs, texts.places
         if decoded is None or decoded_at is None or decoded.ndim != inputs.ndim:  # ids after embeddings start anew
             decoded, decoded_at = inputs[:, :0], places[:, :0]
         again, decoded = decoded.shape[1], torch.cat((decoded.to(inputs.device), inputs), dim=1)
         decoded_at = torch.cat((decoded_at.to(places.device), places), dim=1)
         if count == 1 and again < every:
-            first.decoded, first.decoded_at = decoded, decoded_at
+            texts.inputs, texts.places = decoded, decoded_at
             return 0
         if again:
             kwargs["input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"] = decoded
@@ -250,7 +252,7 @@ class PatchedForward(Wrapper):
             kwargs.pop("cache_position", None)
             for layer in acted:
                 layer.take_back(again)
-        first.decoded = first.decoded_at = None
+        texts.forget_inputs()
         return again
 
     def _result(self, current: Pass, output: Any) -> Any:
@@ -261,15 +263,14 @@ class PatchedForward(Wrapper):
         count = current.tokens.count - current.again
         if count == 1:  # a decode step, which read everything
             for layer in current.layers:
-                layer.facts.readable += layer.facts.seen
+                layer.facts.readable += layer.texts.columns
                 layer.facts.read += layer.facts.length
         return _last_columns(output, count)
 
-    def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, layer: KVLayer | None) -> Tokens:
+    def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, texts: Texts | None) -> Tokens:
         before, before_tensor, seen = None, None, 0
-        if layer is not None and layer.is_initialized:
-            before, before_tensor, seen = layer.tokens, layer.facts.tokens, layer.facts.seen
-            assert before_tensor is not None
+        if texts is not None and texts.seen_tensor is not None:
+            before, before_tensor, seen = texts.seen, texts.seen_tensor, texts.columns
             if before_tensor.shape[0] != batch:
                 raise PolicyError(
                     f"the cache holds {before_tensor.shape[0]} sequences and the input has {batch}; give as many"
@@ -306,6 +307,8 @@ class PatchedForward(Wrapper):
                 raise PolicyError(
                     f"this cache belongs to the policy {held[0].roles.describe()}; start a new one for {self.handle.describe()}"
                 )
+            if not held[0].is_initialized:  # as after a reset
+                share_texts(held)
             return list(cache.layers)
         check_cache(cache)
         # A DynamicCache() without config has no layers yet: it adds plain ones as they are used.
@@ -315,8 +318,8 @@ class PatchedForward(Wrapper):
                 f"the cache has {len(layers)} layers and the model needs {self.indices[-1] + 1}; pass "
                 "DynamicCache(config=model.config), or none"
             )
-        for ordinal, index in enumerate(self.indices):
-            plain = layers[index]
+        plain_layers = [layers[index] for index in self.indices]
+        for ordinal, (index, plain) in enumerate(zip(self.indices, plain_layers, strict=True)):
             if type(plain) is not DynamicLayer:
                 raise PolicyError(
                     f"layer {index} of the cache is a {type(plain).__name__}, not a plain DynamicLayer; pass "
@@ -325,6 +328,8 @@ class PatchedForward(Wrapper):
             rotary = self._rotary[ordinal] if self._rotary else None
             kind = PagedLayer if self.roles.eviction.heads == "shared" else KVLayer
             layers[index] = kind(self.roles, ordinal, len(self.indices), rotary)
+        share_texts([layers[index] for index in self.indices])
+        for index, plain in zip(self.indices, plain_layers, strict=True):
             if plain.get_seq_length():
                 self._adopt(layers[index], plain, mask, batch, count)
         return layers
