@@ -38,7 +38,7 @@ def chosen_policies(options: argparse.Namespace) -> list[Policy]:
         if not policy.takes_budget:
             made.append(policy())
         else:
-            made.append(policy.at_budget(options.selected if policy.role == "selection" else options.share))
+            made.append(policy.at_budget(options.selected if "selection" in policy.roles else options.share))
     return made
 
 

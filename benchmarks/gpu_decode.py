@@ -83,7 +83,7 @@ def policies(settings: Settings) -> list[Policy]:
     made: list[Policy] = []
     for name in [*FIRST, *(name for name in classes if name not in FIRST)]:
         cls = classes[name]
-        budget = settings.selected if cls.role == "selection" else settings.share
+        budget = settings.selected if "selection" in cls.roles else settings.share
         made.append(cls.at_budget(budget) if cls.takes_budget else cls())
     return made
 

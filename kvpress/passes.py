@@ -93,7 +93,6 @@ class Pass:
         prompt: whether it is a prompt pass (several tokens, or the first of a cache) or a decode step.
         new_tokens: how many tokens the `generate` that runs was asked for, if one runs and that is known.
         shared: what a selection policy hands from layer to layer.
-        again: how many columns of decode steps are fed once more before those of the pass itself.
         attended: the layers that have attended so far.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
@@ -106,7 +105,6 @@ class Pass:
     new_tokens: int | None = None
     shared: dict[str, Any] = field(default_factory=dict)
     record: list[Any] | None = None
-    again: int = 0
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
     attended: set[int] = field(default_factory=set)
 

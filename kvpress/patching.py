@@ -18,7 +18,7 @@ from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
 from kvpress.passes import expecting
-from kvpress.policy import EvictionPolicy, Policy, Roles, SelectionPolicy
+from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy, SelectionPolicy
 from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
@@ -74,11 +74,12 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
             )
         if isinstance(one, SelectionPolicy):
             one.check_layers(len(attention))
-            if one.correct_every and len(DynamicCache(config=decoder.config).layers) > len(attention):
-                raise PolicyError(
-                    f"{one.describe()} takes decode steps back to compute them again, and {type(model).__name__} has layers "
-                    "without full attention, whose cache cannot; use correct_every=0"
-                )
+        hybrid = len(DynamicCache(config=decoder.config).layers) > len(attention)
+        if hybrid and isinstance(one, RoutePolicy) and one.back_remedy is not None:
+            raise PolicyError(
+                f"{one.describe()} takes tokens back to run them again, and {type(model).__name__} has layers without full "
+                f"attention, whose cache cannot; {one.back_remedy}"
+            )
     with _handles_lock:
         if decoder in _handles:
             raise PolicyError(

@@ -1,13 +1,13 @@
 """What a policy is: a frozen dataclass of hyper-parameters and pure functions from tensors to scores.
 
-A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it is read. Policies of different
-roles can act together; a policy without a role (`Full`) leaves everything exact. The runtime owns all state: it lives with
-the cache, never on the policy.
+A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it is read, route says what is run.
+Policies of different roles can act together, and one may play several; a policy without a role (`Full`) leaves everything
+exact. The runtime owns all state: it lives with the cache, never on the policy.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvpress.errors import PolicyError
 from kvpress.observe import Mass, Noise, Nothing, Observer, Window
+from kvpress.texts import Texts
 
 __all__ = [
     "Budget",
@@ -23,6 +24,7 @@ __all__ = [
     "Dropped",
     "Entries",
     "EvictionPolicy",
+    "Feed",
     "Mass",
     "Merge",
     "Noise",
@@ -32,9 +34,11 @@ __all__ = [
     "Places",
     "Policy",
     "Quota",
+    "RoutePolicy",
     "Selected",
     "SelectionPolicy",
     "Sinks",
+    "Texts",
     "View",
     "Window",
 ]
@@ -337,9 +341,15 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     takes_budget: ClassVar[bool] = False
     takes_share: ClassVar[bool] = True
     """Whether a budget may be a share of the prompt, not only entries."""
-    role: ClassVar[str | None] = None
+    roles: ClassVar[tuple[str, ...]] = ()
+    """The roles that it plays: those of the role classes that it derives from."""
     wraps: ClassVar[str | None] = None
     """The field that is a policy itself; a mapping may give it as it gives a policy."""
+
+    def __init_subclass__(cls, role: str | None = None, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        inherited = [one for base in cls.__bases__ for one in getattr(base, "roles", ())]
+        cls.roles = tuple(dict.fromkeys(inherited + [role] * (role is not None)))
 
     @classmethod
     def at_budget(cls, budget: Budget, **fields: Any) -> "Policy":
@@ -411,7 +421,7 @@ def shown_value(value: Any) -> str:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvictionPolicy(Policy):
+class EvictionPolicy(Policy, role="eviction"):
     """A policy that decides which entries a cache layer keeps.
 
     After a pass the runtime keeps, per sequence, layer and kv head, the `Quota.recent` newest entries and the
@@ -426,7 +436,6 @@ class EvictionPolicy(Policy):
 
     kind: ClassVar[str] = "evicting"
     takes_budget: ClassVar[bool] = True
-    role: ClassVar[str | None] = "eviction"
 
     evict: Literal["each_pass", "after_prompt", "each_row"] = "each_pass"
 
@@ -503,8 +512,6 @@ class EvictionPolicy(Policy):
 class KeepAll(EvictionPolicy):
     """No eviction: what plays the role where no policy does."""
 
-    role: ClassVar[str | None] = None
-
     @property
     def evict_every(self) -> int | None:
         return None
@@ -514,22 +521,16 @@ class KeepAll(EvictionPolicy):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectionPolicy(Policy):
+class SelectionPolicy(Policy, role="selection"):
     """A policy that keeps everything and says, layer by layer, what a decode step reads."""
 
     kind: ClassVar[str] = "selecting"
-    role: ClassVar[str | None] = "selection"
 
     observes_reads: ClassVar[bool] = False
     """Whether `after_read` wants the attention weights."""
     notes: ClassVar[str | None] = None
     """What the policy keeps about slots from step to step, as an error calls it; None for nothing. It cannot be combined with
     policies that evict during decode then."""
-
-    @property
-    def correct_every(self) -> int:
-        """Decode steps after which what they stored is computed again, exactly; 0 for never."""
-        return 0
 
     def check_company(self, others: "Sequence[Policy]") -> None:
         for other in others:
@@ -575,10 +576,59 @@ class SelectionPolicy(Policy):
 class ReadAll(SelectionPolicy):
     """No selection: what plays the role where no policy does."""
 
-    role: ClassVar[str | None] = None
-
     def select(self, view: View) -> Selected:
         return Selected()
+
+
+@dataclass(frozen=True)
+class Feed:
+    """One run of the decoder.
+
+    Attributes:
+        tokens: ids [batch, count], or embeddings [batch, count, hidden].
+        positions: position ids with the axes that the model has, [..., batch or 1, count]; None where the model counts columns.
+        back: how many of the newest columns are taken back from the cache first.
+        first: the first row of its output that the caller gets, if it is the last run.
+    """
+
+    tokens: Tensor
+    positions: Tensor | None
+    back: int = 0
+    first: int = 0
+
+    @property
+    def count(self) -> int:
+        """Columns fed."""
+        return self.tokens.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutePolicy(Policy, role="route"):
+    """A policy that says what is run when the model is called."""
+
+    kind: ClassVar[str] = "routing"
+
+    @property
+    def back_remedy(self) -> str | None:
+        """What to do where columns cannot be taken back from a cache; None for a route that never does that."""
+        return None
+
+    @abstractmethod
+    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
+        """The runs that take the place of the one that was asked for, one after the other; `feed` itself to run it as it is.
+
+        Args:
+            feed: the tokens of the call.
+            texts: the cache's sequences, as the runs before have left them.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneRun(RoutePolicy):
+    """What was asked for, in one run: what plays the role where no policy does."""
+
+    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
+        yield feed
 
 
 @dataclass(frozen=True)
@@ -587,16 +637,17 @@ class Roles:
 
     eviction: EvictionPolicy = KeepAll()
     selection: SelectionPolicy = ReadAll()
+    route: RoutePolicy = OneRun()
 
     @classmethod
     def of(cls, policies: "Sequence[Policy]") -> "Roles":
         """The roles that some policies play; the others are played by null objects."""
-        return cls(**{policy.role: policy for policy in policies if policy.role is not None})  # type: ignore[arg-type]
+        return cls(**{role: policy for policy in policies for role in policy.roles})  # type: ignore[arg-type]
 
     def describe(self) -> str:
         """The policies that play a role; full() where none does."""
-        played = [one.describe() for one in (self.eviction, self.selection) if one.role is not None]
-        return " + ".join(played) or "full()"
+        acts = ((self.eviction, self.evicts), (self.selection, self.selects), (self.route, self.routes))
+        return " + ".join(dict.fromkeys(one.describe() for one, does in acts if does)) or "full()"
 
     @property
     def evicts(self) -> bool:
@@ -607,6 +658,11 @@ class Roles:
     def selects(self) -> bool:
         """Whether a step may read less than everything."""
         return not isinstance(self.selection, ReadAll)
+
+    @property
+    def routes(self) -> bool:
+        """Whether something else may be run than what was asked for."""
+        return not isinstance(self.route, OneRun)
 
     @property
     def places(self) -> Places:

@@ -154,12 +154,12 @@ def make_policies(spec: PolicySpec, budget: Budget | None = None, tokens: int | 
     policies = [make_policy(item) for item in specs]
     taken: dict[str, Policy] = {}
     for policy in policies:
-        if policy.role in taken:
-            raise PolicyError(
-                f"{taken[policy.role].describe()} and {policy.describe()} both play the role {policy.role!r}; keep one of them"
-            )
-        if policy.role is not None:
-            taken[policy.role] = policy
+        for role in policy.roles:
+            if role in taken:
+                raise PolicyError(
+                    f"{taken[role].describe()} and {policy.describe()} both play the role {role!r}; keep one of them"
+                )
+            taken[role] = policy
     for policy in policies:
         policy.check_company([other for other in policies if other is not policy])
     return policies

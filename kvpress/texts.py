@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from kvpress.passes import Tokens
@@ -58,6 +59,18 @@ class Texts:
             left = max(0, self.inputs.shape[1] - removed)
             self.inputs = self.inputs[:, :left].clone() if left else None
             self.places = self.places[:, :left].clone() if left else None
+
+    def behind_inputs(self, tokens: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """The remembered inputs with these behind, and all their position ids.
+
+        Args:
+            tokens: [batch, count] ids or [batch, count, hidden] embeddings. Ids after embeddings start anew.
+            places: int64 [batch, count].
+        """
+        if self.inputs is None or self.places is None or self.inputs.ndim != tokens.ndim:
+            return tokens, places
+        before, before_places = self.inputs.to(tokens.device), self.places.to(places.device)
+        return torch.cat((before, tokens), dim=1), torch.cat((before_places, places), dim=1)
 
     def forget_inputs(self) -> None:
         """No decode step is to be fed once more."""

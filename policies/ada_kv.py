@@ -18,6 +18,7 @@ from kvpress.policy import (
     Observer,
     Policy,
     Quota,
+    SelectionPolicy,
     check_choice,
     check_factor,
 )
@@ -87,7 +88,7 @@ class AdaKV(EvictionPolicy):
         return cls(type(inner).at_budget(budget, **others), **fields_)
 
     def check_company(self, others: Sequence[Policy]) -> None:
-        selecting = [other for other in others if other.role == "selection"]
+        selecting = [other for other in others if isinstance(other, SelectionPolicy)]
         if selecting and self.heads == "shared":
             raise PolicyError(
                 f"{self.describe()} keeps another number of entries in each kv head, and {selecting[0].describe()} chooses "

@@ -13,6 +13,7 @@ from kvpress.kernels.topk_select import topk_select
 from kvpress.policy import (
     Budget,
     Consecutive,
+    EvictionPolicy,
     Places,
     Policy,
     Selected,
@@ -118,7 +119,7 @@ class TokenSelect(SelectionPolicy):
 
     def check_company(self, others: Sequence[Policy]) -> None:
         for other in others:
-            if other.role == "eviction":
+            if isinstance(other, EvictionPolicy):
                 raise PolicyError(
                     f"{self.describe()} selects among all tokens and needs every one in the cache, and {other.describe()} evicts "
                     "some; use one of the two"

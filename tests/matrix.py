@@ -293,7 +293,7 @@ CASES = [
         similarity=0.3,
     ),
 ]
-EVICTING = [case for case in CASES if case.policy.role == "eviction"]
+EVICTING = [case for case in CASES if "eviction" in case.policy.roles]
 
 
 def sharp_llama(layers: int = 2, heads: int = 4, kv_heads: int = 2, seed: int = 1) -> LlamaForCausalLM:

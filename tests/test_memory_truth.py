@@ -129,7 +129,7 @@ def test_report_is_what_a_padded_batch_holds(model: Any, policies: list[Any]) ->
         check_truth(handle, cache, "one left")
 
 
-@pytest.mark.parametrize("policy", [case.policy for case in CASES if case.policy.role != "eviction"], ids=str)
+@pytest.mark.parametrize("policy", [case.policy for case in CASES if "eviction" not in case.policy.roles], ids=str)
 def test_report_is_what_is_left_after_a_crop(model: Any, policy: Any) -> None:
     with kvpress.patch(model, policy) as handle:
         cache = DynamicCache(config=model.config)
@@ -145,7 +145,7 @@ def test_report_is_what_is_left_after_a_crop(model: Any, policy: Any) -> None:
     [
         case.policy
         for case in CASES
-        if case.policy.role == "eviction"
+        if "eviction" in case.policy.roles
         and case.policy.evict == "each_pass"
         and case.policy.heads != "shared"
         # EMS also keeps the positions of the last rows, a few numbers a layer, made where they are known.

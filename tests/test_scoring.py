@@ -59,7 +59,7 @@ def test_greedy_texts_are_seen_as_such(model: Any) -> None:
     assert [score.is_greedy for score in scores] == [True, True, False, False, False, False]
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.policy.role], ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [c for c in CASES if c.policy.roles], ids=lambda case: case.id)
 def test_a_policy_shows(model: Any, case: Case) -> None:
     """The oracle's log-probabilities, which are not those of full attention."""
     context, text = prompt(30), prompt(8, 1)
