@@ -311,10 +311,10 @@ def _row_by_row(
     for row in range(tokens.count):
         one, step = slice(row, row + 1), one_row(tokens, row, before)
         layer.append(key[:, :, one], value[:, :, one], step)
-        layer.texts.at(step)  # each layer goes through the rows anew
+        layer.texts.advance(0, step.seen, step.seen_tensor)  # each layer goes through the rows anew
         output[:, :, one] = _read(layer, step, query[:, :, one], scores, current)
         before = step.seen_tensor
-    layer.texts.at(tokens)
+    layer.texts.advance(0, tokens.seen, tokens.seen_tensor)
     return output
 
 

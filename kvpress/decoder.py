@@ -26,7 +26,7 @@ from kvpress.places import check_consecutive
 from kvpress.policy import Feed, Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.support import check_cache
-from kvpress.texts import Texts, share_texts
+from kvpress.texts import Texts
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -182,8 +182,9 @@ class PatchedForward(Wrapper):
                 if feed.back:
                     for layer in acted:
                         layer.take_back(feed.back)
-                kwargs = _arguments(feed, kwargs)
-                tokens = self._tokens(batch, feed.count, mask, inputs.device, texts)
+                fed = None if mask is None else mask[:, : texts.columns + feed.count]
+                kwargs = _arguments(feed, kwargs, fed)
+                tokens = self._tokens(batch, feed.count, fed, inputs.device, texts)
             prompt = tokens.count > 1 or texts.columns == 0
             cache.layers[:] = layers  # only now that nothing can be refused any more
             cache.layer_class_to_replicate = None
@@ -268,7 +269,7 @@ class PatchedForward(Wrapper):
                     f"this cache belongs to the policy {held[0].roles.describe()}; start a new one for {self.handle.describe()}"
                 )
             if not held[0].is_initialized:  # as after a reset
-                share_texts(held)
+                _share_texts(held)
             return list(cache.layers)
         check_cache(cache)
         # A DynamicCache() without config has no layers yet: it adds plain ones as they are used.
@@ -288,7 +289,7 @@ class PatchedForward(Wrapper):
             rotary = self._rotary[ordinal] if self._rotary else None
             kind = PagedLayer if self.roles.eviction.heads == "shared" else KVLayer
             layers[index] = kind(self.roles, ordinal, len(self.indices), rotary)
-        share_texts([layers[index] for index in self.indices])
+        _share_texts([layers[index] for index in self.indices])
         for index, plain in zip(self.indices, plain_layers, strict=True):
             if plain.get_seq_length():
                 self._adopt(layers[index], plain, mask, batch, count)
@@ -331,10 +332,19 @@ def _check_not_packed(position_ids: Any, mask: Tensor | None) -> None:
         )
 
 
-def _arguments(feed: Feed, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """A call's arguments with a feed's tokens in the place of its own."""
+def _share_texts(layers: list[KVLayer]) -> None:
+    """Let the layers of a new cache share what is known of its sequences."""
+    texts = Texts()
+    for layer in layers:
+        layer.texts = texts
+
+
+def _arguments(feed: Feed, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
+    """A call's arguments with a feed's tokens, and their mask, in the place of its own."""
     name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
     others = {key: value for key, value in kwargs.items() if key != "cache_position"}
+    if isinstance(others.get("attention_mask"), Tensor):
+        others["attention_mask"] = mask
     return {**others, name: feed.tokens, "position_ids": feed.positions}
 
 

@@ -144,7 +144,7 @@ class Slots(CacheLayerMixin):
             self.length += new
         self.entries += new
         if self.index == 0:
-            self.texts.advance(tokens)
+            self.texts.advance(tokens.count, tokens.seen, tokens.seen_tensor)
         self.facts.length = self.length
         if tokens.count > 1:  # a prompt pass dropped what was kept from step to step, perhaps without new buffers
             self.facts.nbytes = self.nbytes

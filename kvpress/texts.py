@@ -1,16 +1,10 @@
 """What belongs to a whole cache: its sequences, and what is known of them without asking a layer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from kvpress.passes import Tokens
-
-if TYPE_CHECKING:
-    from kvpress.slots import Slots
 
 
 @dataclass
@@ -37,14 +31,10 @@ class Texts:
     inputs: Tensor | None = None
     places: Tensor | None = None
 
-    def advance(self, tokens: Tokens) -> None:
-        """Count the tokens of a pass, or of one of its rows."""
-        self.columns += tokens.count
-        self.at(tokens)
-
-    def at(self, tokens: Tokens) -> None:
-        """The sequences are as after these tokens, which were counted before."""
-        self.seen, self.seen_tensor = tokens.seen, tokens.seen_tensor
+    def advance(self, count: int, seen: list[int] | None, seen_tensor: Tensor) -> None:
+        """Count `count` new columns, after which so many real tokens were seen."""
+        self.columns += count
+        self.seen, self.seen_tensor = seen, seen_tensor
 
     def take_back(self, removed: int, real: Tensor | None) -> None:
         """Take back the last `removed` columns; `real` int32 [batch], real tokens in them, None if all are."""
@@ -94,10 +84,3 @@ class Texts:
         """Bytes of the inputs that are remembered."""
         held = [tensor for tensor in (self.inputs, self.places) if tensor is not None]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)
-
-
-def share_texts(layers: "Sequence[Slots]") -> None:
-    """Let the layers of a new cache share their texts."""
-    texts = Texts()
-    for layer in layers:
-        layer.texts = texts
