@@ -264,7 +264,7 @@ def _prompt(
             one.prepare(key, value, tokens)
     layer.state.clear()
     layer.append(key, value, tokens)
-    if layer.roles.plans and not current.again:
+    if layer.roles.plans and not current.exact:
         output = _planned(layer, tokens, query, scores, current, past)
     elif tokens.columns is None:
         output = _attend_rows(layer, query, scores, current, past, slice(None), layer.length)
@@ -309,11 +309,14 @@ def _row_by_row(
     """A prompt pass whose every row is attended and evicted as a decode step is."""
     layer.set_quotas(tokens)
     output = torch.empty_like(query[..., : value.shape[-1]])
+    before = tokens.seen_tensor - (tokens.positions >= 0).sum(1, dtype=torch.int32)
     for row in range(tokens.count):
-        one, step = slice(row, row + 1), one_row(tokens, row, layer.facts.tokens)
+        one, step = slice(row, row + 1), one_row(tokens, row, before)
         layer.append(key[:, :, one], value[:, :, one], step)
+        layer.texts.advance(0, step.seen, step.seen_tensor)  # each layer goes through the rows anew
         output[:, :, one] = _read(layer, step, query[:, :, one], scores, current)
-    layer.tokens, layer.facts.tokens = tokens.seen, tokens.seen_tensor
+        before = step.seen_tensor
+    layer.texts.advance(0, tokens.seen, tokens.seen_tensor)
     return output
 
 
@@ -393,13 +396,15 @@ def _attend_pattern(
 def _decode(
     layer: KVLayer, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass
 ) -> Tensor:
-    layer.settle()
+    if layer.index == 0:
+        for one in current.layers:  # before the first counts the token of this step
+            one.settle()
     layer.steps += 1
     if layer.last_unread:
         _show_last_row(layer, scores, current)
     query = layer.own_query(query, tokens)
     layer.append(key, value, tokens)
-    layer.facts.readable += layer.facts.seen
+    layer.facts.readable += layer.texts.columns
     output = _read(layer, tokens, query, scores, current, decode=True)
     if layer.state:
         layer.facts.nbytes = layer.nbytes
@@ -602,16 +607,16 @@ def _moved_query(layer: KVLayer, query: Tensor, current: Pass, only: slice) -> T
     The recent entries that the policy keeps stand side by side up to the query, so their distances are right as they are;
     the sinks before them must come nearer by the gap between. Rotating the query back by the gap does that.
     """
-    if layer.rotary is None or layer.reindexed_sinks == 0 or layer.facts.tokens is None:
+    if layer.rotary is None or layer.reindexed_sinks == 0 or layer.texts.seen_tensor is None:
         return None
     gap: int | Tensor
-    if layer.uniform and layer.tokens is not None:
-        gap = layer.tokens[0] - layer.entries
+    if layer.uniform and layer.texts.seen is not None:
+        gap = layer.texts.seen[0] - layer.entries
         if gap == 0:
             return None
     else:
         held = (layer.positions[only, 0, : layer.length] >= 0).sum(-1)
-        gap = layer.facts.tokens.to(held.device)[only] - held
+        gap = layer.texts.seen_tensor.to(held.device)[only] - held
     return nearer(query, gap, current.tokens, layer.rotary)
 
 

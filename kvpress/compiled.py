@@ -99,7 +99,7 @@ def step_inputs(current: Pass, kwargs: dict[str, Any]) -> dict[str, Tensor] | No
     if "position_ids" not in inputs:
         if kwargs.get("attention_mask") is not None:
             return None  # a model may count positions by its mask
-        inputs["position_ids"] = torch.tensor([[current.layers[0].facts.seen]], device=positions.device)
+        inputs["position_ids"] = torch.tensor([[current.layers[0].texts.columns]], device=positions.device)
     # Without a mask transformers looks in the positions for sequences that are packed in one.
     inputs["attention_mask"] = torch.ones(len(current.tokens.seen_tensor), 1, dtype=torch.bool, device=positions.device)
     # One graph for callers in inference mode and out of it: torch makes another for tensors that were made inside.

@@ -23,9 +23,10 @@ from kvpress.passes import (
     set_pass,
 )
 from kvpress.places import check_consecutive
-from kvpress.policy import Policy, Roles
+from kvpress.policy import Feed, Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.support import check_cache
+from kvpress.texts import Texts
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -74,14 +75,12 @@ class PatchedForward(Wrapper):
         try:
             self.handle.begin(run)
             with lasting_tensors():  # all that a layer is given, too: what it keeps may be a view of that
-                current = self._enter(inputs, mask, kwargs)
-                set_pass(current)
-                output = self.run(**kwargs)
-            current.check_attended()
+                output = self._run(inputs, mask, kwargs)
         finally:  # whatever ends the pass: Ctrl-C, a generator that is closed, an error
             set_pass(before)
             self.handle.end(run)
-        return self._result(current, output)
+        self.handle.note_others()
+        return output
 
     # ------------------------------------------------------------------ the call
 
@@ -159,8 +158,8 @@ class PatchedForward(Wrapper):
 
     # ------------------------------------------------------------------ the pass
 
-    def _enter(self, inputs: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Pass:
-        """The pass of a call. `kwargs` get a cache if they need one, and the tokens that are fed once more."""
+    def _run(self, inputs: Tensor, mask: Tensor | None, kwargs: dict[str, Any]) -> Any:
+        """What a call gets: the output of the runs that the route makes of it."""
         batch, count = inputs.shape[:2]
         cache = kwargs.get(self.cache_argument)
         wants_cache = self.decoder.config.use_cache if kwargs.get("use_cache") is None else kwargs["use_cache"]
@@ -168,39 +167,59 @@ class PatchedForward(Wrapper):
             self._check_no_checkpointing()
             _check_not_packed(kwargs.get("position_ids"), mask)
             tokens = self._tokens(batch, count, mask, inputs.device, None)
-            return Pass(self._modules, tokens, [], prompt=True)
+            return self._run_pass(Pass(self._modules, tokens, [], prompt=True), kwargs)
         self._check_no_training()
         if cache is None:
             cache = kwargs[self.cache_argument] = DynamicCache(config=self.decoder.config)
         layers = self.layers(cache, mask, batch, count)
         acted = [layers[index] for index in self.indices]
-        tokens = self._tokens(batch, count, mask, inputs.device, acted[0])
+        texts = acted[0].texts
+        tokens = self._tokens(batch, count, mask, inputs.device, texts)
         self._check_positions(kwargs.get("position_ids"), tokens, acted[0])
-        again = self._feed_again(kwargs, inputs, acted)
-        if again:
-            tokens = self._tokens(batch, again + count, mask, inputs.device, acted[0])
-        current = Pass(
-            self._modules,
-            tokens,
-            acted,
-            prompt=again + count > 1 or acted[0].facts.seen == 0,
-            new_tokens=expected_tokens(),
-            record=current_record(),
-            again=again,
-        )
-        cache.layers[:] = layers  # only now that nothing can be refused any more
-        cache.layer_class_to_replicate = None
-        self.handle.watch(cache)
-        return current
+        output, call = None, Feed(inputs, kwargs.get("position_ids"))
+        for feed in self.roles.route.feeds(call, texts):
+            if feed is not call:
+                if feed.back:
+                    for layer in acted:
+                        layer.take_back(feed.back)
+                fed = None if mask is None else mask[:, : texts.columns + feed.count]
+                kwargs = _arguments(feed, kwargs, fed)
+                tokens = self._tokens(batch, feed.count, fed, inputs.device, texts)
+            prompt = tokens.count > 1 or texts.columns == 0
+            cache.layers[:] = layers  # only now that nothing can be refused any more
+            cache.layer_class_to_replicate = None
+            self.handle.watch(cache)
+            current = Pass(
+                self._modules,
+                tokens,
+                acted,
+                prompt,
+                new_tokens=expected_tokens(),
+                exact=feed.back > 0,
+                record=current_record(),
+            )
+            output = self._run_pass(current, kwargs)
+            if prompt and count == 1 and feed is not call:  # a decode step all the same, which read everything
+                for layer in acted:
+                    layer.facts.readable += texts.columns
+                    layer.facts.read += layer.facts.length
+            output = _from_row(feed.first, output)
+        return output
+
+    def _run_pass(self, current: Pass, kwargs: dict[str, Any]) -> Any:
+        set_pass(current)
+        output = self.run(**kwargs)
+        current.check_attended()
+        return output
 
     def _check_positions(self, places: Tensor | None, tokens: Tokens, layer: KVLayer) -> None:
         """Refuse position ids that a policy cannot re-index, and note how far they are ahead of the number of tokens.
 
         On a GPU a decode step waits for the device only if its position ids are the caller's own.
         """
-        seen, offset = layer.facts.seen, layer.facts.offset
         if self._moving is None:
             return
+        seen, offset = layer.texts.columns, layer.texts.offset
         if places is None:  # the model counts columns
             if layer.uniform and not tokens.padded and offset is None:
                 return
@@ -211,65 +230,14 @@ class PatchedForward(Wrapper):
             offset = None
         elif offset is None and layer.uniform:
             offset = torch.zeros_like(tokens.seen_tensor, dtype=torch.int64)
-        layer.facts.offset = check_consecutive(
+        layer.texts.offset = check_consecutive(
             places, tokens, offset, self._moving.describe(), self._moving.place_remedy
         )
 
-    def _feed_again(self, kwargs: dict[str, Any], inputs: Tensor, acted: list[KVLayer]) -> int:
-        """Feed decode steps once more, before this pass's tokens, where the policy wants what they stored exact.
-
-        Decode steps are remembered until there are as many as the policy corrects at a time, or a prompt pass follows. Then
-        they are taken back, and `kwargs` bring them again.
-
-        Returns:
-            How many there are.
-        """
-        every = self.roles.selection.correct_every
-        first, count = acted[0], inputs.shape[1]
-        if not every or first.facts.seen == 0:
-            return 0
-        places = kwargs.get("position_ids")
-        if places is None:
-            places = torch.arange(first.facts.seen, first.facts.seen + count, device=inputs.device)[None]
-        if places.ndim != 2:
-            raise PolicyError(
-                f"correct_every needs 2-D position_ids, and these have {places.ndim}; use correct_every=0"
-            )
-        places = places.expand(inputs.shape[0], -1)
-        decoded, decoded_at = first.decoded, first.decoded_at
-        if decoded is None or decoded_at is None or decoded.ndim != inputs.ndim:  # ids after embeddings start anew
-            decoded, decoded_at = inputs[:, :0], places[:, :0]
-        again, decoded = decoded.shape[1], torch.cat((decoded.to(inputs.device), inputs), dim=1)
-        decoded_at = torch.cat((decoded_at.to(places.device), places), dim=1)
-        if count == 1 and again < every:
-            first.decoded, first.decoded_at = decoded, decoded_at
-            return 0
-        if again:
-            kwargs["input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"] = decoded
-            kwargs["position_ids"] = decoded_at
-            kwargs.pop("cache_position", None)
-            for layer in acted:
-                layer.take_back(again)
-        first.decoded = first.decoded_at = None
-        return again
-
-    def _result(self, current: Pass, output: Any) -> Any:
-        """What the caller gets: the rows asked for."""
-        self.handle.note_others()
-        if not current.again:
-            return output
-        count = current.tokens.count - current.again
-        if count == 1:  # a decode step, which read everything
-            for layer in current.layers:
-                layer.facts.readable += layer.facts.seen
-                layer.facts.read += layer.facts.length
-        return _last_columns(output, count)
-
-    def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, layer: KVLayer | None) -> Tokens:
+    def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, texts: Texts | None) -> Tokens:
         before, before_tensor, seen = None, None, 0
-        if layer is not None and layer.is_initialized:
-            before, before_tensor, seen = layer.tokens, layer.facts.tokens, layer.facts.seen
-            assert before_tensor is not None
+        if texts is not None and texts.seen_tensor is not None:
+            before, before_tensor, seen = texts.seen, texts.seen_tensor, texts.columns
             if before_tensor.shape[0] != batch:
                 raise PolicyError(
                     f"the cache holds {before_tensor.shape[0]} sequences and the input has {batch}; give as many"
@@ -306,6 +274,8 @@ class PatchedForward(Wrapper):
                 raise PolicyError(
                     f"this cache belongs to the policy {held[0].roles.describe()}; start a new one for {self.handle.describe()}"
                 )
+            if not held[0].is_initialized:  # as after a reset
+                _share_texts(held)
             return list(cache.layers)
         check_cache(cache)
         # A DynamicCache() without config has no layers yet: it adds plain ones as they are used.
@@ -315,8 +285,8 @@ class PatchedForward(Wrapper):
                 f"the cache has {len(layers)} layers and the model needs {self.indices[-1] + 1}; pass "
                 "DynamicCache(config=model.config), or none"
             )
-        for ordinal, index in enumerate(self.indices):
-            plain = layers[index]
+        plain_layers = [layers[index] for index in self.indices]
+        for ordinal, (index, plain) in enumerate(zip(self.indices, plain_layers, strict=True)):
             if type(plain) is not DynamicLayer:
                 raise PolicyError(
                     f"layer {index} of the cache is a {type(plain).__name__}, not a plain DynamicLayer; pass "
@@ -325,6 +295,8 @@ class PatchedForward(Wrapper):
             rotary = self._rotary[ordinal] if self._rotary else None
             kind = PagedLayer if self.roles.eviction.heads == "shared" else KVLayer
             layers[index] = kind(self.roles, ordinal, len(self.indices), rotary)
+        _share_texts([layers[index] for index in self.indices])
+        for index, plain in zip(self.indices, plain_layers, strict=True):
             if plain.get_seq_length():
                 self._adopt(layers[index], plain, mask, batch, count)
         return layers
@@ -366,12 +338,30 @@ def _check_not_packed(position_ids: Any, mask: Tensor | None) -> None:
         )
 
 
-def _last_columns(output: Any, count: int) -> Any:
-    """A decoder's output (hidden states, in whatever they are nested) of the last columns alone."""
+def _share_texts(layers: list[KVLayer]) -> None:
+    """Let the layers of a new cache share what is known of its sequences."""
+    texts = Texts()
+    for layer in layers:
+        layer.texts = texts
+
+
+def _arguments(feed: Feed, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
+    """A call's arguments with a feed's tokens, and their mask, in the place of its own."""
+    name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
+    others = {key: value for key, value in kwargs.items() if key != "cache_position"}
+    if isinstance(others.get("attention_mask"), Tensor):
+        others["attention_mask"] = mask
+    return {**others, name: feed.tokens, "position_ids": feed.positions}
+
+
+def _from_row(first: int, output: Any) -> Any:
+    """A decoder's output (hidden states, in whatever they are nested) without the rows before the first."""
+    if first == 0:
+        return output
     if isinstance(output, Tensor):
-        return output[:, -count:]
+        return output[:, first:]
     if isinstance(output, ModelOutput):
         for name, value in output.items():
-            output[name] = _last_columns(value, count)
+            output[name] = _from_row(first, value)
         return output
-    return tuple(_last_columns(item, count) for item in output) if isinstance(output, tuple) else output
+    return tuple(_from_row(first, item) for item in output) if isinstance(output, tuple) else output

@@ -55,8 +55,6 @@ class KVLayer(Slots):
         self.last_row: Tensor | None = None  # [batch, heads, 1, head_dim], the last query of a prompt
         self.last_position: Tensor | None = None  # int32 [batch, 1]
         self.last_unread = False  # the policy has not seen yet what that row reads
-        self.decoded: Tensor | None = None  # [batch, steps(, hidden)], inputs of decode steps to be computed again
-        self.decoded_at: Tensor | None = None  # int64 [batch, steps], their position ids
 
     def slot_limit(self) -> int | None:
         every = self.eviction.evict_every
@@ -99,10 +97,6 @@ class KVLayer(Slots):
     def take_back(self, removed: int) -> None:
         super().take_back(removed)
         self.last_unread = False
-        if self.decoded is not None and self.decoded_at is not None:
-            left = max(0, self.decoded.shape[1] - removed)
-            self.decoded = self.decoded[:, :left].clone() if left else None
-            self.decoded_at = self.decoded_at[:, :left].clone() if left else None
 
     # ------------------------------------------------------------------ observing
 
@@ -304,7 +298,7 @@ class KVLayer(Slots):
 
     def _entries(self, order: Tensor | None = None) -> Entries:
         """The slots in use as the policy sees them, in the order of int64 [batch, kv_heads, n] slots where that is given."""
-        assert self.recents is not None and self.facts.tokens is not None
+        assert self.recents is not None and self.texts.seen_tensor is not None
         positions = self.positions[:, :, : self.length]
         observed: dict[str, Tensor] = {}
         if self.scores is not None:
@@ -312,7 +306,7 @@ class KVLayer(Slots):
         if order is not None:
             positions = positions.gather(2, order)
             observed = {name: counted.gather(2, order) for name, counted in observed.items()}
-        tokens = self.facts.tokens.to(positions.device)
+        tokens = self.texts.seen_tensor.to(positions.device)
         candidates = positions < (tokens - self.recents)[:, None, None]
         if not self.is_full:
             candidates &= positions >= 0

@@ -92,8 +92,8 @@ class Pass:
         layers: the cache's layers that the policies act on; empty when the model runs without a cache.
         prompt: whether it is a prompt pass (several tokens, or the first of a cache) or a decode step.
         new_tokens: how many tokens the `generate` that runs was asked for, if one runs and that is known.
+        exact: its rows are those of steps that are run once more to be exact: the prefill policy is not asked.
         shared: what a selection policy hands from layer to layer.
-        again: how many columns of decode steps are fed once more before those of the pass itself.
         attended: the layers that have attended so far.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
@@ -104,9 +104,9 @@ class Pass:
     layers: "list[KVLayer]"
     prompt: bool
     new_tokens: int | None = None
+    exact: bool = False
     shared: dict[str, Any] = field(default_factory=dict)
     record: list[Any] | None = None
-    again: int = 0
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
     attended: set[int] = field(default_factory=set)
 

@@ -18,12 +18,13 @@ from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
 from kvpress.passes import expecting
-from kvpress.policy import EvictionPolicy, Policy, Roles, SelectionPolicy
+from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy
 from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary
 from kvpress.support import find_attention, find_decoder, unwrapped
+from kvpress.texts import Texts
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -72,11 +73,11 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
                 "(tp_plan); load it with device_map, or use a policy that decides head by head"
             )
         one.check_layers(len(attention))
-        corrects = isinstance(one, SelectionPolicy) and one.correct_every
-        if corrects and len(DynamicCache(config=decoder.config).layers) > len(attention):
+        hybrid = len(DynamicCache(config=decoder.config).layers) > len(attention)
+        if hybrid and isinstance(one, RoutePolicy) and one.back_remedy is not None:
             raise PolicyError(
-                f"{one.describe()} takes decode steps back to compute them again, and {type(model).__name__} has layers "
-                "without full attention, whose cache cannot; use correct_every=0"
+                f"{one.describe()} takes tokens back to run them again, and {type(model).__name__} has layers without full "
+                f"attention, whose cache cannot; {one.back_remedy}"
             )
     with _handles_lock:
         if decoder in _handles:
@@ -140,6 +141,7 @@ class Handle:
         self._running: set[object] = set()
         self._patched = True
         self._facts: dict[int, Facts] = {}
+        self._texts = Texts()
         self._others: dict[int, tuple[int, int]] = {}
         self._cache: weakref.ref[Any] | None = None
 
@@ -240,7 +242,7 @@ class Handle:
             PolicyError: the model has not run since it was patched, or the cache is of other policies, or of none.
         """
         if cache is not None:
-            known, others = _facts_of(cache), _others_of(cache)
+            known, texts, others = _facts_of(cache), _texts_of(cache), _others_of(cache)
             if not known or not self._owns(cache):
                 raise PolicyError(
                     f"this cache was not filled under {self.describe()}; there is nothing to report on it"
@@ -248,18 +250,19 @@ class Handle:
         elif not self._facts:
             raise PolicyError("nothing to report yet: the model has not run with a cache since it was patched")
         else:
-            known, others = self._facts, self._others
-        layers = {index: _layer_report(facts) for index, facts in known.items()}
+            known, texts, others = self._facts, self._texts, self._others
+        layers = {index: _layer_report(facts, texts) for index, facts in known.items()}
         acted = list(layers.values())
-        sequences = _sequences(known)
+        assert texts.seen_tensor is not None
         for index, (seen, nbytes) in others.items():
-            layers[index] = LayerReport(seen * sequences, seen * sequences, nbytes, nbytes, 1.0)
+            every = seen * len(texts.seen_tensor)
+            layers[index] = LayerReport(every, every, nbytes, nbytes, 1.0)
         read = sum(facts.read or facts.length for facts in known.values())
-        readable = sum(facts.readable or facts.seen for facts in known.values())
+        readable = sum(facts.readable or texts.columns for facts in known.values())
         total = LayerReport(
             seen=acted[0].seen,
             kept=sum(layer.kept for layer in acted) / len(acted),
-            bytes=sum(layer.bytes for layer in layers.values()),
+            bytes=sum(layer.bytes for layer in layers.values()) + texts.nbytes,
             full_bytes=sum(layer.full_bytes for layer in layers.values()),
             read_share=read / readable if readable else 1.0,
         )
@@ -368,7 +371,7 @@ class Handle:
 
     def watch(self, cache: Any) -> None:
         """Report on this cache from now on."""
-        self._facts = _facts_of(cache)
+        self._facts, self._texts = _facts_of(cache), _texts_of(cache)
         self._cache = weakref.ref(cache)
 
     def note_others(self) -> None:
@@ -416,6 +419,11 @@ def _facts_of(cache: Any) -> dict[int, Facts]:
     return {index: layer.facts for index, layer in enumerate(cache.layers) if isinstance(layer, KVLayer)}
 
 
+def _texts_of(cache: Any) -> Texts:
+    """The sequences of a cache; those of a new one if it has no layer that policies act on."""
+    return next((layer.texts for layer in cache.layers if isinstance(layer, KVLayer)), Texts())
+
+
 def _others_of(cache: Any) -> dict[int, tuple[int, int]]:
     """Layer index -> entries and bytes of a cache's layers that policies leave alone."""
     return {
@@ -429,17 +437,12 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def _sequences(facts: dict[int, Facts]) -> int:
-    tokens = next(iter(facts.values())).tokens
-    return 1 if tokens is None else tokens.shape[0]
-
-
-def _layer_report(facts: Facts) -> LayerReport:
-    assert facts.positions is not None and facts.tokens is not None
+def _layer_report(facts: Facts, texts: Texts) -> LayerReport:
+    assert facts.positions is not None and texts.seen_tensor is not None
     return LayerReport(
-        seen=int(facts.tokens.sum()),
+        seen=int(texts.seen_tensor.sum()),
         kept=int((facts.positions >= 0).sum()) / facts.kv_heads,
         bytes=facts.nbytes,
-        full_bytes=facts.entry_bytes * facts.seen,
-        read_share=facts.read / facts.readable if facts.readable else facts.length / max(1, facts.seen),
+        full_bytes=facts.entry_bytes * texts.columns,
+        read_share=facts.read / facts.readable if facts.readable else facts.length / max(1, texts.columns),
     )

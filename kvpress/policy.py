@@ -1,13 +1,13 @@
 """What a policy is: a frozen dataclass of hyper-parameters and pure functions from tensors to scores.
 
 A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it a decode step reads, prefill says
-what the rows of a prompt read. Policies of different roles can act together, and one may play several; a policy without a
-role (`Full`) leaves everything exact. The runtime owns all state: it lives with the cache, never on the policy.
+what the rows of a prompt read, route says what is run. Policies of different roles can act together, and one may play several;
+a policy without a role (`Full`) leaves everything exact. The runtime owns all state: it lives with the cache, never on the policy.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kvpress.errors import PolicyError
 from kvpress.observe import Mass, Noise, Nothing, Observer, Window
+from kvpress.texts import Texts
 
 __all__ = [
     "Budget",
@@ -23,6 +24,7 @@ __all__ = [
     "Dropped",
     "Entries",
     "EvictionPolicy",
+    "Feed",
     "Mass",
     "Merge",
     "Noise",
@@ -34,9 +36,11 @@ __all__ = [
     "Policy",
     "PrefillPolicy",
     "Quota",
+    "RoutePolicy",
     "Selected",
     "SelectionPolicy",
     "Sinks",
+    "Texts",
     "View",
     "Window",
 ]
@@ -555,11 +559,6 @@ class SelectionPolicy(Policy, role="selection"):
     """What the policy keeps about slots from step to step, as an error calls it; None for nothing. It cannot be combined with
     policies that evict during decode then."""
 
-    @property
-    def correct_every(self) -> int:
-        """Decode steps after which what they stored is computed again, exactly; 0 for never."""
-        return 0
-
     def check_company(self, others: "Sequence[Policy]") -> None:
         for other in others:
             _check_sees_rotated_keys(self, other)
@@ -644,12 +643,64 @@ def _check_sees_rotated_keys(policy: Policy, other: Policy) -> None:
 
 
 @dataclass(frozen=True)
+class Feed:
+    """One run of the decoder.
+
+    Attributes:
+        tokens: ids [batch, count], or embeddings [batch, count, hidden].
+        positions: position ids with the axes that the model has, [..., batch or 1, count]; None where the model counts columns.
+        back: how many of the newest columns are taken back from the cache first.
+        first: the first row of its output that the caller gets, if it is the last run.
+    """
+
+    tokens: Tensor
+    positions: Tensor | None
+    back: int = 0
+    first: int = 0
+
+    @property
+    def count(self) -> int:
+        """Columns fed."""
+        return self.tokens.shape[1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutePolicy(Policy, role="route"):
+    """A policy that says what is run when the model is called."""
+
+    kind: ClassVar[str] = "routing"
+
+    @property
+    def back_remedy(self) -> str | None:
+        """What to do where columns cannot be taken back from a cache; None for a route that never does that."""
+        return None
+
+    @abstractmethod
+    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
+        """The runs that take the place of the one that was asked for, one after the other; `feed` itself to run it as it is.
+
+        Args:
+            feed: the tokens of the call.
+            texts: the cache's sequences, as the runs before have left them.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneRun(RoutePolicy):
+    """What was asked for, in one run: what plays the role where no policy does."""
+
+    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
+        yield feed
+
+
+@dataclass(frozen=True)
 class Roles:
     """The policies of a model, one for each role."""
 
     eviction: EvictionPolicy = KeepAll()
     selection: SelectionPolicy = ReadAll()
     prefill: PrefillPolicy = DensePrefill()
+    route: RoutePolicy = OneRun()
 
     @classmethod
     def of(cls, policies: "Sequence[Policy]") -> "Roles":
@@ -658,7 +709,12 @@ class Roles:
 
     def describe(self) -> str:
         """The policies that play a role; full() where none does."""
-        acts = ((self.eviction, self.evicts), (self.selection, self.selects), (self.prefill, self.plans))
+        acts = (
+            (self.eviction, self.evicts),
+            (self.selection, self.selects),
+            (self.prefill, self.plans),
+            (self.route, self.routes),
+        )
         return " + ".join(dict.fromkeys(one.describe() for one, does in acts if does)) or "full()"
 
     @property
@@ -675,6 +731,10 @@ class Roles:
     def plans(self) -> bool:
         """Whether a prompt's rows may read less than everything."""
         return not isinstance(self.prefill, DensePrefill)
+
+    def routes(self) -> bool:
+        """Whether something else may be run than what was asked for."""
+        return not isinstance(self.route, OneRun)
 
     @property
     def places(self) -> Places:

@@ -14,7 +14,8 @@ class LayerReport:
     Attributes:
         seen: tokens seen, padding not counted, summed over the sequences of the batch (total: mean over layers).
         kept: entries held of them, summed over the sequences, mean over kv heads (total: mean over layers).
-        bytes: bytes of all tensors that the layer holds for the cache, statistics and spare slots included.
+        bytes: bytes of all tensors that the layer holds for the cache, statistics and spare slots included (total: also what
+            is remembered of the sequences themselves).
         full_bytes: bytes of K and V that transformers' DynamicCache would hold.
         read_share: entries that decode steps read, of those full attention would have read; before the first step, what
             the next one would read.

@@ -16,6 +16,7 @@ from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.passes import Tokens, active_pass
+from kvpress.texts import Texts
 
 
 def spare_slots(length: int) -> int:
@@ -38,9 +39,6 @@ class Facts:
     """What a report needs of a layer; outlives the layer's keys and values.
 
     Attributes:
-        seen: columns fed so far, padding included.
-        tokens: int32 [batch], real tokens seen per sequence.
-        offset: int64 [batch], how much the caller's position ids are ahead of these; None if there were none.
         positions: the layer's `positions`, or all slots of its kv heads in one row.
         kv_heads: how many kv heads there are.
         entry_bytes: bytes of K and V of one column, over the batch and all kv heads.
@@ -49,9 +47,6 @@ class Facts:
         read, readable: entries read in decode steps so far, and what full attention would have read.
     """
 
-    seen: int = 0
-    tokens: Tensor | None = None
-    offset: Tensor | None = None
     positions: Tensor | None = None
     kv_heads: int = 1
     entry_bytes: int = 0
@@ -72,8 +67,11 @@ class Slots(CacheLayerMixin):
         notes: name -> what an observer keeps of the sequences, likewise.
         dtype: of keys and values, once there are some: that of the values of the first pass.
         nbytes: bytes of all tensors held, statistics and state included.
+        index: which of the cache's layers that policies act on.
+        texts: the cache's sequences, which all of these layers share; the first one changes them.
     """
 
+    index = 0
     is_sliding = False
     is_compileable = False
     supports_early_init = False
@@ -100,7 +98,7 @@ class Slots(CacheLayerMixin):
         self.ordered = True  # slots in use are in position order
         self.free: Tensor | None = None  # int64 [batch, kv_heads], the slot that the last step emptied
         self.made: Buffers | None = None  # for the eviction at the end of the pass in progress
-        self.tokens: list[int] | None = None  # real tokens seen per sequence, if the host knows; else see facts.tokens
+        self.texts = Texts()
         self.facts = Facts()
 
     # ------------------------------------------------------------------ what the layer above decides
@@ -145,9 +143,8 @@ class Slots(CacheLayerMixin):
                 self.ordered = False
             self.length += new
         self.entries += new
-        self.tokens = tokens.seen
-        self.facts.tokens = tokens.seen_tensor
-        self.facts.seen += tokens.count
+        if self.index == 0:
+            self.texts.advance(tokens.count, tokens.seen, tokens.seen_tensor)
         self.facts.length = self.length
         if tokens.count > 1:  # a prompt pass dropped what was kept from step to step, perhaps without new buffers
             self.facts.nbytes = self.nbytes
@@ -291,26 +288,29 @@ class Slots(CacheLayerMixin):
     def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
             return
-        assert self.facts.tokens is not None
         with lasting_tensors():
             for holder in self._holders():
                 for name, tensor in list(holder.items()):
                     if isinstance(tensor, Tensor):
                         holder[name] = change(tensor)
-            self.facts.tokens = change(self.facts.tokens)
-            self.facts.offset = None if self.facts.offset is None else change(self.facts.offset)
         self._held_changed()
 
     def _change_batch(self, change: Callable[[Tensor], Tensor]) -> None:
         self._change_tensors(change)
-        if self.tokens is not None and self.facts.tokens is not None:
-            same = len(set(self.tokens)) == 1
-            self.tokens = self.tokens[:1] * len(self.facts.tokens) if same else None
+        if self.index == 0:
+            with lasting_tensors():
+                self.texts.change_batch(change)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was saved: its tensors may just have been made in `torch.inference_mode`."""
         self.__dict__.update(state)
-        self._change_tensors(lambda tensor: tensor.clone() if tensor.is_inference() else tensor)
+
+        def lasting(tensor: Tensor) -> Tensor:
+            return tensor.clone() if tensor.is_inference() else tensor
+
+        self._change_tensors(lasting)
+        with lasting_tensors():
+            self.texts.change_tensors(lasting)
 
     # ------------------------------------------------------------------ transformers' cache layer interface
 
@@ -329,11 +329,11 @@ class Slots(CacheLayerMixin):
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Length and offset of the keys as the mask sees them: all that was seen."""
-        return self.facts.seen + query_length, 0
+        return self.texts.columns + query_length, 0
 
     def get_seq_length(self) -> int:
         """Columns *seen*, with padding: `generate` takes positions and the start of a second turn from it."""
-        return self.facts.seen
+        return self.texts.columns
 
     def get_max_length(self) -> int:
         """No limit."""
@@ -352,8 +352,9 @@ class Slots(CacheLayerMixin):
         Raises:
             PolicyError: the policy evicts, or the batch is padded: slots are not in the order of tokens then.
         """
-        # Before transformers 5.23 a positive number is the length to keep.
-        removed = -tokens_to_remove if tokens_to_remove <= 0 else self.facts.seen - tokens_to_remove
+        # Before transformers 5.23 a positive number is the length to keep. Behind the first layer the texts are shorter already.
+        length = self.texts.columns if self.index == 0 else self.length
+        removed = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
         if removed <= 0 or not self.is_initialized:
             return
         self.check_crop(removed)
@@ -363,15 +364,10 @@ class Slots(CacheLayerMixin):
     def take_back(self, removed: int) -> None:
         """Remove the last slots, which must be those of the last columns: of decode steps, or of an unpadded batch."""
         kept = self.length - removed
-        assert self.facts.tokens is not None
-        if self.uniform:
-            self.facts.tokens = self.facts.tokens - removed
-            self.tokens = None if self.tokens is None else [seen - removed for seen in self.tokens]
-        else:
-            self.facts.tokens = self.facts.tokens - (self.positions[:, 0, kept : self.length] >= 0).sum(-1).int()
-            self.tokens = None
+        if self.index == 0:
+            real = None if self.uniform else (self.positions[:, 0, kept : self.length] >= 0).sum(-1).int()
+            self.texts.take_back(removed, real)
         self.length = self.entries = self.facts.length = kept
-        self.facts.seen -= removed
         self.positions[:, :, kept:] = -1
         self.state.clear()
         self.facts.nbytes = self.nbytes

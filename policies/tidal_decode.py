@@ -1,6 +1,6 @@
 """TidalDecode: choose once for many layers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,9 +14,12 @@ from kvpress.kernels.union_select import union_select
 from kvpress.policy import (
     Budget,
     EvictionPolicy,
+    Feed,
     Policy,
+    RoutePolicy,
     Selected,
     SelectionPolicy,
+    Texts,
     View,
     check_budget,
     check_count,
@@ -29,7 +32,7 @@ CORRECTION_LAYERS = {28: 12, 32: 13, 80: 31}
 
 
 @dataclass(frozen=True, kw_only=True)
-class TidalDecode(SelectionPolicy):
+class TidalDecode(SelectionPolicy, RoutePolicy):
     """Find the tokens that matter in two layers, and read only those in the layers after them.
 
     Everything is kept. In each decode step the layers before `sparse_layer_start` read everything; that layer reads
@@ -115,6 +118,30 @@ class TidalDecode(SelectionPolicy):
         if second is None:
             second = max(first + 2, CORRECTION_LAYERS.get(layers, round(0.4 * layers)))
         return first, second
+
+    @property
+    def back_remedy(self) -> str | None:
+        return "use correct_every=0" if self.correct_every else None
+
+    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
+        """Remember decode steps until there are `correct_every`, or a prompt pass follows; then feed them once more, before it."""
+        if self.correct_every and texts.columns:
+            places = feed.positions
+            if places is None:
+                places = torch.arange(texts.columns, texts.columns + feed.count, device=feed.tokens.device)[None]
+            if places.ndim != 2:
+                raise PolicyError(
+                    f"correct_every needs 2-D position_ids, and these have {places.ndim}; use correct_every=0"
+                )
+            tokens, places = texts.behind_inputs(feed.tokens, places.expand(len(feed.tokens), -1))
+            steps = tokens.shape[1] - feed.count
+            if feed.count == 1 and steps < self.correct_every:
+                texts.inputs, texts.places = tokens, places
+            else:
+                texts.forget_inputs()
+                if steps:
+                    feed = Feed(tokens, places, back=steps, first=steps)
+        yield feed
 
     def select(self, view: View) -> Selected:
         if view.layer in self.picking_layers(view.layers):

@@ -34,7 +34,7 @@ def feed(layer, count, mass=None, batch=1, kv_heads=1, seed=0):
     """Append a pass of `count` tokens to the layer and observe `mass` [batch, kv_heads, entries held]."""
     generator = torch.Generator().manual_seed(seed)
     keys, values = torch.randn(2, batch, kv_heads, count, HEAD_DIM, generator=generator)
-    tokens = plain_tokens(batch, count, layer.tokens, layer.facts.tokens, "cpu")
+    tokens = plain_tokens(batch, count, layer.texts.seen, layer.texts.seen_tensor, "cpu")
     layer.append(keys, values, tokens)
     if mass is not None:
         layer.add_mass(mass)
@@ -67,7 +67,7 @@ def attended(policy, query, key, passes):
     layer, seen, sets = new_layer(policy), 0, []
     for count in passes:
         rows, decode, past = slice(seen, seen + count), seen > 0 and count == 1, layer.length
-        tokens = plain_tokens(key.shape[0], count, layer.tokens, layer.facts.tokens, "cpu")
+        tokens = plain_tokens(key.shape[0], count, layer.texts.seen, layer.texts.seen_tensor, "cpu")
         if decode:
             layer.settle()
         layer.append(key[:, :, rows], key[:, :, rows], tokens)

@@ -89,7 +89,7 @@ def check_counts(cache: Any) -> None:
         holder = getattr(layer, "pages", None) or layer
         counted, positions = holder.stats["witnesses"], holder.positions
         held = positions >= 0
-        tokens = layer.facts.tokens.view(-1, *(1,) * (positions.ndim - 1))
+        tokens = layer.texts.seen_tensor.view(-1, *(1,) * (positions.ndim - 1))
         assert held.any() and torch.equal(counted[held].long(), (tokens - positions)[held].long())
 
 

@@ -356,7 +356,9 @@ class TestSelection:
             alone = prompt(policy, length, mass[b : b + 1, :, :length] if isinstance(policy.observes, Mass) else None)
             assert kept(layer, b) == kept(alone) and len(kept(layer, b)) == length // 2
         for step_index in range(4):
-            tokens = masked_tokens(torch.ones(3, 1, dtype=torch.bool), layer.tokens, layer.facts.tokens, prompt=False)
+            tokens = masked_tokens(
+                torch.ones(3, 1, dtype=torch.bool), layer.texts.seen, layer.texts.seen_tensor, prompt=False
+            )
             layer.append(*torch.randn(2, 3, 1, 1, 4, generator=generator), tokens)
             layer.evict_step()
             for b, length in enumerate(lengths):
@@ -374,7 +376,9 @@ class TestSelection:
             assert len(kept(layer, 0)) == 5 and len(kept(layer, 1)) == min(5, seen)
             if seen <= 5:
                 assert kept(layer, 1) == list(range(seen))
-            tokens = masked_tokens(torch.ones(2, 1, dtype=torch.bool), layer.tokens, layer.facts.tokens, prompt=False)
+            tokens = masked_tokens(
+                torch.ones(2, 1, dtype=torch.bool), layer.texts.seen, layer.texts.seen_tensor, prompt=False
+            )
             layer.append(*torch.randn(2, 2, 1, 1, 4, generator=generator), tokens)
             layer.evict_step()
 
