@@ -732,6 +732,7 @@ class Roles:
         """Whether a prompt's rows may read less than everything."""
         return not isinstance(self.prefill, DensePrefill)
 
+    @property
     def routes(self) -> bool:
         """Whether something else may be run than what was asked for."""
         return not isinstance(self.route, OneRun)
