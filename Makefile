@@ -1,5 +1,7 @@
 PYTHON ?= python3
 PYTEST_ARGS ?=
+# A process for each core; each test has one thread (tests/conftest.py). A file's tests stay together, and so do their fixtures.
+PYTEST_WORKERS ?= --numprocesses auto --maxprocesses 8 --dist loadfile
 # Another torch than the lock's, for `make lock`, `make test-oldest` and `make test-newest`.
 TORCH ?=
 
@@ -39,7 +41,7 @@ test:
 	$(call environment,$(TEST_VENV))
 	$(call check,$(CURDIR)/$(TEST_VENV)/bin,$(TEST_VENV))
 	@echo "== pytest"
-	$(TEST_VENV)/bin/pytest $(PYTEST_ARGS)
+	$(TEST_VENV)/bin/pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 # The tests that a change in transformers can break, with the newest and the oldest supported one.
 test-versions: test-newest test-oldest
@@ -48,7 +50,7 @@ test-oldest:
 	$(call environment,$(VERSIONS_VENV))
 	@echo "== transformers $(OLDEST)"
 	$(call change,transformers==$(OLDEST))
-	$(VERSIONS_VENV)/bin/pytest -m versions $(PYTEST_ARGS)
+	$(VERSIONS_VENV)/bin/pytest -m versions $(PYTEST_WORKERS) $(PYTEST_ARGS)
 
 test-newest:
 	$(call environment,$(VERSIONS_VENV))
@@ -58,7 +60,7 @@ test-newest:
 	@if $(VERSIONS_VENV)/bin/python -m pip freeze | cmp -s - $(VERSIONS_VENV)/locked.txt; then \
 	    echo "== the newest transformers is that of $(LOCK): \`make test\` runs with it, and more tests"; \
 	else \
-	    $(VERSIONS_VENV)/bin/pytest -m versions $(PYTEST_ARGS); \
+	    $(VERSIONS_VENV)/bin/pytest -m versions $(PYTEST_WORKERS) $(PYTEST_ARGS); \
 	fi
 
 # One version of each package for each Python from 3.10 on and each system, the newest that fit together. torch
