@@ -87,17 +87,14 @@ def register() -> None:
 
 
 def mask(*args: Any, mask_function: Any = causal_mask_function, config: Any = None, **kwargs: Any) -> Any:
-    """No mask for the layers we attend (padding is an empty slot, causality is structural); the original for others.
+    """No mask for the layers we attend (padding is an empty slot, causality is structural); the original elsewhere.
 
-    Outside a pass, the padding mask [batch, tokens] that was given, or None.
+    Elsewhere is a layer that the policies leave alone, another model that shares the config, and a model around the decoder
+    (for images and text) that makes the masks before it calls the decoder, which takes the padding out of them.
     """
-    if mask_function is causal_mask_function:
-        # What is compiled cannot ask for the pass in progress.
-        if torch.compiler.is_compiling() or active_pass() is not None:
-            return None
-        # A model around the decoder (for images and text) makes the masks before the decoder is called, which then takes
-        # the padding from here.
-        return kwargs.get("attention_mask")
+    # What is compiled cannot ask for the pass in progress.
+    if mask_function is causal_mask_function and (torch.compiler.is_compiling() or active_pass() is not None):
+        return None
     original = AttentionMaskInterface().get(originals.name(config))
     return None if original is None else original(*args, mask_function=mask_function, config=config, **kwargs)
 

@@ -156,10 +156,12 @@ def _moves(name: str, make: Callable[..., PreTrainedModel], policy: Any) -> Verd
     for layer in range(4):
         try:
             model = make(name, one_layer=layer)
+            with torch.no_grad():
+                model(input_ids=token_ids(1, 4), use_cache=True)
         except IndexError:
             break
         except Exception:
-            continue  # no model of this layer alone
+            continue  # no model of this layer alone, or none that runs
         if _refusal(model, policy) is not None:
             continue
         try:

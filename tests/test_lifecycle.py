@@ -320,3 +320,20 @@ def test_quantizing_a_patched_model(model, ids):
     with kvpress.patch(quantized, H2O(budget=4)) as handle:
         quantized.generate(ids, **OPTIONS)
         assert handle.report().total.kept == 4
+
+
+# ------------------------------------------------------------------ a config that two models share
+
+
+@torch.no_grad()
+def test_an_unpatched_model_that_shares_the_config_keeps_its_masks(model):
+    """Padded too, which needs a mask: ours is for the layers of patched models alone."""
+    other = sharp_llama(seed=2)
+    for module in other.modules():
+        if hasattr(module, "config"):
+            module.config = model.config
+    ids = torch.tensor([[0] * 7 + prompt(13), prompt(20, 1)])
+    mask = (ids != 0).long()
+    expected = other(ids, attention_mask=mask).logits
+    with kvpress.patch(model, H2O(budget=4)):
+        assert torch.equal(other(ids, attention_mask=mask).logits, expected)
