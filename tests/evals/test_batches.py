@@ -39,6 +39,7 @@ POLICIES = [
     {"name": "recycled", "query_stride": 2, "similarity": 0.8},
 ]
 CHUNKED = {"name": "token_select", "n_init": 4, "n_local": 32, "chunk": 32, "k": 16}
+SPARSE = {"name": "x_attention", "stride": 4, "block_size": 16, "threshold": 0.6}
 SAME = (
     "index",
     "prompt_hash",
@@ -79,12 +80,12 @@ def rows(loaded):
 
 
 def sweep():
-    listed = [one if isinstance(one, str) else one["name"] for one in POLICIES] + ["token_select"]
+    listed = [one if isinstance(one, str) else one["name"] for one in POLICIES] + ["token_select", "x_attention"]
     shipped = {n for n, policy in kvpress.available().items() if policy.__module__.startswith("kvpress.policies.")}
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return shipped - set(listed), [
         {"policy": [one for one in POLICIES if one not in fixed], "budget": [0.3]},
-        {"policy": [*fixed, CHUNKED]},
+        {"policy": [*fixed, CHUNKED, SPARSE]},
     ]
 
 
@@ -104,7 +105,7 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
     parts = {"defaults": {"task": task | depths, "query_aware": query_aware}, "sweep": grids}
     single = rows(plan("tiny", tmp_path / "1", **parts))
     batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
-    assert len(single) == (len(POLICIES) + 1 if query_aware else 6)
+    assert len(single) == (len(POLICIES) + 2 if query_aware else 6)
     for policy, own in single.items():
         for index, row in own.items():
             other = batched[policy][index]
