@@ -221,7 +221,8 @@ CASES = [
         noise="none",
         evict="after_prompt",
     ),
-    both(KeyDiff, keys.KeyDiff, {"budget": 500}, budget=0.4),
+    # In entries: of two keys neither is less like their mean, and rounding alone would choose in a prompt of two tokens.
+    both(KeyDiff, keys.KeyDiff, {"budget": 500}, budget=5),
     both(KeyDiff, keys.KeyDiff, {"budget": 500, "evict": "after_prompt"}, budget=7, evict="after_prompt"),
     both(Knorm, keys.Knorm, {"budget": 500}, budget=0.3),
     both(Knorm, keys.Knorm, {"budget": 500, "skip_layers": 1}, budget=6, skip_layers=1, evict="after_prompt"),
