@@ -130,10 +130,17 @@ def _spread_labels(axes: Axes, labels: Sequence[tuple[Annotation, Transform, Bbo
     for (text, place, _), own in zip(labels, intervals, strict=True):
         point = Bbox([place.transform(text.xy)] * 2)
         best, least = (0, 0), math.inf
+        right, left = _move(text, 16, 0), _move(text, -16, 0)  # measured once: a text's size takes long to find
+        scale = axes.figure.dpi / 72
         for offset in offsets:
             if math.hypot(*offset) >= least:
                 break
-            box = _move(text, *offset)
+            dx, dy = offset
+            box = (
+                right.translated((dx - 16) * scale, dy * scale)
+                if dx > 0
+                else left.translated((dx + 16) * scale, dy * scale)
+            )
             inside = all(axes.bbox.contains(*corner) for corner in (box.min, box.max))
             if inside and not any(box.overlaps(other) for other in taken):
                 between = Bbox.union([box, point])
