@@ -18,10 +18,17 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+import kvpress
+
 VOCAB = 97
 # No token ends a sequence, so that `generate` makes exactly as many as it is asked for.
 SPECIAL = {"bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
 WIDTHS = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 512}
+
+
+def shipped_policies():
+    """Name -> policy of the package; `kvpress.available()` also has those that other tests of this process define."""
+    return {n: one for n, one in kvpress.available().items() if one.__module__.startswith("kvpress.policies.")}
 
 
 def token_ids(batch, count, seed=0):

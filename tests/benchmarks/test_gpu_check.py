@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import kvpress
+from models import shipped_policies
 
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
@@ -89,7 +89,7 @@ def test_every_policy_decodes(tiny):
         here = {row["policy"]: row for row in rows if row["batch"] == batch}
         how = ("compiled", "compiled, CUDA graphs") if batch == 1 else ()
         compiled = {f"{name} {one}" for name in ("full", "tidal_decode", "h2o") for one in how}
-        assert set(here) == {"transformers", "floor", *kvpress.available()} | compiled
+        assert set(here) == {"transformers", "floor", *shipped_policies()} | compiled
         assert all(row["ms"] > 0 and row["busy_ms"] > 0 for row in here.values())
         assert here["h2o"]["cache_gib"] < here["full"]["cache_gib"] / 2
         assert here["h2o"]["read_share"] < 0.5 and here["full"]["read_share"] == 1

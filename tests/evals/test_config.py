@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-import kvpress
 from kvpress.cli import app
 from kvpress.evals.config import make_plan, read_plan
 from kvpress.evals.locations import ConfigError
 from kvpress.models import ModelLoadError
+from models import shipped_policies
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -248,9 +248,7 @@ def test_the_papers_configurations(name, monkeypatch):
 
 
 def test_every_paper_has_a_configuration():
-    papers = {
-        policy.paper for policy in kvpress.available().values() if policy.__module__.startswith("kvpress.policies.")
-    }
+    papers = {policy.paper for policy in shipped_policies().values()}
     heads = [path.read_text(encoding="utf-8").splitlines()[0] for path in (CONFIGS / "paper").glob("*.yaml")]
     assert {paper for paper in papers if paper and not any(f"({paper})" in head for head in heads)} == set()
 
@@ -261,9 +259,7 @@ def no_tokenizer(name):
 
 def test_the_needle_configuration_has_every_policy():
     runs = read_plan(CONFIGS / "smollm2_needle.yaml").runs
-    shipped = {
-        name for name, policy in kvpress.available().items() if policy.__module__.startswith("kvpress.policies.")
-    }
+    shipped = set(shipped_policies())
     assert {policy.name for run in runs for policy in run.policies} == shipped
     assert {run.task.lengths for run in runs} == {(1000,), (2000,)}
     assert {len(run.task.depths) for run in runs} == {3}
