@@ -150,8 +150,8 @@ class KVLayer(CacheLayerMixin):
         self.known: set[Step] = set()  # kinds of step that were run since the tensors are those that they are
         self.recordings: dict[Any, Any] = {}  # of whole steps, see kvpress.replay; the first layer has them
 
-    def _new_storage(self) -> Slots:
-        return Slots(self.observer.slots)
+    def _new_storage(self) -> Storage:
+        return self.roles.storage.storage(self.index, self.count, self.observer.slots)
 
     # ------------------------------------------------------------------ what it holds
 
@@ -216,25 +216,25 @@ class KVLayer(CacheLayerMixin):
         key = self._stored_key(key, tokens)
         new = tokens.count if tokens.columns is None else max(len(columns) for columns in tokens.columns)
         if isinstance(self.storage, Pages):
-            self.storage = self.storage.as_slots(self._new_storage(), new)
+            self.storage = self.storage.as_slots(Slots(self.observer.slots), new)
         if not self.is_initialized:
             self.dtype, self.device = key.dtype, key.device
-        self._reserve(key, value, self.storage.length + new, prompt=True)
+        self._reserve(self.storage.length + new, (key, value))
         self.is_initialized = True
         self.storage.put(key, value, tokens)
         if self.index == 0:
             self.texts.advance(tokens.count, tokens.seen, tokens.seen_tensor)
         self._held_changed()
 
-    def _reserve(self, key: Tensor, value: Tensor, needed: int, prompt: bool) -> None:
-        """Have room for `needed` entries of a kv head."""
+    def _reserve(self, needed: int, like: tuple[Tensor, Tensor] | None = None) -> None:
+        """Have room for `needed` entries of a kv head, in a prompt pass for its keys and values."""
         if needed <= self.storage.capacity:
             return
-        limit = self.slot_limit
+        limit, prompt = self.slot_limit, like is not None
         spare = 0 if self.evicts and prompt else spare_slots(needed)  # a prompt is compacted right after its attention
         if limit is not None:
             spare = max(0, min(spare, limit - needed))
-        self.storage.reserve(key, value, needed + spare)
+        self.storage.reserve(needed + spare, like)
         self.known.clear()
         if not prompt:
             self._held_changed()
@@ -251,7 +251,7 @@ class KVLayer(CacheLayerMixin):
         """Before the first row of a prompt that evicts row by row: have a slot for it."""
         if not self.is_initialized:
             self.dtype, self.device = key.dtype, key.device
-            self.storage.reserve(key, value, 1)
+            self.storage.reserve(1, (key, value))
             self.is_initialized = True
 
     def open_step(self, tokens: Tokens, compiled: bool = False) -> None:
@@ -265,7 +265,7 @@ class KVLayer(CacheLayerMixin):
         held, limit = self.storage, self.slot_limit
         appends = limit is None or held.length < limit
         if appends and held.length == held.capacity:
-            self._reserve(held.keys, held.values, held.length + 1, prompt=False)
+            self._reserve(held.length + 1)
         stop = held.length + appends
         uniform = held.uniform and not tokens.padded
         evicts: Literal["no", "all", "over"] = "no"
@@ -486,7 +486,7 @@ class KVLayer(CacheLayerMixin):
         self.set_quotas(tokens)
         new = tokens.count if tokens.columns is None else max(len(columns) for columns in tokens.columns)
         assert self.largest is not None
-        if isinstance(self.storage, Slots) and self.eviction.heads != "shared":  # else it depends on the scores
+        if self.eviction.heads != "shared":  # else it depends on the scores
             self.storage.make(key, value, self._capacity(min(self.largest, self.storage.length + new)))
 
     def _capacity(self, width: int) -> int:
@@ -497,6 +497,7 @@ class KVLayer(CacheLayerMixin):
     def take_over(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
         """Store what a layer without policy held; the policy acts at the end of the next pass, which still sees it all."""
         self.append(key.to(value.dtype), value, tokens)
+        self.storage.end_prompt()
         self.steps = -1
         if self.evicts:
             self.set_quotas(tokens)
@@ -520,11 +521,12 @@ class KVLayer(CacheLayerMixin):
         self.known.clear()
         if self.selection.observes_reads:
             self._keep_last_row(query, tokens)
-        if not self.evicts:
-            return
-        if not mass_known:
-            self.observe_prompt(query, tokens, scores, new_tokens, past)
-        self.close_prompt(tokens)
+        if self.evicts:
+            if not mass_known:
+                self.observe_prompt(query, tokens, scores, new_tokens, past)
+            self.close_prompt(tokens)
+        self.storage.end_prompt()
+        self._held_changed()
 
     def _keep_last_row(self, query: Tensor, tokens: Tokens) -> None:
         rows, positions = query, tokens.positions.expand(query.shape[0], -1)
@@ -541,9 +543,6 @@ class KVLayer(CacheLayerMixin):
         self.pending = self.eviction.evict == "after_prompt"
         if not self.pending:
             self._evict_prompt()
-        if isinstance(self.storage, Slots):
-            self.storage.made = None
-        self._held_changed()
 
     def settle(self) -> None:
         """Do the eviction that the prompt left for the first decode step."""
@@ -676,9 +675,7 @@ class KVLayer(CacheLayerMixin):
 
     def _holders(self) -> list[dict[str, Any]]:
         """The mappings that hold tensors with the batch as first dimension."""
-        made = self.storage.made if isinstance(self.storage, Slots) else None
-        more = [] if made is None else [vars(made), made.stats]
-        return [self.__dict__, self.state, self.notes, *self.storage.holders(), *more]
+        return [self.__dict__, self.state, self.notes, *self.storage.holders()]
 
     def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:

@@ -1,8 +1,9 @@
 """What a policy is: a frozen dataclass of hyper-parameters and pure functions from tensors to scores.
 
 A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it a decode step reads, prefill says
-what the rows of a prompt read, route says what is run. Policies of different roles can act together, and one may play several;
-a policy without a role (`Full`) leaves everything exact. The runtime owns all state: it lives with the cache, never on the policy.
+what the rows of a prompt read, route says what is run, storage says how keys and values are held. Policies of different roles
+can act together, and one may play several; a policy without a role (`Full`) leaves everything exact. The runtime owns all
+state: it lives with the cache, never on the policy.
 """
 
 import math
@@ -17,6 +18,7 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.kernels.union_select import union_select
 from kvpress.observe import Mass, Noise, Nothing, Observer, Window
+from kvpress.storage import NewStats, Slots, Storage
 from kvpress.texts import Texts
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "Selected",
     "SelectionPolicy",
     "Sinks",
+    "StoragePolicy",
     "Texts",
     "View",
     "Window",
@@ -767,6 +770,30 @@ class OneRun(RoutePolicy):
         yield feed
 
 
+@dataclass(frozen=True, kw_only=True)
+class StoragePolicy(Policy, role="storage"):
+    """A policy that says how the keys and values of a layer are held."""
+
+    kind: ClassVar[str] = "storing"
+
+    @abstractmethod
+    def storage(self, layer: int, layers: int, new_stats: NewStats) -> Storage:
+        """A storage that holds nothing yet, for one layer of one cache.
+
+        Args:
+            layer, layers: index among the layers that the policies act on, and their number.
+            new_stats: makes what is counted of the entries, for the storage to keep with them.
+        """
+
+
+@dataclass(frozen=True, kw_only=True)
+class InSlots(StoragePolicy):
+    """Keys and values as the model makes them: what plays the role where no policy does."""
+
+    def storage(self, layer: int, layers: int, new_stats: NewStats) -> Storage:
+        return Slots(new_stats)
+
+
 @dataclass(frozen=True)
 class Roles:
     """The policies of a model, one for each role."""
@@ -775,6 +802,7 @@ class Roles:
     selection: SelectionPolicy = ReadAll()
     prefill: PrefillPolicy = DensePrefill()
     route: RoutePolicy = OneRun()
+    storage: StoragePolicy = InSlots()
 
     @classmethod
     def of(cls, policies: "Sequence[Policy]") -> "Roles":
@@ -788,6 +816,7 @@ class Roles:
             (self.selection, self.selects),
             (self.prefill, self.plans),
             (self.route, self.routes),
+            (self.storage, self.stores),
         )
         return " + ".join(dict.fromkeys(one.describe() for one, does in acts if does)) or "full()"
 
@@ -810,6 +839,11 @@ class Roles:
     def routes(self) -> bool:
         """Whether something else may be run than what was asked for."""
         return not isinstance(self.route, OneRun)
+
+    @property
+    def stores(self) -> bool:
+        """Whether keys and values are held otherwise than as the model makes them."""
+        return not isinstance(self.storage, InSlots)
 
     @property
     def places(self) -> Places:

@@ -11,6 +11,7 @@ from kvpress.policies.key_diff import KeyDiff
 from kvpress.policies.keyformer import Keyformer
 from kvpress.policies.knorm import Knorm
 from kvpress.policies.observed_attention import ObservedAttention
+from kvpress.policies.packed import Packed
 from kvpress.policies.pyramid_kv import PyramidKV
 from kvpress.policies.quest import Quest
 from kvpress.policies.recycled import RecycledAttention
@@ -34,6 +35,7 @@ __all__ = [
     "Keyformer",
     "Knorm",
     "ObservedAttention",
+    "Packed",
     "PyramidKV",
     "Quest",
     "RecycledAttention",

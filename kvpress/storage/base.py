@@ -13,6 +13,10 @@ from kvpress.observe import Scores
 from kvpress.passes import Tokens
 
 
+NewStats = Callable[[tuple[int, int, int], torch.device], dict[str, Tensor]]
+"""Makes empty statistics of [batch, kv_heads, capacity] slots."""
+
+
 def spare_slots(length: int) -> int:
     """Slots to spare in a buffer of `length` entries that grows in decode: few, and copied seldom enough not to matter."""
     return max(8, length // 32)
@@ -68,12 +72,27 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def reserve(self, key: Tensor, value: Tensor, capacity: int) -> None:
-        """Have `capacity` slots, for entries as key and value [batch, kv_heads, n, head_dim]; never fewer than before."""
+    def reserve(self, capacity: int, like: tuple[Tensor, Tensor] | None = None) -> None:
+        """Have `capacity` slots; never fewer than before.
+
+        Args:
+            like: key and value [batch, kv_heads, n, head_dim] as they will come; needed while there is no slot at all.
+        """
 
     @abstractmethod
     def keep(self, index: Tensor, chosen: Tensor, capacity: int) -> None:
         """Keep the slots at index, int64 [batch, kv_heads, k], in position order; those not `chosen` become empty."""
+
+    def make(self, key: Tensor, value: Tensor, capacity: int) -> None:  # noqa: B027 (a storage may do without)
+        """Make what `keep` fills before the pass of key and value [batch, kv_heads, count, head_dim] needs its memory.
+
+        A layer that makes lasting tensors, however small, in the midst of a pass has malloc cut them off the memory that the
+        pass's hidden states were in. What is left is just too small for the next layer's, which take new memory: after
+        30 layers the process holds several times what is in use.
+        """
+
+    def end_prompt(self) -> None:  # noqa: B027 (a storage may have nothing to let go of)
+        """Let go of what was held for a prompt pass alone: it has attended, and what it drops is dropped."""
 
     # ------------------------------------------------------------------ reading
 
@@ -87,6 +106,8 @@ class Storage(ABC):
         self, rows: slice = slice(None), stop: int | None = None, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Keys and values of the first `stop` slots (of some sequences), or of those listed: [batch, kv_heads, n, head_dim].
+
+        They are the storage's own tensors or copies: only where a policy that merges is let in may they be written into.
 
         Args:
             index: int64 [batch, kv_heads, n].
@@ -187,6 +208,21 @@ def in_place(buffer: Tensor, slot: Tensor, new: Tensor) -> None:
     batch, kv_heads, slots = buffer.shape[:3]
     at = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device).add_(slot.flatten())
     buffer.view(-1, *buffer.shape[3:]).index_copy_(0, at, new.reshape(batch * kv_heads, *buffer.shape[3:]))
+
+
+def start_stats(stats: dict[str, Tensor], slot: Tensor) -> None:
+    """Count nothing yet of one slot of each kv head, in place: int64 [1] for all of them, or [batch, kv_heads]."""
+    for stat in stats.values():
+        at = slot.view(*slot.shape, *(1,) * (stat.ndim - slot.ndim))
+        stat.scatter_(-1, at.expand(*stat.shape[:-1], 1), 0.0)
+
+
+def gather_stats(stats: dict[str, Tensor], index: Tensor, out: dict[str, Tensor]) -> None:
+    """Copy what is counted of the slots at index, int64 [batch, kv_heads, k], to the first k slots of other statistics."""
+    k = index.shape[2]
+    for name, stat in stats.items():
+        where = index.view(*index.shape[:2], *(1,) * (stat.ndim - 3), k).expand(*stat.shape[:-1], k)
+        out[name][..., :k] = stat.gather(-1, where)
 
 
 def marked_first(marks: Tensor, k: int) -> tuple[Tensor, Tensor]:

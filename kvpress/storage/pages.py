@@ -155,7 +155,7 @@ class Pages(Storage):
         self.paged_values.view(batch * slots, -1).index_copy_(0, at, value.reshape(len(at), -1))
         self.paged_positions.view(-1).index_copy_(0, at, positions.expand(batch, self.kv_heads).reshape(-1))
 
-    def reserve(self, key: Tensor, value: Tensor, capacity: int) -> None:
+    def reserve(self, capacity: int, like: tuple[Tensor, Tensor] | None = None) -> None:
         """Give every kv head so many pages more."""
         if capacity <= self.capacity:
             return

@@ -1,6 +1,5 @@
 """Keys and values as the model makes them, in a rectangle of slots: as many of each kv head."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +11,7 @@ from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.observe import Scores
 from kvpress.passes import Tokens
-from kvpress.storage.base import Storage, in_place
-
-NewStats = Callable[[tuple[int, int, int], torch.device], dict[str, Tensor]]
-"""Makes empty statistics of [batch, kv_heads, capacity] slots."""
+from kvpress.storage.base import NewStats, Storage, gather_stats, in_place, start_stats
 
 
 @dataclass
@@ -80,13 +76,12 @@ class Slots(Storage):
         in_place(self.keys, slot, key[:, :, 0])
         in_place(self.values, slot, value[:, :, 0])
         in_place(self.positions, slot, positions.expand(batch, kv_heads))
-        for stat in self.stats.values():
-            at = slot.view(*slot.shape, *(1,) * (stat.ndim - slot.ndim))
-            stat.scatter_(-1, at.expand(*stat.shape[:-1], 1), 0.0)
+        start_stats(self.stats, slot)
 
-    def reserve(self, key: Tensor, value: Tensor, capacity: int) -> None:
+    def reserve(self, capacity: int, like: tuple[Tensor, Tensor] | None = None) -> None:
         if capacity <= self.capacity:
             return
+        key, value = (self.keys, self.values) if like is None else like
         shape = (*key.shape[:2], capacity)
         keys, values = key.new_empty(*shape, key.shape[-1]), value.new_empty(*shape, value.shape[-1])
         positions = torch.full(shape, -1, dtype=torch.int32, device=key.device)
@@ -112,24 +107,23 @@ class Slots(Storage):
         self.keys, self.values, self.positions = compact_slots(
             self.keys, self.values, self.positions, index, chosen, capacity, out=out
         )
-        for name, stat in self.stats.items():
-            where = index.view(*index.shape[:2], *(1,) * (stat.ndim - 3), k).expand(*stat.shape[:-1], k)
-            stats[name][..., :k] = stat.gather(-1, where)
+        gather_stats(self.stats, index, stats)
         self.stats = stats
         self.length = self.entries = k
         self.ordered = True
 
     def make(self, key: Tensor, value: Tensor, capacity: int) -> None:
-        """Make what `keep` fills before the pass of key and value [batch, kv_heads, count, head_dim] needs its memory.
-
-        A layer that makes lasting tensors, however small, in the midst of a pass has malloc cut them off the memory that the
-        pass's hidden states were in. What is left is just too small for the next layer's, which take new memory: after
-        30 layers the process holds several times what is in use.
-        """
         shape = (*key.shape[:2], capacity)
         keys, values = key.new_empty(*shape, key.shape[-1]), value.new_empty(*shape, value.shape[-1])
         positions = torch.empty(shape, dtype=torch.int32, device=key.device)
         self.made = Buffers(keys, values, positions, self.new_stats(shape, key.device))
+
+    def end_prompt(self) -> None:
+        self.made = None
+
+    def holders(self) -> list[dict[str, Any]]:
+        made = [] if self.made is None else [vars(self.made), self.made.stats]
+        return [*super().holders(), *made]
 
     def _fit(self, made: Buffers, capacity: int) -> bool:
         """Whether the buffers are such as this layer needs; they were made by the first layer's keys and values."""
