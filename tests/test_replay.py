@@ -11,7 +11,7 @@ from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Quest, SnapKV
 from kvpress.replay import ReplayedSteps
-from support.matrix import CASES, sharp_llama
+from support.matrix import CASES, TOGETHER, sharp_llama
 from support.models import token_ids
 from support.recorder import Recorder
 
@@ -37,22 +37,26 @@ def generate(model, inputs, steps=STEPS):
 
 
 @pytest.mark.parametrize("padding", [0, 5], ids=["alike", "padded"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-def test_every_policy(case, padding):
+@pytest.mark.parametrize(
+    "policies",
+    [*([case.policy] for case in CASES), *TOGETHER],
+    ids=lambda several: "+".join(one.describe().replace(" ", "") for one in several),
+)
+def test_every_policy(policies, padding):
     ids = token_ids(2, 24)
     mask = torch.ones_like(ids)
     mask[0, :padding] = 0
     model, inputs = sharp_llama(layers=3), {"input_ids": ids, "attention_mask": mask}
-    with kvpress.patch(model, case.policy) as handle:
+    with kvpress.patch(model, policies) as handle:
         plain = generate(model, inputs)
         told = handle.report().total
-    with kvpress.patch(model, case.policy) as handle:
+    with kvpress.patch(model, policies) as handle:
         made = replaying(handle)
         replayed = generate(model, inputs)
         found = handle.report().total
     assert (found.seen, found.kept, found.read_share) == (told.seen, told.kept, told.read_share)
     assert told.bytes <= found.bytes <= 1.05 * told.bytes  # where widths must not change, there are some places to spare
-    if not getattr(case.policy, "correct_every", 0):  # whose steps are cut short by prompt passes
+    if not getattr(policies[0], "correct_every", 0):  # whose steps are cut short by prompt passes
         assert 1 <= len(made) <= 6
     assert torch.equal(replayed.sequences, plain.sequences)
     torch.testing.assert_close(torch.stack(replayed.scores), torch.stack(plain.scores), atol=1e-4, rtol=1e-4)

@@ -21,6 +21,7 @@ from kvpress.policies import (
     Keyformer,
     Knorm,
     ObservedAttention,
+    Packed,
     PyramidKV,
     Quest,
     RecycledAttention,
@@ -274,7 +275,15 @@ CASES = [
     ),
     both(XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
     both(XAttention, {"min_len": 500}, stride=1, threshold=0.3, block_size=2, norm=0.5),
+    # Two bits: with more, the last bit of a number would tell now and then which of two codes is nearer.
+    both(Packed, {"residual": 500}, bits=2, group=4, residual=3),
 ]
+TOGETHER: list[list[Policy]] = [
+    [H2O(budget=0.4), Packed(bits=8, group=4, residual=3)],
+    [SnapKV(budget=0.5, window=4, kernel_size=3), Packed(bits=4, group=8, residual=2)],
+    [Quest(budget=8, page_size=4, dense_layers=0), Packed(bits=8, group=4, residual=0)],
+]
+"""Policies of several roles; the last one packs."""
 EVICTING = [case for case in CASES if "eviction" in case.policy.roles]
 
 
