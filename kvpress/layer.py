@@ -498,6 +498,7 @@ class KVLayer(CacheLayerMixin):
         """Store what a layer without policy held; the policy acts at the end of the next pass, which still sees it all."""
         self.append(key.to(value.dtype), value, tokens)
         self.storage.end_prompt()
+        self._held_changed()
         self.steps = -1
         if self.evicts:
             self.set_quotas(tokens)

@@ -12,7 +12,6 @@ from kvpress.kernels.decode_attention import decode_attention
 from kvpress.observe import Scores
 from kvpress.passes import Tokens
 
-
 NewStats = Callable[[tuple[int, int, int], torch.device], dict[str, Tensor]]
 """Makes empty statistics of [batch, kv_heads, capacity] slots."""
 

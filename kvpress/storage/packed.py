@@ -86,6 +86,7 @@ class PackedSlots(Storage):
         residual: newest tokens that are kept exactly; 0 for none.
 
     Attributes:
+        groups: "keys", "values" -> channels that share a scale and a zero.
         slots: "keys.codes", "keys.scale", "keys.zero" and the same of "values" -> [batch, kv_heads, capacity, ...].
         recent: "keys", "values" -> [batch, kv_heads, residual + 1, head_dim]; padding goes to the last place.
         recent_positions: int32 [batch, residual + 1], which token is in a place; -1 for none.
@@ -98,6 +99,7 @@ class PackedSlots(Storage):
         super().__init__()
         self.new_stats = new_stats
         self.bits, self.group, self.residual = bits, group, residual
+        self.groups: dict[str, int] = {}
         self.slots: dict[str, Tensor] = {}
         self.recent: dict[str, Tensor] = {}
         self.coming: dict[str, Tensor] = {}
@@ -199,10 +201,9 @@ class PackedSlots(Storage):
     def _start(self, key: Tensor, value: Tensor) -> None:
         """Make the ring, for entries as key and value [batch, kv_heads, n, head_dim]."""
         for name, x in (("keys", key), ("values", value)):
+            self.groups[name] = group_size(x.shape[3], self.group)
             self.recent[name] = x.new_zeros(*x.shape[:2], self.residual + 1, x.shape[3])
-        self.recent_positions = torch.full(
-            (len(key), self.residual + 1), -1, dtype=torch.int32, device=key.device
-        )
+        self.recent_positions = torch.full((len(key), self.residual + 1), -1, dtype=torch.int32, device=key.device)
 
     def _empty(self, capacity: int) -> Buffers:
         """Buffers of so many slots; what is never written there is unpacked to zeros."""
@@ -214,9 +215,11 @@ class PackedSlots(Storage):
 
     def _packed(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Packed keys and values by the names of `slots`."""
-        both = (("keys", key), ("values", value))
-        packed = {name: pack(x, self.bits, group_size(x.shape[3], self.group)) for name, x in both}
-        return {f"{name}.{part}": packed[name][i] for name, _ in both for i, part in enumerate(PARTS)}
+        packed = {}
+        for name, x in (("keys", key), ("values", value)):
+            parts = zip(PARTS, pack(x, self.bits, self.groups[name]), strict=True)
+            packed |= {f"{name}.{part}": held for part, held in parts}
+        return packed
 
     def _places(self, positions: Tensor) -> Tensor:
         """Where tokens at int32 positions are in the ring if they are there, int64 of the same shape."""
@@ -227,7 +230,7 @@ class PackedSlots(Storage):
     def read(
         self, rows: slice = slice(None), stop: int | None = None, index: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        if not self.coming:
+        if not self.coming or (stop is not None and stop <= self.past):
             return self._unpacked(rows, stop, index)
         stop = self.capacity if stop is None else stop
         new = [self.coming[name][rows, :, : stop - self.past] for name in ("keys", "values")]

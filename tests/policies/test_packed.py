@@ -151,7 +151,10 @@ def test_bad_values(field: str, value: Any, reason: str) -> None:
     ("beside", "reason"),
     [
         (EMS(budget=20), r"ems\(budget=20.*\) merges what it drops .* packed\(\) never packs an entry again; use"),
-        (AdaKV(SnapKV(budget=40)), r"ada_kv\(.*\) leaves a different number of entries .* packed\(\) does not pack; use"),
+        (
+            AdaKV(SnapKV(budget=40)),
+            r"ada_kv\(.*\) leaves a different number of entries .* packed\(\) does not pack; use",
+        ),
         (Packed(bits=4), r"both play the role 'storage'; keep one of them"),
     ],
     ids=lambda value: getattr(value, "name", ""),
