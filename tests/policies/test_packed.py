@@ -150,7 +150,7 @@ def test_bad_values(field: str, value: Any, reason: str) -> None:
 @pytest.mark.parametrize(
     ("beside", "reason"),
     [
-        (EMS(budget=20), r"ems\(budget=20.*\) merges what it drops .* packed\(\) never packs an entry again; use"),
+        (EMS(budget=50), r"ems\(budget=50.*\) merges what it drops .* packed\(\) never packs an entry again; use"),
         (
             AdaKV(SnapKV(budget=40)),
             r"ada_kv\(.*\) leaves a different number of entries .* packed\(\) does not pack; use",
