@@ -91,13 +91,13 @@ def model() -> Any:
     ],
 )
 def test_by_hand(bits: int, numbers: tuple[float, ...], codes: tuple[int, ...], read: tuple[float, ...]) -> None:
-    """The first code is in a byte's lowest bits."""
-    held, scale, zero = pack(torch.tensor(numbers), bits, 4)
+    """In float64, where halves are halves. The first code is in a byte's lowest bits."""
+    held, scale, zero = pack(torch.tensor(numbers, dtype=torch.float64), bits, 4)
     each = 8 // bits
     expected = [sum(code << bits * i for i, code in enumerate(codes[at : at + each])) for at in range(0, 4, each)]
     assert held.tolist() == expected
     assert zero.item() == numbers[0] and scale.item() == pytest.approx((numbers[3] - numbers[0]) / (2**bits - 1))
-    torch.testing.assert_close(unpack(held, scale, zero, bits, 4), torch.tensor(read, dtype=torch.float32))
+    torch.testing.assert_close(unpack(held, scale, zero, bits, 4), torch.tensor(read, dtype=torch.float64))
     assert rounded(list(numbers), bits, 4) == pytest.approx(read)
 
 
