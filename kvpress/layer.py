@@ -537,7 +537,8 @@ class KVLayer(CacheLayerMixin):
 
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
-        self.set_quotas(tokens)
+        if not isinstance(self.storage, Slots) or self.storage.made is None:  # else `prepare` has done it
+            self.set_quotas(tokens)
         self.pending = self.eviction.evict == "after_prompt"
         if not self.pending:
             self._evict_prompt()
