@@ -188,8 +188,9 @@ def main() -> None:
     elif not torch.cuda.is_available():
         print("no CUDA device: nothing to tune (--interpret shows on a CPU that this runs)")
         return
-    path = options.out or tuned_file(gpu_name())
-    tune(options, torch.device("cpu" if options.interpret else "cuda"), store_in(path, gpu_name() or "interpreter"))
+    device = torch.device("cpu") if options.interpret else torch.device("cuda", torch.cuda.current_device())
+    path = options.out or tuned_file(gpu_name(device))
+    tune(options, device, store_in(path, gpu_name(device) or "interpreter"))
     print(f"{path} has what was found" if path.is_file() else "no shape beats the heuristics: nothing written")
 
 

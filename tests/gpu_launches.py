@@ -135,9 +135,11 @@ def noted(calls: Iterable[Callable[[], Any]], architecture: int | None = None) -
     calls, gpus = list(calls), ["", *tuned_gpus(architecture)]
     with noting() as launches, FakeTensorMode(allow_non_fake_inputs=True):
         for name in gpus:
-            with mock.patch.object(launch_shapes, "gpu_name", partial(str, name)):
+            with mock.patch.object(launch_shapes, "gpu_name", lambda device, name=name: name):
+                launch_shapes.forget_plans()
                 for call in calls:
                     call()
+    launch_shapes.forget_plans()
     return list(dict.fromkeys(launches))
 
 

@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress.kernels.gpu.decode_attention import Config, config, moved_parts, multiprocessors, split_count
+from kvpress.kernels.gpu.decode_attention import config, moved_parts, splits_of
+from kvpress.kernels.gpu.launch import launch
 
 
 # Lengths grow in decode and are never compiled in; strides of K are multiples of the head dimension, which has to be known for
@@ -114,13 +115,6 @@ def scores_kernel(
         tl.store(p_lse + o_out * splits + i_split, b_max + tl.log(b_sum), mask=m_m)
 
 
-def splits_of(count: int, rows: int, chosen: Config, device: torch.device) -> tuple[int, int]:
-    """How many splits `count` keys go into and the keys of a split, in whole tiles: about two waves of programs."""
-    wanted = split_count(count, rows, multiprocessors(device))
-    per_split = max(1, triton.cdiv(triton.cdiv(count, wanted), chosen.block_n)) * chosen.block_n
-    return max(1, triton.cdiv(count, per_split)), per_split
-
-
 def decode_scores(
     query: Tensor,
     key: Tensor,
@@ -146,12 +140,14 @@ def decode_scores(
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     least, mask = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (least, mask))
     other, first, marks = moved_parts(moved, query.dtype)
-    chosen = config(group, head_dim, query.element_size())
-    splits, per_split = splits_of(count, rows, chosen, query.device)
+    chosen = config(group, head_dim, query.element_size(), query.device)
+    splits, per_split = splits_of(count, rows, chosen.block_n, query.device)
     scores = query.new_empty(batch, heads, count, dtype=torch.float32)
     lse = query.new_empty(batch, heads, splits, dtype=torch.float32) if with_lse else None
     if scores.numel():
-        scores_kernel[(rows, splits)](
+        launch(
+            scores_kernel,
+            (rows, splits),
             query,
             key,
             least,

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpress.kernels.gpu.decode_scores import decode_scores
+from kvpress.kernels.gpu.launch import cdiv, launch
 
 BLOCK_H, BLOCK_N = 8, 256
 NUM_WARPS = 4
@@ -47,7 +48,16 @@ def soft_vote(query: Tensor, key: Tensor, candidates: Tensor | None, *, scale: f
     if not votes.numel():
         return votes
     scores, lse = decode_scores(query, key, scale=scale, mask=candidates, with_lse=True)
-    vote_kernel[(batch, triton.cdiv(count, BLOCK_N))](
-        scores, lse, votes, count, heads, BLOCK_H=BLOCK_H, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS
+    launch(
+        vote_kernel,
+        (batch, cdiv(count, BLOCK_N)),
+        scores,
+        lse,
+        votes,
+        count,
+        heads,
+        BLOCK_H=BLOCK_H,
+        BLOCK_N=BLOCK_N,
+        num_warps=NUM_WARPS,
     )
     return votes

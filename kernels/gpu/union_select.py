@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress.kernels.gpu.decode_attention import multiprocessors
-from kvpress.kernels.gpu.topk_select import MOST_CHUNKS
+from kvpress.kernels.gpu.launch import cdiv, launch, power_of_two
+from kvpress.kernels.gpu.topk_select import MOST_CHUNKS, chunk_size
 
 BLOCK = 1024  # entries per tile
 NUM_WARPS = 4
@@ -73,25 +73,19 @@ def write_kernel(
         before += tl.sum(b_union, axis=0)
 
 
-def chunk_size(n: int, rows: int, processors: int) -> int:
-    """Entries per program: about two waves of programs, a row in `MOST_CHUNKS` at most, and whole tiles."""
-    chunks = max(1, min(MOST_CHUNKS, triton.cdiv(2 * processors, rows)))
-    return triton.cdiv(triton.cdiv(n, chunks), BLOCK) * BLOCK
-
-
 def union_select(reads: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
     """As `kvpress.kernels.union_select.union_select`, in two launches."""
     batch, heads, n = reads.shape
     rows, group, reads = batch * kv_heads, heads // kv_heads, reads.contiguous()
-    chunk = chunk_size(n, rows, multiprocessors(reads.device))
-    chunks = triton.cdiv(n, chunk)
+    chunk = chunk_size(n, rows, BLOCK, reads.device)
+    chunks = cdiv(n, chunk)
     counts = torch.empty(rows, chunks, dtype=torch.int32, device=reads.device)
-    count_kernel[(rows, chunks)](reads, counts, n, chunk, group, BLOCK=BLOCK, num_warps=NUM_WARPS)
+    launch(count_kernel, (rows, chunks), reads, counts, n, chunk, group, BLOCK=BLOCK, num_warps=NUM_WARPS)
     width = max(1, int(counts.sum(dim=1).max()))
     index = torch.empty(batch, kv_heads, width, dtype=torch.int64, device=reads.device)
     member = torch.empty(batch, heads, width, dtype=torch.bool, device=reads.device)
-    write_kernel[(rows, chunks)](
+    launch(write_kernel, (rows, chunks),
         reads, counts, index, member, n, chunk, group, width,
-        BLOCK=BLOCK, BLOCK_CHUNKS=triton.next_power_of_2(MOST_CHUNKS), num_warps=NUM_WARPS,
+        BLOCK=BLOCK, BLOCK_CHUNKS=power_of_two(MOST_CHUNKS), num_warps=NUM_WARPS,
     )  # fmt: skip
     return index, member

@@ -15,6 +15,7 @@ SCRIPT = ROOT / "benchmarks" / "tune.py"
 # Cases whose call takes what the shape says, by a clock that is set by it; the last two shapes are wrong or impossible.
 CHOOSE = """
 import sys
+import torch
 sys.path.insert(0, sys.argv[1])
 import tune
 from kvpress.kernels import launch_shapes
@@ -24,7 +25,7 @@ class FakeCase:
     def __init__(self, times):
         self.times, self.calls = times, {"kvpress": [self.run]}
     def run(self):
-        return launch_shapes.launch_shape("kernel", 1, block_n=0)["block_n"]
+        return launch_shapes.launch_shape("kernel", torch.device("cpu"), 1, block_n=0)["block_n"]
     def error(self):
         return 1.0 if self.run() == 4 else 0.0
 

@@ -8,6 +8,7 @@ from brute import attend
 from kvpress.kernels.attention_mass import Perturbation, attention_mass, attention_mass_reference
 from kvpress.kernels.gpu import attention_mass as gpu
 
+CPU = torch.device("cpu")
 BATCH, KV_HEADS = 2, 2
 NOISE = {
     "plain": None,
@@ -190,9 +191,9 @@ def test_equal_inputs_give_equal_results():
 
 def test_settings_follow_shapes():
     """Two waves of programs at most, no split of less than its share, and tiles that tl.dot takes."""
-    assert gpu.split_count(131072, 8, 132) == 33
-    assert gpu.split_count(131072, 4096, 132) == 1
-    assert gpu.split_count(600, 1, 132) == 2
+    assert gpu.split_count(131072, 8, CPU) == 33
+    assert gpu.split_count(131072, 4096, CPU) == 1
+    assert gpu.split_count(600, 1, CPU) == 2
     for packed in (1, 4, 100, 1 << 20):
-        for chosen in (gpu.lse_config(packed, 80, 2), gpu.mass_config(packed, 80, 4)):
+        for chosen in (gpu.lse_config(packed, 80, 2, CPU), gpu.mass_config(packed, 80, 4, CPU)):
             assert 16 <= chosen.block_m <= 128 and chosen.block_n >= 16 and chosen.block_d == 128

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from accelerator import DEVICE
+from kvpress.kernels.gpu import topk_select
 from kvpress.kernels.gpu import union_select as gpu
 from kvpress.kernels.union_select import union_select, union_select_reference
 
@@ -29,12 +30,12 @@ def test_equals_the_definition(n, group, share):
 def test_several_chunks(most, monkeypatch):
     """More tiles than chunks and as many; unions of very different sizes in one result."""
     monkeypatch.setattr(gpu, "BLOCK", 16)
-    monkeypatch.setattr(gpu, "MOST_CHUNKS", most)
+    monkeypatch.setattr(topk_select, "MOST_CHUNKS", most)
     reads = some(0.3, 2, 6, 111)
     reads[0, :3], reads[1, 3:] = False, True
     reads[1, 0, :], reads[1, 1, 50:] = False, False
     check(reads, 2)
-    assert -(-111 // gpu.chunk_size(111, 4, 132)) == min(7, most)
+    assert -(-111 // gpu.chunk_size(111, 4, 16, torch.device("cpu"))) == min(7, most)
 
 
 def test_no_read_at_all():
