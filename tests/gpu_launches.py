@@ -25,7 +25,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kvpress
 from kvpress.kernels import launch_shapes
@@ -284,9 +284,25 @@ def topk(n: int, dtype: torch.dtype, heads: int = 32) -> None:
 
 
 def union(n: int, group: int) -> None:
-    """The host reads a kernel's counts in between: tensors with numbers, all zero."""
-    with unset_fake_temporarily(), mock.patch.object(torch, "empty", torch.zeros):
-        gpu("union_select").union_select(torch.zeros(1, KV_HEADS * group, n, dtype=torch.bool), KV_HEADS)
+    gpu("union_select").union_select(torch.empty(1, KV_HEADS * group, n, dtype=torch.bool), KV_HEADS, n // 2 + 1)
+
+
+def write(head_dim: int, dtype: torch.dtype, own: bool, n: int = 4096) -> None:
+    """A new entry into a slot of all heads, or into each one's own, with two statistics."""
+    keys, values = cache(head_dim, dtype, n)
+    stats = [torch.empty(1, KV_HEADS, n), torch.empty(1, KV_HEADS, 32, n)]
+    slot = torch.empty(1, KV_HEADS, dtype=torch.int64) if own else 3
+    new = (torch.empty(1, 1, KV_HEADS, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+    gpu("write_slot").write_slot(
+        keys, values, per_head(n, torch.int32), stats, slot, *new, torch.empty(1, 1, dtype=torch.int32)
+    )
+
+
+def evict(n: int, dtype: torch.dtype, limited: bool) -> None:
+    numbers = torch.empty(1, dtype=torch.int32)
+    gpu("evict_slot").evict_slot(
+        per_head(n, dtype), per_head(n, torch.int32), numbers, numbers, numbers if limited else None
+    )
 
 
 def decode_calls() -> Iterator[Callable[[], None]]:
@@ -360,6 +376,12 @@ CALLS: dict[str, list[Callable[[], None]]] = {
     "block_sparse_attention": list(sparse_calls()),
     "decode_attention": list(decode_calls()),
     "decode_scores": list(score_calls()),
+    "evict_slot": [
+        partial(evict, n, dtype, limited)
+        for n in (100, 300, 600, 1200, 2400, 4800)
+        for dtype in (FP32, BF16)
+        for limited in (False, True)
+    ],
     "gather_slots": [
         *(partial(gather, width, BF16, form) for width in (64, 80, 128, 256) for form in ("all", "one")),
         *(partial(gather, width, FP32, "all") for width in (64, 128, 256)),
@@ -386,6 +408,9 @@ CALLS: dict[str, list[Callable[[], None]]] = {
         partial(topk, n, dtype) for n in (100, 300, 600, 1200, 2400, 4800, 131072) for dtype in (FP32, BF16)
     ],
     "union_select": [partial(union, n, group) for n in (4096,) for group in (1, 4)],
+    "write_slot": [
+        partial(write, d, t, own) for d in (64, 80, 96, 128, 256) for t in (FP32, BF16) for own in (False, True)
+    ],
 }
 
 
