@@ -9,9 +9,9 @@ from kvpress.kernels.gpu import union_select as gpu
 from kvpress.kernels.union_select import union_select, union_select_reference
 
 
-def check(reads, kv_heads):
-    found = union_select(reads.to(DEVICE), kv_heads, backend="triton")
-    for ours, theirs in zip(found, union_select_reference(reads, kv_heads), strict=True):
+def check(reads, kv_heads, width=None):
+    found = union_select(reads.to(DEVICE), kv_heads, width, backend="triton")
+    for ours, theirs in zip(found, union_select_reference(reads, kv_heads, width), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours.cpu(), theirs)
 
 
@@ -36,6 +36,19 @@ def test_several_chunks(most, monkeypatch):
     reads[1, 0, :], reads[1, 1, 50:] = False, False
     check(reads, 2)
     assert -(-111 // gpu.chunk_size(111, 4, 16, torch.device("cpu"))) == min(7, most)
+
+
+@pytest.mark.parametrize("most", [1, 64], ids="{}-chunks".format)
+@pytest.mark.parametrize("width", [1, 20, 111, 300])
+def test_a_given_width(width, most, monkeypatch):
+    """Smaller and larger than unions and than the sequence; what is not written would be NaN-like garbage."""
+    monkeypatch.setattr(gpu, "BLOCK", 16)
+    monkeypatch.setattr(topk_select, "MOST_CHUNKS", most)
+    reads = some(0.3, 2, 6, 111)
+    reads[0, :3] = False
+    original = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **how: original(*shape, **how).fill_(1))
+    check(reads, 2, width)
 
 
 def test_no_read_at_all():
