@@ -35,19 +35,23 @@ class Config(NamedTuple):
 
 
 @planned
-def config(group: int, head_dim: int, itemsize: int, device: torch.device) -> Config:
-    """Launch settings from shapes: a tile of K is 16 KiB where registers allow, less in float32 and for large groups."""
+def config(group: int, head_dim: int, itemsize: int, device: torch.device, listed: bool = False) -> Config:
+    """Launch settings from shapes: a tile of K is 16 KiB where registers allow, less in float32 and for large groups.
+
+    Where slots are listed a tile's addresses are loaded before the tile, which takes two stages of the pipeline: with three or
+    four, K and V have one buffer each, and loading does not go on while the tensor cores work.
+    """
     block_m, block_d = max(16, power_of_two(group)), max(16, power_of_two(head_dim))
     tile = 4096 if block_m >= 64 else 16384 if itemsize == 2 and block_m == 16 else 8192
     chosen = launch_shape(
-        "decode_attention",
+        "decode_attention.listed" if listed else "decode_attention",
         device,
         block_m,
         block_d,
         itemsize,
         block_n=max(16, min(64, tile // (block_d * itemsize))),
         num_warps=4 if block_m <= 32 else 8,
-        num_stages=3,
+        num_stages=5 if listed and itemsize == 2 and block_m <= 32 else 3,
     )
     return Config(block_m, block_d=block_d, **chosen)
 
@@ -403,7 +407,7 @@ def decode_attention(
     count = key.shape[2] if index is None else index.shape[2] * page_size
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     valid, index = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (valid, index))
-    chosen = config(group, head_dim, key.element_size(), query.device)
+    chosen = config(group, head_dim, key.element_size(), query.device, index is not None)
     splits, per_split = splits_of(count, rows, chosen.block_n, query.device)
 
     positions = offsets = noise = temperature = perturbed_lse = None
