@@ -339,7 +339,10 @@ def score_calls() -> Iterator[Callable[[], None]]:
     for head_dim in (64, 80, 128, 256):
         yield partial(scores, head_dim, BF16, 4, "votes")
     yield partial(scores, 128, FP32, 4, "votes")
-    yield partial(scores, 128, BF16, 4, "raw keys")
+    for head_dim in HEAD_DIMS:
+        yield partial(scores, head_dim, BF16, 4, "raw keys")
+    for head_dim, group in MANY_HEADS:
+        yield partial(scores, head_dim, BF16, group, "raw keys")
     for form in ("plain", "moved", "first moved"):
         yield partial(scores, 128, BF16, 4, form)
     for head_dim in (80, 256):

@@ -71,10 +71,10 @@ def gather_kernel(
 
     Slots from k on are filled with zeros, positions there and where p_chosen is False with -1.
     """
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(1).to(tl.int64)
     i_batch, i_head = i_row // kv_heads, i_row % kv_heads
     # [BLOCK_K]
-    o_k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    o_k = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     m_k, m_slot = o_k < capacity, o_k < k
     b_slot = tl.load(p_index + i_batch * stride_ib + i_head * stride_ih + o_k, mask=m_slot, other=0).to(tl.int64)
     p_key += i_batch * stride_kb + i_head * stride_kh
@@ -117,7 +117,7 @@ def _launch(
     block_k, block_d = blocks(keys.shape[-1])
     launch(
         gather_kernel,
-        (batch * kv_heads, cdiv(capacity, block_k)),
+        (cdiv(capacity, block_k), batch * kv_heads),
         keys,
         values,
         positions,

@@ -53,13 +53,13 @@ def bounds_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A tile of pages and channels of one kv head: p_least, p_greatest [batch * kv_heads, pages, head_dim]."""
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(1).to(tl.int64)
     i_batch, i_head = i_row // kv_heads, i_row % kv_heads
     held = n
     if p_counts is not None:
         held = tl.minimum(tl.load(p_counts + i_batch * stride_cb + i_head * stride_ch).to(tl.int32), n)
     # [BLOCK_P], [BLOCK_D]
-    o_p = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    o_p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     o_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < head_dim
     p_key += i_batch * stride_kb + i_head * stride_kh
@@ -140,7 +140,7 @@ def page_bounds(keys: Tensor, counts: Tensor | None, page_size: int) -> tuple[Te
     chosen = blocks(page_size, head_dim)
     launch(
         bounds_kernel,
-        (batch * kv_heads, cdiv(pages, chosen.pages), cdiv(head_dim, chosen.channels)),
+        (cdiv(pages, chosen.pages), batch * kv_heads, cdiv(head_dim, chosen.channels)),
         keys,
         counts,
         least,

@@ -41,10 +41,10 @@ def rope_kernel(
     BLOCK_REST: tl.constexpr,
 ):
     """A tile of tokens of one head: HALF pairs of channels are turned by shift * inv_freq, the rest is copied."""
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(1).to(tl.int64)
     i_batch, i_head = i_row // heads, i_row % heads
     # [BLOCK_T], [BLOCK_H]
-    o_t = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    o_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     o_h = tl.arange(0, BLOCK_H)
     m_t, m_h = o_t < tokens, o_h < HALF
     b_shift = tl.load(p_shift + i_batch * stride_sb + i_head * stride_sh + o_t * stride_st, mask=m_t, other=0.0)
@@ -84,7 +84,7 @@ def rope_shift(x: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool) ->
     block_t, block_h, block_rest = blocks(half, head_dim - 2 * half)
     launch(
         rope_kernel,
-        (batch * heads, cdiv(tokens, block_t)),
+        (cdiv(tokens, block_t), batch * heads),
         x,
         shift,
         inv_freq.contiguous(),

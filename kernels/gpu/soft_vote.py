@@ -22,9 +22,9 @@ def vote_kernel(p_scores, p_lse, p_votes, count, heads, BLOCK_H: tl.constexpr, B
 
     p_scores [batch, heads, count] with -inf where there is no vote, p_lse [batch, heads], p_votes [batch, count].
     """
-    i_batch = tl.program_id(0).to(tl.int64)
+    i_batch = tl.program_id(1).to(tl.int64)
     # [BLOCK_N]
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < count
     b_votes = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, heads, BLOCK_H):
@@ -50,7 +50,7 @@ def soft_vote(query: Tensor, key: Tensor, candidates: Tensor | None, *, scale: f
     scores, lse = decode_scores(query, key, scale=scale, mask=candidates, with_lse=True)
     launch(
         vote_kernel,
-        (batch, cdiv(count, BLOCK_N)),
+        (cdiv(count, BLOCK_N), batch),
         scores,
         lse,
         votes,
