@@ -223,6 +223,18 @@ def weigh_kernel(
     tl.store(p_mass + i_batch * slots + o_n, tl.sum(b_weights, axis=0), mask=o_n < slots)
 
 
+def list_pages(owner: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """As `kvpress.kernels.paged_attention.list_pages`."""
+    batch, pages = owner.shape
+    owner = owner.contiguous()
+    order = owner.new_empty(batch, pages, dtype=torch.int32)
+    starts = owner.new_empty(batch, kv_heads + 1, dtype=torch.int32)
+    launch(
+        list_kernel, (batch * kv_heads,), owner, order, starts, pages, kv_heads, BLOCK=BLOCK_PAGES, num_warps=LIST_WARPS
+    )
+    return order, starts
+
+
 def paged_attention(
     query: Tensor,
     key: Tensor,
@@ -235,6 +247,7 @@ def paged_attention(
     softcap: float | None,
     sinks: Tensor | None,
     with_mass: bool,
+    lists: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `kvpress.kernels.paged_attention.paged_attention`; scores are kept for the mass, 4 bytes per slot and query head."""
     batch, heads, _, head_dim = query.shape
@@ -247,8 +260,7 @@ def paged_attention(
     splits = pages // per_split + kv_heads
     blocks = weigh_blocks(group)
 
-    order = owner.new_empty(batch, pages, dtype=torch.int32)
-    starts = owner.new_empty(batch, kv_heads + 1, dtype=torch.int32)
+    order, starts = list_pages(owner, kv_heads) if lists is None else lists
     parts = query.new_empty(batch, splits, group, head_dim, dtype=torch.float32)
     part_lse = query.new_empty(batch, splits, group, dtype=torch.float32)
     output = query.new_empty(batch, heads, 1, head_dim)
@@ -258,9 +270,6 @@ def paged_attention(
         scores = query.new_empty(batch, group, pages * page_size, dtype=torch.float32)
         mass = query.new_empty(batch, pages * page_size, dtype=torch.float32)
 
-    launch(
-        list_kernel, (batch * kv_heads,), owner, order, starts, pages, kv_heads, BLOCK=BLOCK_PAGES, num_warps=LIST_WARPS
-    )
     launch(
         pages_kernel,
         (splits, batch),
