@@ -457,22 +457,41 @@ def examined(launch: Launch, architecture: int) -> dict[str, Any]:
     return {"launch": launch._asdict(), **resources(made), "form": made.asm["ttir"]}
 
 
-def main(architecture: int) -> None:
-    """Compile every launch, and print what `examined` finds as JSON."""
-    launches = noted((call for calls in CALLS.values() for call in calls), architecture)
+def main(architecture: int, *modules: str) -> None:
+    """Compile every launch, or those of the modules named, and print what `examined` finds as JSON."""
+    launches = noted((call for name in modules or CALLS for call in CALLS[name]), architecture)
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         print(json.dumps(list(pool.map(partial(examined, architecture=architecture), launches))))
 
 
 @lru_cache
-def compiled_for(architecture: int) -> list[dict[str, Any]]:
-    """What `main` prints, for tests: once for all of them, in a process without the interpreter."""
+def compiled_for(architecture: int, *modules: str) -> list[dict[str, Any]]:
+    """What `main` prints: made once, in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command, folder = [sys.executable, __file__, str(architecture)], Path(__file__).parent
+    command, folder = [sys.executable, __file__, str(architecture), *modules], Path(__file__).parent
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def described(launch: dict[str, Any]) -> tuple[str, str]:
+    """Dtypes of the pointers, and the settings of a launch."""
+    dtypes = sorted({kind.strip("*").partition(":")[0] for _, kind in launch["types"] if kind.startswith("*")})
+    settings = [f"{name}={value}" for name, value in launch["constexprs"] if value is not None]
+    return "/".join(dtypes), " ".join((*settings, f"warps={launch['num_warps']}", f"stages={launch['num_stages']}"))
+
+
+def heading(architecture: int) -> str:
+    """Above the lines of a table of `compiled_for`."""
+    return f"{'sm_' + str(architecture):<43} {'shared':>7} {'regs':>5} {'spilled':>7}  dtypes, settings"
+
+
+def line(row: dict[str, Any]) -> str:
+    """What a launch takes, for people: bytes of shared memory, registers of a thread, and bytes that these do not hold."""
+    name = f"{row['launch']['module']}.{row['launch']['kernel']}"
+    taken = f"{row['shared']:>7} {row['registers']:>5} {row['spilled']:>7}"
+    return f"{name:<43} {taken}  {', '.join(described(row['launch']))}"
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

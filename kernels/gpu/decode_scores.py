@@ -59,6 +59,8 @@ def scores_kernel(
     read and the score is -inf. With p_other [batch * heads, head_dim] that query scores the first `moved` keys, or those that
     p_moved marks. IN_PARTS: the query is float32, and multiplied in three parts of the keys' type.
     """
+    # Three products of TF32 numbers are as exact as one of float32, but those of 256 channels do not fit the registers.
+    PRECISION: tl.constexpr = "tf32x3" if BLOCK_D < 256 else "ieee"
     i_row, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_batch, i_head = (i_row // kv_heads).to(tl.int64), (i_row % kv_heads).to(tl.int64)
     first = i_split * per_split
@@ -99,16 +101,16 @@ def scores_kernel(
         # [BLOCK_D, BLOCK_N]
         m_tile = m_d[:, None] & m_read[None, :]
         b_key = tl.load(p_key + o_n.to(tl.int64)[None, :] * stride_kn + o_d[:, None], mask=m_tile, other=0.0)
-        # [BLOCK_M, BLOCK_N]; three products of TF32 numbers are as exact as one of float32
+        # [BLOCK_M, BLOCK_N]
         if IN_PARTS:
             b_scores = tl.dot(b_low, b_key)
             b_scores = tl.dot(b_middle, b_key, b_scores)
             b_scores = tl.dot(b_high, b_key, b_scores)
         else:
-            b_scores = tl.dot(b_query, b_key.to(b_query.dtype), input_precision="tf32x3")
+            b_scores = tl.dot(b_query, b_key.to(b_query.dtype), input_precision=PRECISION)
         if p_least is not None:
             b_key = tl.load(p_least + o_n.to(tl.int64)[None, :] * stride_ln + o_d[:, None], mask=m_tile, other=0.0)
-            b_scores = tl.dot(b_negative, b_key.to(b_query.dtype), b_scores, input_precision="tf32x3")
+            b_scores = tl.dot(b_negative, b_key.to(b_query.dtype), b_scores, input_precision=PRECISION)
         if p_other is not None:
             m_moved = o_n < moved
             if p_moved is not None:
