@@ -177,7 +177,7 @@ def store_in(path: Path, gpu: str) -> Callable[[str, Shape], None]:
 def inspect(modules: list[str], architectures: list[int]) -> None:
     """What every launch that is in use takes, by Triton's compiler: no GPU is needed."""
     sys.path.insert(0, str(ROOT / "tests"))
-    import gpu_launches
+    from support import gpu_launches
 
     for architecture in architectures:
         rows = gpu_launches.compiled_for(architecture, *modules)

@@ -28,7 +28,7 @@ def union_select_reference(reads: Tensor, kv_heads: int, width: int | None = Non
 
 
 def union_select(
-    reads: Tensor, kv_heads: int, width: int | None = None, *, backend: Backend = "auto"
+    reads: Tensor, kv_heads: int, *, width: int | None = None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
     """Per kv head the entries that any query head of its group reads, and who reads which.
 

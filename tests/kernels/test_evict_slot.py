@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpress.kernels.evict_slot import evict_slot, evict_slot_reference
-from slot_inputs import BATCH, KV_HEADS, levels
+from support.slot_inputs import BATCH, KV_HEADS, levels
 
 RECENTS = {"none": 0, "some": 5, "all": 1000}
 

@@ -22,14 +22,14 @@ def test_equals_the_definition(n, kv_heads, group, share):
 def test_a_given_width(width, share):
     """The result has it, be the unions smaller, larger or the sequence shorter."""
     reads = torch.rand(2, 6, 40, generator=torch.Generator().manual_seed(0)) < share
-    for found, expected in zip(union_select(reads, 2, width), union_select_reference(reads, 2, width), strict=True):
+    for found, expected in zip(union_select(reads, 2, width=width), union_select_reference(reads, 2, width), strict=True):
         assert torch.equal(found, expected) and found.shape[-1] == width
 
 
 def test_a_given_width_waits_for_nothing():
     """Tensors without numbers go through, which cannot be asked for any."""
     with FakeTensorMode():
-        index, member = union_select(torch.zeros(2, 6, 40, dtype=torch.bool), 2, 9)
+        index, member = union_select(torch.zeros(2, 6, 40, dtype=torch.bool), 2, width=9)
         assert index.shape == (2, 2, 9) and member.shape == (2, 6, 9)
         with pytest.raises(RuntimeError):
             union_select(torch.zeros(2, 6, 40, dtype=torch.bool), 2)
@@ -37,7 +37,7 @@ def test_a_given_width_waits_for_nothing():
 
 def test_no_width():
     with pytest.raises(ValueError, match="width=0"):
-        union_select(torch.zeros(1, 2, 4, dtype=torch.bool), 1, 0)
+        union_select(torch.zeros(1, 2, 4, dtype=torch.bool), 1, width=0)
 
 
 def test_by_hand():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpress.kernels.write_slot import write_slot, write_slot_reference
-from slot_inputs import BATCH, KV_HEADS, cache, entry
+from support.slot_inputs import BATCH, KV_HEADS, cache, entry
 
 SLOTS = {
     "number": 7,

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
-import gpu_launches as launches
+from support import gpu_launches as launches
 from kvpress.kernels import launch_shapes
 from kvpress.kernels.gpu import launch as launch_module
 

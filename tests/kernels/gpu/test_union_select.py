@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from accelerator import DEVICE
 from kvpress.kernels.gpu import topk_select
 from kvpress.kernels.gpu import union_select as gpu
 from kvpress.kernels.union_select import union_select, union_select_reference
+from support.accelerator import DEVICE
 
 
 def check(reads, kv_heads, width=None):
-    found = union_select(reads.to(DEVICE), kv_heads, width, backend="triton")
+    found = union_select(reads.to(DEVICE), kv_heads, width=width, backend="triton")
     for ours, theirs in zip(found, union_select_reference(reads, kv_heads, width), strict=True):
         assert ours.dtype == theirs.dtype and torch.equal(ours.cpu(), theirs)
 
