@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress.kernels.gpu.decode_attention import capped
+from kvpress.kernels.gpu.decode_attention import capped, temperature_parts
 from kvpress.kernels.gpu.launch import cdiv, launch, multiprocessors, power_of_two
 from kvpress.kernels.gumbel_noise import TABLE, gumbel_offsets, gumbel_table_on
 from kvpress.kernels.launch_shapes import launch_shape, planned
@@ -107,6 +107,7 @@ def lse_kernel(
     p_positions,
     p_offsets,
     p_noise,
+    p_temperature,
     p_sinks,
     p_lse,
     scale,
@@ -137,6 +138,8 @@ def lse_kernel(
 
     p_positions is None where entry i is at position i; row r is at past + r then.
     """
+    if p_temperature is not None:
+        temperature = tl.load(p_temperature)
     i_split = tl.program_id(2)
     i_batch, i_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     # [BLOCK_M]
@@ -204,6 +207,7 @@ def mass_kernel(
     p_positions,
     p_offsets,
     p_noise,
+    p_temperature,
     p_weights,
     p_lse,
     p_mass,
@@ -232,6 +236,8 @@ def mass_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Sum over all packed rows of weight * exp(score - LSE), for one tile of keys: p_mass [batch, kv_heads, n]."""
+    if p_temperature is not None:
+        temperature = tl.load(p_temperature)
     i_batch, i_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     # [BLOCK_N]
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -313,9 +319,10 @@ def attention_mass(
         )
     if row_weights is not None:
         row_weights = row_weights.float().contiguous()
-    offsets = noise = temperature = None
+    offsets = noise = temperature = warmth = None
     if perturbation is not None:
-        temperature = None if perturbation.temperature == 1 else perturbation.temperature
+        temperature, warmth = temperature_parts(perturbation.temperature)
+        temperature = None if temperature == 1 and warmth is None else temperature
         if perturbation.seed is not None:
             places = row_positions if perturbation.fresh else torch.zeros_like(row_positions)
             offsets = gumbel_offsets(perturbation.layer, places, heads).to(torch.int32)
@@ -345,6 +352,7 @@ def attention_mass(
             positions,
             offsets,
             noise,
+            warmth,
             sinks,
             parts,
             *scoring,
@@ -371,6 +379,7 @@ def attention_mass(
         positions,
         offsets,
         noise,
+        warmth,
         row_weights,
         lse.float().contiguous(),
         mass,

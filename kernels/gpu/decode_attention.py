@@ -109,6 +109,7 @@ def attend_kernel(
     p_positions,
     p_offsets,
     p_noise,
+    p_temperature,
     p_output,
     p_lse,
     p_scores,
@@ -150,13 +151,16 @@ def attend_kernel(
 
     Writes p_output [batch * heads, splits, head_dim] and p_lse [batch * heads, splits], and the scores, -inf where a
     head does not look, to p_scores [batch * heads, count] unless it is None. With p_perturbed_lse, which is as p_lse, these
-    scores and that LSE are of (score + noise) / temperature; the noise of an entry is read from the table p_noise. With
-    p_other [batch * heads, head_dim] that query scores the first `moved` entries, or those that p_moved marks.
+    scores and that LSE are of (score + noise) / temperature; the noise of an entry is read from the table p_noise, and the
+    temperature from p_temperature if that is given. With p_other [batch * heads, head_dim] that query scores the first `moved`
+    entries, or those that p_moved marks.
     """
     i_row, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_batch, i_head = (i_row // kv_heads).to(tl.int64), (i_row % kv_heads).to(tl.int64)
     first = i_split * per_split
     last = tl.minimum(first + per_split, count)
+    if p_temperature is not None:
+        temperature = tl.load(p_temperature)
 
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     m_m, m_d = o_m < group, o_d < HEAD_DIM
@@ -364,6 +368,11 @@ def finish_kernel(
             tl.store(p_held, b_mass, mask=m_n)
 
 
+def temperature_parts(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """What kernels take of a temperature: the number, or the tensor [] where it lies on the device, float32."""
+    return (1.0, temperature.float()) if isinstance(temperature, Tensor) else (float(temperature), None)
+
+
 def moved_parts(
     moved: tuple[Tensor, Tensor | int] | None, dtype: torch.dtype
 ) -> tuple[Tensor | None, int, Tensor | None]:
@@ -410,12 +419,12 @@ def decode_attention(
     chosen = config(group, head_dim, key.element_size(), query.device, index is not None)
     splits, per_split = splits_of(count, rows, chosen.block_n, query.device)
 
-    positions = offsets = noise = temperature = perturbed_lse = None
+    positions = offsets = noise = temperature = warmth = perturbed_lse = None
     if perturbed is not None and with_mass:
         perturbation, row, positions = perturbed
         positions = positions.to(torch.int32)
         positions = positions if positions.stride(-1) == 1 else positions.contiguous()
-        temperature = float(perturbation.temperature)
+        temperature, warmth = temperature_parts(perturbation.temperature)
         perturbed_lse = query.new_empty(batch, heads, splits, dtype=torch.float32)
         if perturbation.seed is not None:
             at = row if perturbation.fresh else torch.zeros_like(row)
@@ -449,6 +458,7 @@ def decode_attention(
         positions,
         offsets,
         noise,
+        warmth,
         parts,
         part_lse,
         scores,

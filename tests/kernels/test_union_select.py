@@ -22,7 +22,9 @@ def test_equals_the_definition(n, kv_heads, group, share):
 def test_a_given_width(width, share):
     """The result has it, be the unions smaller, larger or the sequence shorter."""
     reads = torch.rand(2, 6, 40, generator=torch.Generator().manual_seed(0)) < share
-    for found, expected in zip(union_select(reads, 2, width=width), union_select_reference(reads, 2, width), strict=True):
+    for found, expected in zip(
+        union_select(reads, 2, width=width), union_select_reference(reads, 2, width), strict=True
+    ):
         assert torch.equal(found, expected) and found.shape[-1] == width
 
 

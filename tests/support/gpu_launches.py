@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
 from multiprocessing import get_context
@@ -156,7 +157,7 @@ def per_head(n: int, dtype: torch.dtype = torch.int64, heads: int = KV_HEADS) ->
     return torch.empty(1, heads, n, dtype=dtype)
 
 
-def decode(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 4096) -> None:
+def decode(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 4096, warm: bool = False) -> None:
     """One token over all slots, or with every feature over listed slots or pages; a second query for the first, or marked."""
     heads = KV_HEADS * group
     options: dict[str, Any] = dict.fromkeys(("softcap", "sinks", "moved", "perturbed"))
@@ -171,7 +172,8 @@ def decode(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 40
     if form == "listed":
         index = per_head(n)
         options["moved"] = other, per_head(n, torch.bool)
-        options["perturbed"] = NOISE, torch.empty(1, 1, dtype=torch.int32), per_head(n, torch.int32)
+        noise = replace(NOISE, temperature=torch.empty(())) if warm else NOISE
+        options["perturbed"] = noise, torch.empty(1, 1, dtype=torch.int32), per_head(n, torch.int32)
     if form == "pages":
         index, valid, options["page_size"] = per_head(n // 16), per_head(n // 16, torch.bool, heads), 16
         options["per_head"] = True
@@ -312,6 +314,7 @@ def decode_calls() -> Iterator[Callable[[], None]]:
         yield partial(decode, head_dim, BF16, 4, "first moved")
         yield partial(decode, head_dim, FP32, 4, "listed")
     yield partial(decode, 128, FP16, 4, "listed")
+    yield partial(decode, 128, BF16, 4, "listed", warm=True)  # the temperature lies on the device
     yield partial(decode, 128, FP32, 4, "plain")
     yield partial(decode, 128, BF16, 4, "pages")
     yield partial(decode, 128, BF16, 4, "plain", n=100)  # one split, which writes the result itself

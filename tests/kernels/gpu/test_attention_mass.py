@@ -182,6 +182,16 @@ def test_empty_slots_are_not_read():
     assert torch.equal(mass, expected)
 
 
+def test_a_temperature_on_the_device():
+    """A tensor gives what the number gives."""
+    query, at, key, positions = inputs(9, 63, 3)
+    masses = [
+        attention_mass(query, at, key, positions, scale=0.3, perturbation=Perturbation(one, seed=3), backend="triton")
+        for one in (1.7, torch.tensor(1.7, device=DEVICE))
+    ]
+    torch.testing.assert_close(*masses)
+
+
 def test_equal_inputs_give_equal_results():
     """To the bit."""
     tensors = inputs(9, 111, 3)

@@ -355,6 +355,22 @@ def test_mass_into_a_statistic(fading, perturbation, keys_per_split, monkeypatch
     torch.testing.assert_close(found[2], lse, atol=2e-6, rtol=2e-5)
 
 
+@pytest.mark.parametrize("seed", [None, 3], ids=["temperature", "noise"])
+def test_a_temperature_on_the_device(seed):
+    """A tensor gives what the number gives, and nothing waits for it."""
+    query, key, value = inputs(63, 3, 32, seed=6)
+    positions = torch.arange(63, dtype=torch.int32).expand(BATCH, KV_HEADS, 63).contiguous().to(DEVICE)
+    row = torch.full((BATCH, 1), 63, dtype=torch.int32, device=DEVICE)
+    for number, temperature in ((1.7, torch.tensor(1.7)), (1.0, torch.tensor(1.0, dtype=torch.float64))):
+        masses = [
+            on_device(
+                query, key, value, scale=0.3, with_mass=True, perturbed=(Perturbation(one, seed=seed), row, positions)
+            )[1]
+            for one in (number, temperature.to(DEVICE))
+        ]
+        torch.testing.assert_close(*masses)
+
+
 @pytest.mark.parametrize(("keys_per_split", "with_mass", "launches"), [(128, False, 1), (16, False, 2), (16, True, 2)])
 def test_launches(keys_per_split, with_mass, launches, monkeypatch):
     """The merge of the splits and the mass are one launch."""

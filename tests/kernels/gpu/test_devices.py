@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
-from support import gpu_launches as launches
 from kvpress.kernels import launch_shapes
 from kvpress.kernels.gpu import launch as launch_module
+from support import gpu_launches as launches
 
 ROOT = Path(launch_module.__file__).parent
 

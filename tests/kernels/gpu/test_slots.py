@@ -5,12 +5,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from support import gpu_launches as launches
-from support.accelerator import DEVICE, DTYPES
 from kvpress.kernels.evict_slot import evict_slot, evict_slot_reference
 from kvpress.kernels.gpu import evict_slot as evict_module
 from kvpress.kernels.gpu import write_slot as write_module
 from kvpress.kernels.write_slot import write_slot, write_slot_reference
+from support import gpu_launches as launches
+from support.accelerator import DEVICE, DTYPES
 from support.slot_inputs import BATCH, KV_HEADS, cache, entry, levels
 
 
