@@ -107,9 +107,9 @@ def prompt_attention(
     elif softcap is None and _flash_takes_parts(query, value, unmasked, with_mass):
         output, lse = _in_parts(query, key, value, valid, scale, sinks, moved)
     else:
-        output, mass, lse = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved, with_lse)
-        return output, mass if with_mass else None, lse
-    mass = None
+        output, tiles_mass, lse = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved, with_lse)
+        return output, tiles_mass if with_mass else None, lse
+    mass: Tensor | None = None
     if with_mass:
         at = torch.arange(past, key.shape[2], dtype=torch.int32, device=query.device).expand(query.shape[0], -1)
         # Older entries are in any order, but each row sees all of them: as if they were in order.

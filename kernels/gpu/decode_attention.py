@@ -515,6 +515,5 @@ def decode_attention(
             BLOCK_D=chosen.block_d,
             **tile,
         )
-    if not with_lse:
-        lse = None
-    return output, scores if per_head else mass if into is None else None, lse
+    weights = scores if per_head else mass if into is None else None
+    return output, weights, lse if with_lse else None

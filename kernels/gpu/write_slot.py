@@ -97,7 +97,8 @@ def write_slot(
 ) -> None:
     """As `kvpress.kernels.write_slot.write_slot`."""
     batch, kv_heads = positions.shape[:2]
-    number, index, strides = 0, None, (0, 0)
+    number, index = 0, None
+    strides: tuple[int, ...] = (0, 0)
     if isinstance(slot, int):
         number = slot
     else:
