@@ -320,8 +320,10 @@ def decode_calls() -> Iterator[Callable[[], None]]:
     yield partial(decode, 128, BF16, 4, "plain", n=100)  # one split, which writes the result itself
     for (head_dim, group), dtype in product(MANY_HEADS, (FP32, BF16)):
         yield partial(decode, head_dim, dtype, group, "listed")
-    for group in (1, 2, 8, 16):
-        yield partial(decode, 64, BF16, group, "slots")
+    # What comes after the splits has tiles of both, channels and query heads; of one split it gets nothing to merge.
+    every = [*product((64, 128, 256), (1, 2, 4, 8, 16)), *MANY_HEADS]
+    for (head_dim, group), n in product(every, (4096, 100)):
+        yield partial(decode, head_dim, BF16, group, "slots", n=n)
 
 
 def paged_calls() -> Iterator[Callable[[], None]]:
