@@ -103,7 +103,7 @@ def run_part(part: str, rows: Path, interpret: bool) -> None:
         import runpy
 
         # Triton's interpreter does not get on with every NumPy; the tests know what to do about it.
-        runpy.run_path(str(ROOT / "tests" / "kernels" / "gpu" / "conftest.py"))
+        runpy.run_path(str(ROOT / "tests" / "kernels" / "conftest.py"))
     with rows.open("a", encoding="utf-8") as file:
         for row in PARTS[part](interpret):
             file.write(json.dumps(row) + "\n")
