@@ -612,9 +612,7 @@ class KVLayer(CacheLayerMixin):
         positions = self.storage.positions[:, :, :stop]
         observed: dict[str, Tensor] = {}
         if self.scores is not None:
-            observed = self.observer.answer(
-                self.observed, positions, lambda: self._keys_in_place(stop), self.scores
-            )
+            observed = self.observer.answer(self.observed, positions, lambda: self._keys_in_place(stop), self.scores)
         if order is not None:
             positions = positions.gather(2, order)
             observed = {name: counted.gather(2, order) for name, counted in observed.items()}

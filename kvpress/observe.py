@@ -105,9 +105,7 @@ class Observer:
                 softmax (see `perturbation`); None where the attention did not count it.
         """
 
-    def perturbation(
-        self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None
-    ) -> Perturbation | None:
+    def perturbation(self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None) -> Perturbation | None:
         """Noise and temperature of the softmax that is counted; None for the attention's own."""
         return None
 
@@ -187,9 +185,7 @@ class Mass(Observer):
             stats["rows"] = torch.zeros(rows, dtype=torch.float32, device=device)
         return stats
 
-    def perturbation(
-        self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None
-    ) -> Perturbation | None:
+    def perturbation(self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None) -> Perturbation | None:
         return None if self.noise is None else self.noise.at(layer, step, new_tokens)
 
     def prompt(self, observed: Observed, rows: Rows) -> None:

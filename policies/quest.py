@@ -139,7 +139,9 @@ class Quest(SelectionPolicy):
             if pages > state["least"].shape[2]:
                 state["least"], state["greatest"] = self._with_room(state["least"], state["greatest"])
             new = None if view.valid is None else view.newest_of(view.valid)
-            add_to_page_bounds(state["least"], state["greatest"], view.newest_of(view.keys), held - 1, new, self.page_size)
+            add_to_page_bounds(
+                state["least"], state["greatest"], view.newest_of(view.keys), held - 1, new, self.page_size
+            )
         return state["least"], state["greatest"]
 
     def _with_room(self, least: Tensor, greatest: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,12 +53,12 @@ def tests(interpret: bool) -> Iterator[Row]:
                 text = str(report.longrepr).strip().splitlines()
                 failed.append({"test": report.nodeid, "failed": text[-1][:300] if text else ""})
 
-    folder = ROOT / "tests" / "kernels" / "gpu"
+    folder = ROOT / "tests" / "kernels"
     arguments = [str(folder), "-q", "-x" if interpret else "--maxfail=50", "-p", "no:cacheprovider"]
-    arguments += [f"--ignore={folder / name}" for name in ("test_compile.py", "test_offsets.py")]
-    if interpret:
-        arguments += ["-k", "settings or split_count"]
-    elif _has("xdist"):
+    arguments += [f"--ignore={folder / 'gpu' / name}" for name in ("test_compile.py", "test_offsets.py")]
+    # Those of Triton alone, and the others' runs with it.
+    arguments += ["-k", "settings or split_count" if interpret else "gpu or triton"]
+    if not interpret and _has("xdist"):
         arguments += ["-n", str(min(8, os.cpu_count() or 1))]  # most of the time goes into compiling
     code = pytest.main(arguments, plugins=[Results()])
     if code and not failed:

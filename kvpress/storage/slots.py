@@ -169,7 +169,5 @@ class Slots(Storage):
     @property
     def entry_bytes(self) -> int:
         batch, kv_heads = self.positions.shape[:2]
-        row = (
-            self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
-        )
+        row = self.keys.shape[-1] * self.keys.element_size() + self.values.shape[-1] * self.values.element_size()
         return batch * kv_heads * row

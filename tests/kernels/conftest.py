@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+collect_ignore = [] if importlib.util.find_spec("triton") else ["gpu"]  # Triton is optional
+
 
 @pytest.fixture(autouse=True)
 def runs_somewhere() -> None:

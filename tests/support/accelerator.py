@@ -6,12 +6,10 @@ A file that imports `backends` runs its tests with both paths; one that imports 
 import pytest
 import torch
 
-from support.backends import TRITON_DEVICE
+from support import backends
 
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
-DEVICE = TRITON_DEVICE
-# The interpreter computes with NumPy, which has no bfloat16, and what it returns for it is silently wrong.
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-FLOATS = [dtype for dtype in NAMES if DEVICE.type == "cuda" or dtype != torch.bfloat16]
-DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=[NAMES[dtype] for dtype in FLOATS])
+DEVICE = backends.TRITON_DEVICE
+FLOATS = [dtype for dtype in backends.DTYPES if DEVICE.type == "cuda" or dtype != torch.bfloat16]
+DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=[backends.DTYPES[dtype] for dtype in FLOATS])

@@ -12,6 +12,18 @@ needs_triton = pytest.mark.skipif(
 )
 BACKENDS = pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 
+DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+# Triton's interpreter computes with NumPy, which has no bfloat16, and what it returns for it is silently wrong.
+BACKENDS_AND_DTYPES = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [pytest.param("torch", dtype, id=f"torch-{name}") for dtype, name in DTYPES.items()]
+    + [
+        pytest.param("triton", dtype, marks=needs_triton, id=f"triton-{name}")
+        for dtype, name in DTYPES.items()
+        if TRITON_DEVICE.type == "cuda" or dtype != torch.bfloat16
+    ],
+)
+
 
 def on(backend: str, *tensors: Any) -> list[Any]:
     """Tensors where a backend's kernels run; what is no tensor stays as it is."""
