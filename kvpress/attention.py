@@ -146,7 +146,7 @@ def attention(
     Returns:
         [batch, q, heads, head_dim] and None.
     """
-    if torch.compiler.is_compiling() and hasattr(module, COMPILED_LAYER):
+    if torch.compiler.is_compiling() and TRACING.layers is not None:
         return traced_attention(module, query, key, value, scaling, kwargs), None
     current = active_pass()
     index = None if current is None else current.modules.get(id(module))

@@ -161,9 +161,13 @@ def check_compiles(model: Any, decoder: Any, backend: Any = "inductor", mode: st
         known = [*torch._inductor.list_mode_options()]
         if backend != "inductor" or mode not in known:
             raise PolicyError(f"mode={mode!r} with backend={backend!r}: 'inductor' alone has modes, {', '.join(known)}")
+    on_cpu = next(decoder.parameters()).device.type == "cpu"
+    if backend == "replay" and not next(decoder.parameters()).is_cuda:
+        raise PolicyError(
+            f"backend='replay' records CUDA graphs, and {name} is on {next(decoder.parameters()).device}; use another backend"
+        )
     wanted = os.environ.get("CXX")
     names = [wanted] if wanted else ["g++", "clang++"]
-    on_cpu = next(decoder.parameters()).device.type == "cpu"
     if backend == "inductor" and on_cpu and not any(shutil.which(name) for name in names):
         raise PolicyError(
             f"compile=True builds C++ code on a CPU, and there is no compiler ({' or '.join(names)}); install one (Debian: "

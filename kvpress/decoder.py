@@ -7,7 +7,6 @@ from torch import Tensor
 
 from kvpress.attention import NAME, causal_padding
 from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argument, forward_parameters, rename_cache
-from kvpress.compiled import CompiledSteps
 from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
@@ -212,7 +211,8 @@ class PatchedForward(Wrapper):
         if current.prompt:
             output = self.run(**kwargs)
         else:
-            compiled = isinstance(self.run, CompiledSteps) and self.run.takes(current, kwargs)
+            takes = getattr(self.run, "takes", None)
+            compiled = takes is not None and takes(current, kwargs)
             open_step(current, compiled)
             output = self.run(**kwargs)
             close_step(current)

@@ -148,6 +148,7 @@ class KVLayer(CacheLayerMixin):
         self.has_freed = False  # it is known to be that
         self.step: Step | None = None  # the decode step in progress
         self.known: set[Step] = set()  # kinds of step that were run since the tensors are those that they are
+        self.recordings: dict[Any, Any] = {}  # of whole steps, see kvpress.replay; the first layer has them
 
     def _new_storage(self) -> Slots:
         return Slots(self.observer.slots)
@@ -695,6 +696,9 @@ class KVLayer(CacheLayerMixin):
         if self.index == 0:
             with lasting_tensors():
                 self.texts.change_batch(change)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recordings": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was saved: its tensors may just have been made in `torch.inference_mode`."""

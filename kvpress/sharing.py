@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvpress.compat import CACHE, DynamicCache
 from kvpress.errors import PolicyError
+from kvpress.layer import KVLayer
 from kvpress.passes import Tokens, recording
 from kvpress.patching import patch
-from kvpress.layer import KVLayer
 from kvpress.support import unwrapped
 
 
