@@ -210,7 +210,7 @@ def main() -> None:
         if options.out is None:
             parser.error("--interpret needs --out: what it writes is of no use to any GPU")
         # Triton's interpreter does not get on with every NumPy; the tests know what to do about it.
-        runpy.run_path(str(ROOT / "tests" / "kernels" / "gpu" / "conftest.py"))
+        runpy.run_path(str(ROOT / "tests" / "kernels" / "conftest.py"))
     elif not torch.cuda.is_available():
         print("no CUDA device: nothing to tune (--interpret shows on a CPU that this runs)")
         return

@@ -10,7 +10,6 @@ from torch import Tensor
 from kvpress.compat import CACHE
 from kvpress.passes import Pass, active_pass
 
-
 # What a call may bring beside ids or embeddings and positions: none of it matters to a step.
 LEFT_OUT = {"attention_mask", "use_cache", "cache_position", "return_dict"}
 

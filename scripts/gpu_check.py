@@ -177,12 +177,12 @@ def tests(run: Run) -> None:
             if not run.in_time():
                 self.session.shouldstop = "no time for the rest"
 
-    folder = ROOT / "tests" / "kernels" / "gpu"
+    folder = ROOT / "tests" / "kernels"
     arguments = [str(folder), "-q", "-x" if run.interpret else "--maxfail=50", "-p", "no:cacheprovider"]
-    arguments += [f"--ignore={folder / name}" for name in ("test_compile.py", "test_offsets.py")]
-    if run.interpret:
-        arguments += ["-k", "settings or split_count"]
-    elif _has("xdist"):
+    arguments += [f"--ignore={folder / 'gpu' / name}" for name in ("test_compile.py", "test_offsets.py")]
+    # Those of Triton alone, and the others' runs with it.
+    arguments += ["-k", "settings or split_count" if run.interpret else "gpu or triton"]
+    if not run.interpret and _has("xdist"):
         arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1))]  # most of the time goes into compiling
     os.environ["KVPRESS_FEWER_CASES"] = "1"  # for the folder's conftest.py
     code = pytest.main(arguments, plugins=[Results()])
@@ -209,7 +209,7 @@ def run_part(part: str, run: Run) -> None:
         import runpy
 
         # Triton's interpreter does not get on with every NumPy; the tests know what to do about it.
-        runpy.run_path(str(ROOT / "tests" / "kernels" / "gpu" / "conftest.py"))
+        runpy.run_path(str(ROOT / "tests" / "kernels" / "conftest.py"))
     PARTS[part](run)
 
 
