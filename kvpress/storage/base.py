@@ -195,27 +195,6 @@ class Storage(ABC):
         self.entries += new
 
 
-def in_place(buffer: Tensor, slot: Tensor, new: Tensor) -> None:
-    """Write new [batch, kv_heads, ...] into one slot of each kv head of a contiguous buffer [batch, kv_heads, slots, ...].
-
-    Args:
-        slot: int64 [1] for all kv heads, or [batch, kv_heads].
-    """
-    if slot.ndim == 1:
-        buffer.index_copy_(2, slot, new.unsqueeze(2))
-        return
-    batch, kv_heads, slots = buffer.shape[:3]
-    at = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device).add_(slot.flatten())
-    buffer.view(-1, *buffer.shape[3:]).index_copy_(0, at, new.reshape(batch * kv_heads, *buffer.shape[3:]))
-
-
-def start_stats(stats: dict[str, Tensor], slot: Tensor) -> None:
-    """Count nothing yet of one slot of each kv head, in place: int64 [1] for all of them, or [batch, kv_heads]."""
-    for stat in stats.values():
-        at = slot.view(*slot.shape, *(1,) * (stat.ndim - slot.ndim))
-        stat.scatter_(-1, at.expand(*stat.shape[:-1], 1), 0.0)
-
-
 def gather_stats(stats: dict[str, Tensor], index: Tensor, out: dict[str, Tensor]) -> None:
     """Copy what is counted of the slots at index, int64 [batch, kv_heads, k], to the first k slots of other statistics."""
     k = index.shape[2]

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpress.kernels.gather_slots import gather_both, gather_slots
+from kvpress.kernels.write_slot import write_slot
 from kvpress.passes import Tokens
-from kvpress.storage.base import NewStats, Storage, gather_stats, in_place, start_stats
+from kvpress.storage.base import NewStats, Storage, gather_stats
 
 PARTS = ("codes", "scale", "zero")
 
@@ -89,7 +90,7 @@ class PackedSlots(Storage):
         groups: "keys", "values" -> channels that share a scale and a zero.
         slots: "keys.codes", "keys.scale", "keys.zero" and the same of "values" -> [batch, kv_heads, capacity, ...].
         recent: "keys", "values" -> [batch, kv_heads, residual + 1, head_dim]; padding goes to the last place.
-        recent_positions: int32 [batch, residual + 1], which token is in a place; -1 for none.
+        recent_positions: int32 [batch, kv_heads, residual + 1], which token is in a place; -1 for none.
         coming: during a prompt pass what it brought, "keys" and "values" -> [batch, kv_heads, new, head_dim].
         past: slots that were in use before that pass.
         made: buffers for the `keep` at the end of the pass in progress, see `make`.
@@ -131,7 +132,7 @@ class PackedSlots(Storage):
             place = self._places(positions[row, newest])
             self.recent["keys"][row][:, place] = key[row][:, newest]
             self.recent["values"][row][:, place] = value[row][:, newest]
-            self.recent_positions[row, place] = positions[row, newest]
+            self.recent_positions[row][:, place] = positions[row, newest]
         self.coming, self.past = {"keys": key, "values": value}, self.length
         self.note_put(key.shape[2], tokens.padded)
 
@@ -139,19 +140,14 @@ class PackedSlots(Storage):
         self.coming, self.made = {}, None
 
     def write(self, slot: int | Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        batch, kv_heads = self.positions.shape[:2]
-        positions = positions.expand(batch, 1)
-        if isinstance(slot, int):
-            slot = torch.full((1,), slot, dtype=torch.int64, device=key.device)
-        for name, packed in self._packed(key, value).items():
-            in_place(self.slots[name], slot, packed[:, :, 0])
-        in_place(self.positions, slot, positions.expand(batch, kv_heads))
-        start_stats(self.stats, slot)
+        new, stats = self._packed(key, value), list(self.stats.values())
+        for part in PARTS:
+            names = f"keys.{part}", f"values.{part}"
+            held, packed = ([buffers[name] for name in names] for buffers in (self.slots, new))
+            write_slot(*held, self.positions, stats, slot, *packed, positions)
         if self.residual:
-            place = self._places(positions)
-            in_place(self.recent["keys"], place.expand(batch, kv_heads), key[:, :, 0])
-            in_place(self.recent["values"], place.expand(batch, kv_heads), value[:, :, 0])
-            self.recent_positions.scatter_(1, place, positions)
+            recent, place = self.recent, self._places(positions)
+            write_slot(recent["keys"], recent["values"], self.recent_positions, [], place, key, value, positions)
 
     def reserve(self, capacity: int, like: tuple[Tensor, Tensor] | None = None) -> None:
         if capacity <= self.capacity:
@@ -203,7 +199,8 @@ class PackedSlots(Storage):
         for name, x in (("keys", key), ("values", value)):
             self.groups[name] = group_size(x.shape[3], self.group)
             self.recent[name] = x.new_zeros(*x.shape[:2], self.residual + 1, x.shape[3])
-        self.recent_positions = torch.full((len(key), self.residual + 1), -1, dtype=torch.int32, device=key.device)
+        shape = *key.shape[:2], self.residual + 1
+        self.recent_positions = torch.full(shape, -1, dtype=torch.int32, device=key.device)
 
     def _empty(self, capacity: int) -> Buffers:
         """Buffers of so many slots; what is never written there is unpacked to zeros."""
@@ -253,8 +250,7 @@ class PackedSlots(Storage):
         positions = positions[:, :, :stop] if index is None else positions.gather(2, index)
         place = self._places(positions)
         # An empty slot is at -1, as is the place that it looks into: what it then has is finite, and has no weight.
-        tokens = self.recent_positions[rows, None].expand(-1, self.kv_heads, -1)
-        is_exact = (tokens.gather(2, place) == positions)[..., None]
+        is_exact = (self.recent_positions[rows].gather(2, place) == positions)[..., None]
         exact = gather_both(self.recent["keys"][rows], self.recent["values"][rows], place)
         return torch.where(is_exact, exact[0], found[0]), torch.where(is_exact, exact[1], found[1])
 

@@ -9,9 +9,10 @@ from torch import Tensor
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
+from kvpress.kernels.write_slot import write_slot
 from kvpress.observe import Scores
 from kvpress.passes import Tokens
-from kvpress.storage.base import NewStats, Storage, gather_stats, in_place, start_stats
+from kvpress.storage.base import NewStats, Storage, gather_stats
 
 
 @dataclass
@@ -65,18 +66,7 @@ class Slots(Storage):
         self.note_put(max(len(columns) for columns in tokens.columns), tokens.padded)
 
     def write(self, slot: int | Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        if isinstance(slot, int):
-            self.keys[:, :, slot] = key[:, :, 0]
-            self.values[:, :, slot] = value[:, :, 0]
-            self.positions[:, :, slot] = positions
-            for stat in self.stats.values():
-                stat[..., slot] = 0.0
-            return
-        batch, kv_heads = self.positions.shape[:2]
-        in_place(self.keys, slot, key[:, :, 0])
-        in_place(self.values, slot, value[:, :, 0])
-        in_place(self.positions, slot, positions.expand(batch, kv_heads))
-        start_stats(self.stats, slot)
+        write_slot(self.keys, self.values, self.positions, list(self.stats.values()), slot, key, value, positions)
 
     def reserve(self, capacity: int, like: tuple[Tensor, Tensor] | None = None) -> None:
         if capacity <= self.capacity:
