@@ -31,6 +31,7 @@ class Storage(ABC):
     tensors alone, so that it can be compiled or replayed.
 
     Attributes:
+        keys, values: [batch, kv_heads, capacity, head_dim] as the model made them, or copies where they are held otherwise.
         positions: int32 [batch, kv_heads, capacity], original position of each entry, -1 for an empty slot.
         stats: name -> [batch, kv_heads, ..., capacity], numbers that go with the entries; a new entry starts at 0.
         length: slots in use, some perhaps empty.
@@ -39,6 +40,8 @@ class Storage(ABC):
         ordered: slots in use are in position order.
     """
 
+    keys: Tensor
+    values: Tensor
     positions: Tensor
     stats: dict[str, Tensor]
 

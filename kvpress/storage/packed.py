@@ -142,9 +142,8 @@ class PackedSlots(Storage):
     def write(self, slot: int | Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
         new, stats = self._packed(key, value), list(self.stats.values())
         for part in PARTS:
-            names = f"keys.{part}", f"values.{part}"
-            held, packed = ([buffers[name] for name in names] for buffers in (self.slots, new))
-            write_slot(*held, self.positions, stats, slot, *packed, positions)
+            one, two = f"keys.{part}", f"values.{part}"
+            write_slot(self.slots[one], self.slots[two], self.positions, stats, slot, new[one], new[two], positions)
         if self.residual:
             recent, place = self.recent, self._places(positions)
             write_slot(recent["keys"], recent["values"], self.recent_positions, [], place, key, value, positions)
@@ -212,7 +211,7 @@ class PackedSlots(Storage):
 
     def _packed(self, key: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Packed keys and values by the names of `slots`."""
-        packed = {}
+        packed: dict[str, Tensor] = {}
         for name, x in (("keys", key), ("values", value)):
             parts = zip(PARTS, pack(x, self.bits, self.groups[name]), strict=True)
             packed |= {f"{name}.{part}": held for part, held in parts}
@@ -255,12 +254,12 @@ class PackedSlots(Storage):
         return torch.where(is_exact, exact[0], found[0]), torch.where(is_exact, exact[1], found[1])
 
     @property
-    def keys(self) -> Tensor:
+    def keys(self) -> Tensor:  # type: ignore[override]
         """Keys of all slots, unpacked: [batch, kv_heads, capacity, head_dim]."""
         return self.read()[0]
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor:  # type: ignore[override]
         """Values, likewise."""
         return self.read()[1]
 

@@ -113,12 +113,12 @@ class Pages(Storage):
         return held[rows, index], chosen
 
     @property
-    def keys(self) -> Tensor:
+    def keys(self) -> Tensor:  # type: ignore[override]
         held, chosen = self._rectangle(self.paged_keys)
         return held * chosen[..., None]
 
     @property
-    def values(self) -> Tensor:
+    def values(self) -> Tensor:  # type: ignore[override]
         held, chosen = self._rectangle(self.paged_values)
         return held * chosen[..., None]
 
