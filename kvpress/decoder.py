@@ -212,7 +212,7 @@ class PatchedForward(Wrapper):
             output = self.run(**kwargs)
         else:
             takes = getattr(self.run, "takes", None)
-            compiled = takes is not None and takes(current)
+            compiled = takes is not None and takes(current, kwargs)
             open_step(current, compiled)
             output = self.run(**kwargs)
             close_step(current)
