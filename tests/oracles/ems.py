@@ -88,7 +88,7 @@ class EMS:
     """Spec section 6.3."""
 
     budget: int | float = 256
-    window: int = 8
+    window: int = 4
     recent: int = 32
     kernel_size: int = 7
     pooling: str = "max"

@@ -414,7 +414,7 @@ def test_keep_centre_score(keep):
 def test_defaults():
     """The paper's budget, and what the reconstruction chose."""
     policy = EMS()
-    assert (policy.budget, policy.window, policy.recent, policy.n_sink, policy.evict_every) == (256, 8, 32, 0, 32)
+    assert (policy.budget, policy.window, policy.recent, policy.n_sink, policy.evict_every) == (256, 4, 32, 0, 32)
     assert (policy.kernel_size, policy.pooling, policy.align, policy.global_weight) == (7, "max", "place", 1.0)
     assert (policy.rho, policy.kappa, policy.tau) == (0.9, 4.0, 0.6)
     assert not (policy.raw_product or policy.value_norms or policy.keep_centre_score)
