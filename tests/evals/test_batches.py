@@ -12,8 +12,8 @@ from kvpress.evals import executor
 from kvpress.evals.runner import run_plan
 from kvpress.evals.store import read_rows
 from kvpress.models import load_model
-from models import shipped_policies
-from plans import plan
+from support.models import shipped_policies
+from support.plans import plan
 
 POLICIES = [
     "full",
@@ -26,7 +26,7 @@ POLICIES = [
     {"name": "a2sf", "evict": "each_row"},
     "a2sf_prefill",
     "keyformer",
-    {"name": "ems", "window": 8, "evict_every": 4},
+    {"name": "ems", "window": 8, "recent": 8, "evict_every": 4},
     "snapkv",
     "pyramid_kv",
     "ada_kv",

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import accelerator
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.kernels import backend
@@ -23,7 +22,8 @@ from kvpress.policies import (
     TidalDecode,
     TokenSelect,
 )
-from models import tiny_llama, token_ids
+from support import accelerator
+from support.models import tiny_llama, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")
 
@@ -46,7 +46,7 @@ POLICIES = {
         AdaKV(H2OPrefill(budget=12, recent=3, evict="each_pass")),
         ("paged_attention", "compact_slots"),
     ),
-    "ems": (EMS(budget=16, window=4, n_sink=2), (*COMMON, "merge_slots", "attention_mass")),
+    "ems": (EMS(budget=16, window=4, recent=4, n_sink=2), (*COMMON, "merge_slots", "attention_mass")),
     "keyformer": (Keyformer(budget=12, new_tokens=8), (*COMMON, "attention_mass")),
     "h2o": (H2O(heavy=6, recent=6), (*COMMON, "compact_slots")),
     "a2sf": (A2SF(budget=12), (*COMMON, "attention_mass")),
