@@ -354,7 +354,7 @@ def open_step(current: Pass, compiled: bool = False) -> None:
     current.step = StepInputs(
         tokens=Tokens(1, tokens.padded, tokens.positions, None, None, tokens.seen_tensor),
         number=torch.tensor(number, device=device),
-        new_tokens=None if current.new_tokens is None else torch.tensor(current.new_tokens, device=device),
+        new_tokens=torch.tensor(current.new_tokens or 0, device=device),
         slots=torch.tensor(slots, device=device),
     )
 
