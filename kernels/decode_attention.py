@@ -158,8 +158,7 @@ def decode_attention(
     if index is not None:
         key, value = gather_both(key, value, index)
     if not with_mass and not with_lse and softcap is None and sinks is None and moved is None:
-        plain = _plain_operation if torch.compiler.is_compiling() else _plain
-        return plain(query, key, value, valid, scale), None, None
+        return _plain(query, key, value, valid, scale), None, None
 
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]
@@ -167,7 +166,8 @@ def decode_attention(
     scores = decode_scores(query, key, scale=scale, moved=moved, backend="torch").view(batch, kv_heads, group, slots)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = None if valid is None else ~valid.view(batch, kv_heads, -1, slots)
+    # No size is left to `view`: inductor takes one that it has to work out from a number of slots for a dimension of its own.
+    hidden = None if valid is None else ~valid.view(batch, kv_heads, valid.shape[1] // kv_heads, slots)
     column = None if sinks is None else sinks.float().view(1, kv_heads, group, 1).expand(batch, -1, -1, -1)
     observed = None
     if with_mass and perturbed is not None:
@@ -225,23 +225,11 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scal
         # In parts not -inf: a part of which nothing is valid must not give NaN.
         hidden = float("-inf") if parts == 1 else torch.finfo(query.dtype).min
         mask = torch.zeros(valid.shape, dtype=query.dtype, device=query.device)
-        mask = mask.masked_fill_(~valid, hidden).view(batch * kv_heads, 1, -1, slots)
+        mask = mask.masked_fill_(~valid, hidden).view(batch * kv_heads, 1, valid.shape[1] // kv_heads, slots)
     if parts > 1:
         return _in_parts(rows, keys, values, mask, scale, parts).reshape(batch, heads, 1, head_dim)
     output = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return output.reshape(batch, heads, 1, head_dim)
-
-
-# As an operation of its own in a compiled graph: inductor's form of torch's kernel with a mask reads memory that was never
-# written, where the number of slots is no constant.
-@torch.library.custom_op("kvpress::plain_decode_attention", mutates_args=())
-def _plain_operation(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float) -> Tensor:
-    return _plain(query, key, value, valid, scale)
-
-
-@_plain_operation.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float) -> Tensor:
-    return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
 def _parts(tasks: int, slots: int) -> int:
