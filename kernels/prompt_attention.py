@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpress.kernels.backend import use_flash_attn
+from kvpress.kernels.decode_scores import Moved, marked, nested
 
 # Scores of one tile of query rows, in float32 numbers: 4 Mi numbers are 16 MiB, near the size of a last-level cache.
 TILE_SCORES = 1 << 22
@@ -35,7 +36,7 @@ def prompt_attention_reference(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    moved: tuple[Tensor, Tensor] | None = None,
+    moved: Moved = (),
 ) -> tuple[Tensor, Tensor]:
     """The definition of `prompt_attention`, in plain float32 with the q x n matrix."""
     group = query.shape[1] // key.shape[1]
@@ -43,10 +44,9 @@ def prompt_attention_reference(
     past = entries - rows
     keys, values = (repeat(x.float(), "b h n d -> b (h g) n d", g=group) for x in (key, value))
     scores = query.float() @ keys.transpose(-1, -2) * scale
-    if moved is not None:
-        other = moved[0].float() @ keys.transpose(-1, -2) * scale
-        shifted = functional.pad(moved[1], (0, rows)).repeat_interleave(group, dim=1)
-        scores = torch.where(shifted[:, :, None], other, scores)
+    for other, slots in moved:
+        shifted = functional.pad(marked(slots, key[:, :, :past]), (0, rows)).repeat_interleave(group, dim=1)
+        scores = torch.where(shifted[:, :, None], other.float() @ keys.transpose(-1, -2) * scale, scores)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = torch.ones(rows, entries, dtype=torch.bool, device=query.device).tril(past)
@@ -70,7 +70,7 @@ def prompt_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    moved: tuple[Tensor, Tensor] | None = None,
+    moved: Moved = (),
     with_mass: bool = False,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -84,8 +84,8 @@ def prompt_attention(
         scale: factor on q.k, from the model.
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores.
         sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
-        moved: (query, slots): a second query of the shape of `query` that is used instead on the older entries where
-            the bool [batch, kv_heads, n - q] is True (re-indexed positions).
+        moved: (query, slots) each: another query of the shape of `query` that is used instead on the older entries where
+            the bool [batch, kv_heads, n - q] is True, or on the first so many (re-indexed positions); the later wins.
         with_mass: also return the attention weights, summed over the rows and over the group.
         with_lse: also return the logarithm of each row's softmax denominator.
 
@@ -96,7 +96,7 @@ def prompt_attention(
     """
     past = key.shape[2] - query.shape[2]
     lse: Tensor | None
-    plain = not with_mass and valid is None and sinks is None and moved is None
+    plain = not with_mass and valid is None and sinks is None and not moved
     if plain and use_flash_attn(query, value):
         output, lse = _flash(query, key, value, scale, softcap)
         return output, None, lse if with_lse else None
@@ -141,7 +141,7 @@ def _in_parts(
     valid: Tensor | None,
     scale: float,
     sinks: Tensor | None,
-    moved: tuple[Tensor, Tensor] | None,
+    moved: Moved,
 ) -> tuple[Tensor, Tensor]:
     batch, heads, q, head_dim = query.shape
     kv_heads = key.shape[1]
@@ -166,12 +166,19 @@ def _in_parts(
         return output, lse
 
     parts = [part(query, past, past + q, None)]
-    if past and moved is not None:
-        filled = torch.ones_like(moved[1]) if valid is None else valid
-        parts.append(part(query, 0, past, filled & ~moved[1]))
-        parts.append(part(moved[0], 0, past, filled & moved[1]))
-    elif past:
-        parts.append(part(query, 0, past, valid))
+    rows = [query, *(other for other, _ in moved)]
+    if (ranges := nested([slots for _, slots in moved], past)) is not None:
+        for one, (start, stop) in zip(rows, ranges, strict=True):
+            if start < stop:
+                parts.append(part(one, start, stop, None if valid is None else valid[..., start:stop]))
+    else:
+        rest = torch.ones(*key.shape[:2], past, dtype=torch.bool, device=key.device) if valid is None else valid
+        masks = []
+        for _, slots in reversed(moved):
+            own = marked(slots, key[:, :, :past])
+            masks.append(rest & own)
+            rest = rest & ~own
+        parts += [part(one, 0, past, mask) for one, mask in zip(rows, [rest, *reversed(masks)], strict=True)]
 
     lses = torch.stack([lse for _, lse in parts])
     if sinks is not None:
@@ -191,7 +198,7 @@ def _in_tiles(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    moved: tuple[Tensor, Tensor] | None,
+    moved: Moved,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, heads, q, head_dim = query.shape
@@ -200,8 +207,10 @@ def _in_tiles(
     lowest = torch.finfo(torch.float32).min
     keys, values = key.flatten(0, 1).float(), value.flatten(0, 1)
     rows = query.reshape(batch * kv_heads, group, q, head_dim)
-    moved_rows = None if moved is None else moved[0].reshape(batch * kv_heads, group, q, head_dim)
-    moved_slots = None if moved is None else moved[1].view(batch * kv_heads, 1, 1, past)
+    others = [
+        (other.reshape(batch * kv_heads, group, q, head_dim), marked(slots, key[:, :, :past]))
+        for other, slots in (moved if past else ())
+    ]
     empty = None if valid is None else ~valid.reshape(batch * kv_heads, 1, 1, past)
     column = None if sinks is None else sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, -1, -1)
 
@@ -224,10 +233,11 @@ def _in_tiles(
         )
         scores = torch.bmm(tile_rows.flatten(1, 2), keys[:, :seen].transpose(1, 2))
         scores = scores.view(batch * kv_heads, group, stop - start, seen)
-        if moved_rows is not None and past:
-            other = moved_rows[:, :, start:stop].float().mul(scale).flatten(1, 2)
+        for other_rows, slots in others:
+            other = other_rows[:, :, start:stop].float().mul(scale).flatten(1, 2)
             other = torch.bmm(other, keys[:, :past].transpose(1, 2)).view(*scores.shape[:3], past)
-            scores[..., :past] = torch.where(moved_slots, other, scores[..., :past])  # type: ignore[arg-type]
+            chosen = slots.reshape(batch * kv_heads, 1, 1, past)
+            scores[..., :past] = torch.where(chosen, other, scores[..., :past])
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         scores[..., past + start :].masked_fill_(future[: stop - start, : seen - past - start], lowest)

@@ -65,8 +65,9 @@ def _candidates(decoder: Any) -> list[Rotary]:
         for name, buffer in decoder.named_buffers()
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq") and buffer.ndim == 1
     ]
-    found = [Rotary(buffer, interleaved) for buffer in frequencies for interleaved in (False, True)]
-    return [*found, Rotary(torch.empty(0), False)]
+    trained = getattr(decoder.config, "max_position_embeddings", None)
+    found = [Rotary(buffer, interleaved, trained) for buffer in frequencies for interleaved in (False, True)]
+    return [*found, Rotary(torch.empty(0), False, trained)]
 
 
 @torch.no_grad()

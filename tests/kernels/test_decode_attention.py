@@ -16,7 +16,10 @@ GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [16, 64, 80], ids="d-{}".format)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 WITH_MASS = pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
-FEATURES = [(), ("valid",), ("softcap",), ("sinks",), ("moved",), ("valid", "softcap", "sinks", "moved")]
+FEATURES = [
+    (), ("valid",), ("softcap",), ("sinks",), ("moved",), ("moved-thrice",), ("first-moved",), ("valid", "first-moved"),
+    ("valid", "softcap", "sinks", "moved"), ("valid", "softcap", "sinks", "moved-thrice"),
+]  # fmt: skip
 ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
 
 
