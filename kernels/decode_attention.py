@@ -206,7 +206,9 @@ def _by_parts(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`decode_attention` with each query's slots attended alone, and the parts merged by their LSE."""
     if perturbed is not None:
-        raise ValueError(f"noise or a temperature does not go with {len(moved)} other queries on a GPU; give one at most")
+        raise ValueError(
+            f"noise or a temperature does not go with {len(moved)} other queries on a GPU; give one at most"
+        )
     if index is not None and page_size > 1:
         index, valid = _entries(index, valid, page_size, key.shape[2])
     slots = key.shape[2] if index is None else index.shape[2]

@@ -162,7 +162,8 @@ class DualChunk(Places):
 
     Attributes:
         chunk: None for three quarters of the length that the model was trained for.
-        local: how many of the newest positions always have their true distance, less than `chunk`; None for an eighth of it.
+        local: how many of the newest positions always have their true distance, less than `chunk` (more than a piece is as
+            many as a piece); None for an eighth of the trained length.
         limit: the largest distance; None for `chunk`, or the largest that the model was trained for if that is less.
     """
 

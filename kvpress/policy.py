@@ -2,7 +2,7 @@
 
 A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it a decode step reads, prefill says
 what the rows of a prompt read, route says what is run. Policies of different roles can act together, and one may play several;
-a policy without a role (`Full`) leaves everything exact. The runtime owns all state: it lives with the cache, never on the policy.
+a policy without a role may still say at which positions entries are attended (`places`), and else leaves everything exact (`Full`). The runtime owns all state: it lives with the cache, never on the policy.
 """
 
 import math

@@ -29,8 +29,8 @@ class DualChunkAttention(Policy):
     Args:
         chunk_size: positions that are told apart, and the largest distance. None for three quarters of the length that the
             model was trained for (`max_position_embeddings`).
-        local_size: how many of the newest tokens always stand at their true distance, less than `chunk_size`. None for an
-            eighth of that length.
+        local_size: how many of the newest tokens always stand at their true distance, less than `chunk_size`; more than a piece
+            (`chunk_size - local_size`) is as many as a piece. None for an eighth of that length.
 
     Raises:
         PolicyError: a value out of range; when a model is patched, pieces longer than it was trained for.

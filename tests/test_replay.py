@@ -51,7 +51,9 @@ def test_every_policy(case, padding):
         replayed = generate(model, inputs)
         found = handle.report().total
     assert (found.seen, found.kept, found.read_share) == (told.seen, told.kept, told.read_share)
-    assert told.bytes <= found.bytes <= 1.05 * told.bytes  # where widths must not change, there are some places to spare
+    assert (
+        told.bytes <= found.bytes <= 1.05 * told.bytes
+    )  # where widths must not change, there are some places to spare
     if not getattr(case.policy, "correct_every", 0):  # whose steps are cut short by prompt passes
         assert 1 <= len(made) <= 6
     assert torch.equal(replayed.sequences, plain.sequences)

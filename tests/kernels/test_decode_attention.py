@@ -249,3 +249,35 @@ def test_parts_merge_to_the_whole(slots, parts, dtype, monkeypatch):
     assert output.dtype == dtype  # each part's output is rounded once before they are merged
     far = tolerance(expected, dtype, sums=slots + 16)
     torch.testing.assert_close(output, expected.to(dtype), rtol=0, atol=far)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["all-slots", "listed"])
+@pytest.mark.parametrize("per_head", [False, True], ids=["summed", "per-head"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        ("moved-thrice",),
+        ("first-moved",),
+        ("valid", "softcap", "sinks", "moved-thrice"),
+        ("valid", "sinks", "first-moved"),
+    ],
+    ids="+".join,
+)
+def test_parts_merged_by_their_lse(features, per_head, listed):
+    """What a GPU does with more other queries than its kernel has: output, weights and LSE are those of one softmax."""
+    query, key, value = inputs(63, 3, 16, seed=4)
+    count, index = (20, None) if listed else (63, None)
+    if listed:
+        index = torch.rand(BATCH, KV_HEADS, 63, generator=torch.Generator().manual_seed(5)).argsort(-1)[..., :20]
+    chosen = options(features, count, query)
+    if per_head and "valid" in chosen:
+        chosen["valid"] = chosen["valid"].repeat_interleave(3, dim=1)
+    every = {"with_mass": True, "per_head": per_head, "with_lse": True}
+    expected = decode_attention(query, key, value, scale=0.3, index=index, **chosen, **every)
+    valid, moved, sinks = chosen.pop("valid", None), chosen.pop("moved"), chosen.pop("sinks", None)
+    options_of_parts = {"softcap": None, **chosen, "scale": 0.3, "index": index, "page_size": 1, "backend": "torch"}
+    found = module._by_parts(query, key, value, valid, moved, sinks, None, True, per_head, True, **options_of_parts)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=f"does not go with {len(moved)} other queries"):
+        module._by_parts(query, key, value, valid, moved, sinks, (), True, per_head, True, **options_of_parts)

@@ -37,5 +37,3 @@ class Recorder(TorchDispatchMode):
             for held, new in zip(tree_flatten(result)[0], tree_flatten(again)[0], strict=True):
                 if isinstance(held, torch.Tensor) and held is not new and held.data_ptr() != new.data_ptr():
                     held.copy_(new)  # a graph writes its results where they were
-
-
