@@ -11,6 +11,7 @@ many tokens were seen.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -43,7 +44,7 @@ class Held:
 
 
 class Places:
-    """At which positions entries are attended. A row has the queries of `queries`; the first reads every slot that no other does."""
+    """At which positions entries are attended. Of the queries that a row has, the first reads every slot that no other does."""
 
     moved: ClassVar[bool] = True
     """Whether some are attended at other positions than their own."""
@@ -191,8 +192,8 @@ class DualChunk(Places):
             local = min(chunk - 1, trained // 8) if local is None else local
         if local >= chunk:
             raise PolicyError(
-                f"local_size={local} leaves no piece of chunk_size={chunk} (three quarters of the {trained} positions that the model "
-                f"was trained for); give a local_size below {chunk}, or a chunk_size"
+                f"local_size={local} leaves no piece of chunk_size={chunk} (the model was trained for {trained} positions); give "
+                f"a local_size below {chunk}, or a larger chunk_size"
             )
         limit = chunk if self.limit is None else self.limit
         if trained is not None:
@@ -236,7 +237,7 @@ class DualChunk(Places):
 
     def chunks(self, first: int, count: int) -> list[slice]:
         cuts = [0, *range(self.piece - first % self.piece, count, self.piece), count]
-        return [slice(*cut) for cut in zip(cuts, cuts[1:], strict=False)]
+        return [slice(*cut) for cut in pairwise(cuts)]
 
     def _turned(self, x: Tensor, tokens: Tokens, rotary: Rotary, name: str, to: Callable[[Tensor], Tensor]) -> Tensor:
         if name == "piece" and tokens.seen is not None and max(tokens.seen) <= min(EXACT, self.piece):

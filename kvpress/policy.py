@@ -1,8 +1,9 @@
 """What a policy is: a frozen dataclass of hyper-parameters and pure functions from tensors to scores.
 
 A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it a decode step reads, prefill says
-what the rows of a prompt read, route says what is run. Policies of different roles can act together, and one may play several;
-a policy without a role may still say at which positions entries are attended (`places`), and else leaves everything exact (`Full`). The runtime owns all state: it lives with the cache, never on the policy.
+what the rows of a prompt read, route says what is run. Policies of different roles can act together, and one may play several.
+A policy without a role may still say at which positions entries are attended (`places`); else it leaves everything exact, as
+`Full`. The runtime owns all state: it lives with the cache, never on the policy.
 """
 
 import math

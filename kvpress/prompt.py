@@ -70,7 +70,7 @@ def prompt_pass(
 def _exactly(
     layer: KVLayer, tokens: Tokens, queries: list[Tensor], value: Tensor, scores: Scores, past: int, held: Held
 ) -> Tensor:
-    """The rows of a prompt pass over everything; each padded sequence alone: nothing is computed for padding, and no mask is needed.
+    """The rows of a prompt pass over everything; each padded sequence alone, so that nothing is computed for padding.
 
     Args:
         queries: as `KVLayer.queries` gives them.
