@@ -211,6 +211,8 @@ def _in_tiles(
         (other.reshape(batch * kv_heads, group, q, head_dim), marked(slots, key[:, :, :past]))
         for other, slots in (moved if past else ())
     ]
+    ranges = nested([slots for _, slots in moved], past) if others else None
+    alone = 0 if ranges is None else ranges[0][0]  # entries that other queries read whatever is marked
     empty = None if valid is None else ~valid.reshape(batch * kv_heads, 1, 1, past)
     column = None if sinks is None else sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, -1, -1)
 
@@ -231,13 +233,20 @@ def _in_tiles(
             if rows.dtype != torch.float32
             else rows[:, :, start:stop] * scale
         )
-        scores = torch.bmm(tile_rows.flatten(1, 2), keys[:, :seen].transpose(1, 2))
-        scores = scores.view(batch * kv_heads, group, stop - start, seen)
-        for other_rows, slots in others:
+        scores = torch.bmm(tile_rows.flatten(1, 2), keys[:, alone:seen].transpose(1, 2))
+        scores = scores.view(batch * kv_heads, group, stop - start, seen - alone)
+        parts = [scores]
+        for number, (other_rows, slots) in enumerate(others, 1):
+            first, last = (0, past) if ranges is None else ranges[number]
             other = other_rows[:, :, start:stop].float().mul(scale).flatten(1, 2)
-            other = torch.bmm(other, keys[:, :past].transpose(1, 2)).view(*scores.shape[:3], past)
-            chosen = slots.reshape(batch * kv_heads, 1, 1, past)
-            scores[..., :past] = torch.where(chosen, other, scores[..., :past])
+            other = torch.bmm(other, keys[:, first:last].transpose(1, 2)).view(*scores.shape[:3], last - first)
+            if ranges is None:
+                chosen = slots.reshape(batch * kv_heads, 1, 1, past)
+                scores[..., :past] = torch.where(chosen, other, scores[..., :past])
+            else:
+                parts.append(other)
+        if len(parts) > 1:
+            scores = torch.cat(parts[::-1], dim=-1)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         scores[..., past + start :].masked_fill_(future[: stop - start, : seen - past - start], lowest)
