@@ -46,6 +46,7 @@ def assert_same(model, policy, inputs, backend="eager", mode=None):
     torch.testing.assert_close(torch.stack(compiled.scores), torch.stack(plain.scores), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.every_case
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_every_policy_in_one_graph(case):
     ids = token_ids(2, 24)

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from oracles.common.llama import Oracle, rotate
-from oracles.common.rules import Rules, resolve, top
+from oracles.common.rules import Rules, check_apart, ranked, resolve, top
 
 
 def over_mean(numbers):
@@ -102,14 +102,16 @@ class EMS(Rules):
 
     def candidates(self, scores, total):
         """Indices of the best of `scores` that together have the share rho of them, at most kappa * total."""
-        order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-        chosen = []
+        order, chosen = ranked(scores), []
         for index in order:
-            before = sum(scores[other] for other in chosen)
-            if len(chosen) + 1 <= self.kappa * total and (self.rho == 1 or before < self.rho * sum(scores)):
-                chosen.append(index)
-            else:
+            before, enough = sum(scores[other] for other in chosen), self.rho * sum(scores)
+            if self.rho < 1:
+                check_apart(before, enough)
+            if len(chosen) + 1 > self.kappa * total or (self.rho < 1 and before >= enough):
                 break
+            chosen.append(index)
+        if 0 < len(chosen) < len(order):
+            check_apart(scores[chosen[-1]], scores[order[len(chosen)]])
         return chosen
 
     def nearest(self, index, centres, keys, values):
@@ -120,6 +122,7 @@ class EMS(Rules):
             if not self.raw_product:
                 cosines = [max(0.0, cosine) for cosine in cosines]
             product = cosines[0] * cosines[1]
+            check_apart(product, best)
             if product > best or (product == best and chosen is None):
                 best, chosen = product, centre
         return chosen

@@ -49,6 +49,18 @@ class Case:
     def id(self) -> str:
         return self.policy.describe().replace(" ", "")
 
+    @property
+    def traits(self) -> set[Any]:
+        """What tests over several cases have to meet: the policy, and how it plays each of its roles (support/pairwise.py)."""
+        policy = self.policy
+        traits = {policy.name, *policy.roles, ("heads", policy.heads), ("places", type(policy.places).__name__)}
+        traits.add(("exact prompts", policy.leaves_prompts_exact))
+        if isinstance(policy, EvictionPolicy):
+            how_often = {None: "never", 1: "each step"}.get(policy.evict_every, "every few steps")
+            traits |= {("decode", how_often), ("merges", policy.merges), ("share", policy.keeps_a_share)}
+            traits.add(("evict", policy.evict, type(policy.observes).__name__))
+        return traits
+
 
 def both(policy: type[Policy], roomy: dict[str, Any], **fields: Any) -> Case:
     """A policy with `fields`, as it is and as its oracle, and the same class with `roomy`."""
