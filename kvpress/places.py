@@ -52,6 +52,8 @@ class Places:
     """Whether keys are stored as the model rotated them, so that a selection or prefill policy may compare them with a query."""
     turns_keys: ClassVar[bool] = False
     """Whether keys are rotated when they are read, by `turned`."""
+    in_chunks: ClassVar[bool] = False
+    """Whether `chunks` and `slots` ask where rows are, so that sequences of different lengths are attended one by one."""
 
     def fitted(self, rotary: Rotary) -> "Places":
         """The same for a layer of a model: what depends on the length that it was trained for is set.
@@ -173,6 +175,7 @@ class DualChunk(Places):
     limit: int | None = None
 
     own_keys = False
+    in_chunks = True
 
     @property
     def piece(self) -> int:

@@ -80,8 +80,7 @@ def _exactly(
     count, seen = tokens.count, tokens.seen
     assert seen is not None
     if tokens.columns is None:
-        alike = len(layer.places.chunks(seen[0] - count, count)) == 1 or seen == seen[:1] * len(seen)
-        if alike:
+        if not layer.places.in_chunks or seen == seen[:1] * len(seen):
             return _attend_chunks(layer, queries, scores, past, held, slice(None), seen[0] - count)
         everything = torch.arange(count, device=value.device)
         columns = [everything] * len(seen)
