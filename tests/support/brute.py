@@ -22,8 +22,8 @@ def attend(query, key, value, visible, *, scale, softcap=None, sinks=None, moved
             keys, values = key[b, head // group].double(), value[b, head // group].double()
             for row in range(rows):
                 scores = (keys @ query[b, head, row].double() * scale).tolist()
-                for rows, slots in moved:
-                    other = (keys @ rows[b, head, row].double() * scale).tolist()
+                for other_query, slots in moved:
+                    other = (keys @ other_query[b, head, row].double() * scale).tolist()
                     marks = [True] * slots if isinstance(slots, int) else slots[b, head // group].tolist()
                     for entry, is_moved in enumerate(marks):
                         scores[entry] = other[entry] if is_moved else scores[entry]
