@@ -335,7 +335,7 @@ def test_with_an_eviction_policy(model: Any, policy: type[Any], rules: type[Any]
         (Quest(), r"quest\(\) compares queries with rotated keys, and dual_chunk\(\) does not store them"),
         (TidalDecode(), r"tidal_decode\(\) compares"),
         (XAttention(), r"x_attention\(\) compares"),
-        (TokenSelect(), r"token_select\(\) compares"),
+        (TokenSelect(), r"dual_chunk\(\) and token_select\(\) both have tokens attended at other positions"),
         (StreamingLLM(), r"streaming_llm\(\) both have tokens attended at other positions"),
         (H2O(rope="reindex"), r"h2o\(rope='reindex'\) both have tokens attended"),
     ],
