@@ -37,7 +37,7 @@ class DualChunkAttention(Policy):
     """
 
     name: ClassVar[str] = "dual_chunk"
-    kind: ClassVar[str] = "length extrapolation"
+    kind: ClassVar[str] = "extrapolating"
     paper: ClassVar[str] = "arXiv 2402.17463"
 
     chunk_size: int | None = None
