@@ -254,7 +254,7 @@ def _by_parts(
             rows, keys, values, of_part, index=listed, with_mass=with_mass, per_head=True, with_lse=True, **options
         )
         parts.append((part, output, mass, lse))
-    lses = torch.stack([lse for *_, lse in parts])
+    lses = torch.stack([lse for *_, lse in parts if lse is not None])
     if sinks is not None:
         lses = torch.cat((lses, sinks.float().expand(1, len(query), -1)))
     weights = lses.softmax(dim=0).nan_to_num()  # where there is no entry at all, every part has the LSE -inf

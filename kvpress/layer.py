@@ -17,13 +17,14 @@ from kvpress.kernels.evict_slot import evict_slot
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.merge_slots import merge_slots
 from kvpress.observe import Observed, Rows, Scores, newest_rows
-from kvpress.passes import Tokens, active_pass
+from kvpress.passes import active_pass
 from kvpress.places import Held, Own, Places
 from kvpress.policy import Dropped, Entries, Roles
 from kvpress.rotary import Rotary
 from kvpress.storage import Pages, Slots, Storage, spare_slots
 from kvpress.storage.base import marked_first
 from kvpress.texts import Texts
+from kvpress.tokens import Tokens
 
 __all__ = ["Facts", "KVLayer"]
 

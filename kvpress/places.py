@@ -19,8 +19,8 @@ from torch import Tensor
 
 from kvpress.errors import PolicyError
 from kvpress.kernels.rope_shift import rope_shift
-from kvpress.passes import Tokens
 from kvpress.rotary import Rotary
+from kvpress.tokens import Tokens
 
 EXACT = 1024
 """Up to this position a rounded angle is off by less than 2^-15, which is in the noise of a float32 dot product."""

@@ -9,8 +9,9 @@ from torch import Tensor
 from kvpress.attention import originals, register
 from kvpress.compat import forward_parameters
 from kvpress.errors import UnsupportedModelError
-from kvpress.passes import Pass, active_pass, plain_tokens, set_pass
+from kvpress.passes import Pass, active_pass, set_pass
 from kvpress.rotary import Rotary, same_lengths, same_rotation
+from kvpress.tokens import plain_tokens
 
 FAR = 1 << 20  # further than any length from which on a model scales its queries by their position
 

@@ -15,10 +15,11 @@ from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.prompt_attention import prompt_attention
 from kvpress.layer import KVLayer
 from kvpress.observe import Scores
-from kvpress.passes import Pass, Tokens, one_row
+from kvpress.passes import Pass
 from kvpress.places import Held, rotated, turned, unrotated
 from kvpress.policy import Pattern, View
 from kvpress.step import StepInputs, attend_row
+from kvpress.tokens import Tokens, one_row
 
 
 def exact_pass(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, scores: Scores) -> Tensor:

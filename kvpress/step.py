@@ -4,6 +4,7 @@ All of it works on tensors: what the host knows of the step was noted before (`K
 run eagerly, within a compiled graph, and where a graph is replayed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,11 +14,12 @@ from torch import Tensor
 
 from kvpress.contexts import no_autocast
 from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.decode_scores import Moved
 from kvpress.layer import KVLayer
 from kvpress.observe import Scores
-from kvpress.passes import Tokens
 from kvpress.places import rotated, turned, unrotated
 from kvpress.policy import Selected, View
+from kvpress.tokens import Tokens
 
 
 @dataclass
@@ -150,7 +152,8 @@ def view_of(
         newest, length = told, told[0] + 1
     elif step is not None and isinstance(step.slot, int):
         newest = step.slot
-    turn, moved = None, ()
+    turn: Callable[[Tensor, Tensor], Tensor] | None = None
+    moved: Moved = ()
     if layer.places.turns_keys:
         assert layer.rotary is not None
         turn = partial(rotated, rotary=layer.rotary)

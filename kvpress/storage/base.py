@@ -11,7 +11,7 @@ from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.decode_scores import Moved
 from kvpress.observe import Scores
-from kvpress.passes import Tokens
+from kvpress.tokens import Tokens
 
 
 def spare_slots(length: int) -> int:

@@ -14,7 +14,6 @@ from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.kernels.decode_scores import decode_scores
 from kvpress.kernels.rope_shift import rope_shift
-from kvpress.passes import plain_tokens
 from kvpress.places import Held
 from kvpress.policies import (
     H2O,
@@ -33,6 +32,7 @@ from kvpress.policies import (
 )
 from kvpress.policy import DualChunk, Roles
 from kvpress.rotary import Rotary
+from kvpress.tokens import plain_tokens
 from oracles import dual_chunk, h2o, key_diff, streaming_llm
 from oracles.common.by_keys import ByKeys
 from oracles.dual_chunk import Distances, distance

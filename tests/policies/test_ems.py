@@ -11,10 +11,10 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress.compat import CACHE
-from kvpress.passes import plain_tokens
 from kvpress.policies import EMS, H2O
 from kvpress.policies.ems import global_local_score
 from kvpress.policy import Dropped, Entries, Quota
+from kvpress.tokens import plain_tokens
 from oracles import ems as oracle
 from support.layers import counted, new_layer
 from support.layers import kept as held
