@@ -176,7 +176,8 @@ def decode_attention(
     if index is not None:
         key, value = gather_both(key, value, index)
     if not with_mass and not with_lse and softcap is None and sinks is None and not moved:
-        return _plain(query, key, value, valid, scale), None, None
+        plain = _plain_operation if torch.compiler.is_compiling() else _plain
+        return plain(query, key, value, valid, scale), None, None
 
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]
@@ -314,6 +315,18 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scal
         return _in_parts(rows, keys, values, mask, scale, parts).reshape(batch, heads, 1, head_dim)
     output = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return output.reshape(batch, heads, 1, head_dim)
+
+
+# As an operation of its own in a compiled graph: inductor's form of torch's kernel with a mask reads memory that was never
+# written, where the number of slots is no constant.
+@torch.library.custom_op("kvpress::plain_decode_attention", mutates_args=())
+def _plain_operation(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    return _plain(query, key, value, valid, scale)
+
+
+@_plain_operation.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scale: float) -> Tensor:
+    return query.new_empty(*query.shape[:3], value.shape[-1])
 
 
 def _parts(tasks: int, slots: int) -> int:

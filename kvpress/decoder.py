@@ -203,7 +203,7 @@ class PatchedForward(Wrapper):
             output = self.run(**kwargs)
         else:
             takes = getattr(self.run, "takes", None)
-            compiled = takes is not None and takes(current)
+            compiled = takes is not None and takes(current, kwargs)
             open_step(current, compiled)
             output = self.run(**kwargs)
             close_step(current)
@@ -345,7 +345,7 @@ def open_step(current: Pass, compiled: bool = False) -> None:
     current.step = StepInputs(
         tokens=Tokens(1, tokens.padded, tokens.positions, None, None, tokens.seen_tensor),
         number=torch.tensor(number, device=device),
-        new_tokens=None if current.new_tokens is None else torch.tensor(current.new_tokens, device=device),
+        new_tokens=torch.tensor(current.new_tokens or 0, device=device),
         slots=torch.tensor(slots, device=device),
     )
 

@@ -29,7 +29,8 @@ class StepInputs:
     Attributes:
         tokens: the new tokens, one for each sequence.
         number: of the step since the latest prompt pass, from 1: an int, or int64 [] where the step is told by tensors.
-        new_tokens: how many tokens the `generate` that runs was asked for, likewise; None where that is not known.
+        new_tokens: how many tokens the `generate` that runs was asked for, likewise; None, or a tensor of 0, where that is
+            not known.
         slots: int64 [layers], where each layer's new entry goes, where the step is told by tensors; or [1], of one layer.
         shared: what a selection policy hands from layer to layer.
     """
