@@ -10,23 +10,14 @@ from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argume
 from kvpress.contexts import lasting_tensors, no_autocast
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
-from kvpress.passes import (
-    Pass,
-    Tokens,
-    active_pass,
-    current_record,
-    expected_tokens,
-    in_generate,
-    masked_tokens,
-    plain_tokens,
-    set_pass,
-)
+from kvpress.passes import Pass, active_pass, current_record, expected_tokens, in_generate, set_pass
 from kvpress.places import check_consecutive
 from kvpress.policy import Feed, Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.step import StepInputs, show_last_row
 from kvpress.support import check_cache
 from kvpress.texts import Texts
+from kvpress.tokens import Tokens, masked_tokens, plain_tokens
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:

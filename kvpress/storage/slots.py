@@ -12,8 +12,8 @@ from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.write_slot import write_slot
 from kvpress.observe import Scores
-from kvpress.passes import Tokens
 from kvpress.storage.base import Storage
+from kvpress.tokens import Tokens
 
 NewStats = Callable[[tuple[int, int, int], torch.device], dict[str, Tensor]]
 """Makes empty statistics of [batch, kv_heads, capacity] slots."""

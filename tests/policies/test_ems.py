@@ -11,9 +11,9 @@ from transformers import DynamicCache
 
 import kvpress
 from kvpress.compat import CACHE
-from kvpress.passes import plain_tokens
 from kvpress.policies import EMS, H2O
 from kvpress.policy import Dropped, Entries, Quota
+from kvpress.tokens import plain_tokens
 from oracles import ems as oracle
 from support.layers import counted, new_layer
 from support.layers import kept as held

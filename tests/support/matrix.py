@@ -15,6 +15,7 @@ from kvpress.policies import (
     TOVA,
     A2SFPrefill,
     AdaKV,
+    DualChunkAttention,
     Full,
     H2OPrefill,
     KeyDiff,
@@ -293,6 +294,8 @@ CASES = [
     ),
     both(XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
     both(XAttention, {"min_len": 500}, stride=1, threshold=0.3, block_size=2, norm=0.5),
+    both(DualChunkAttention, {"chunk_size": 500}, chunk_size=8, local_size=3),
+    both(DualChunkAttention, {}, chunk_size=12, local_size=0),
 ]
 EVICTING = [case for case in CASES if "eviction" in case.policy.roles]
 
