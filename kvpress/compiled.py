@@ -139,7 +139,9 @@ class CompiledLayer(Wrapper):
 def wants_more(decoder: Any, kwargs: dict[str, Any]) -> bool:
     """Whether a call asks for what is inside (hidden states, router logits): transformers takes that by hooks."""
     asked = {name for name, value in kwargs.items() if name.startswith("output_") and value}
-    return bool(asked) or any(getattr(decoder.config, f"output_{name}", False) for name in ("hidden_states", "router_logits"))
+    return bool(asked) or any(
+        getattr(decoder.config, f"output_{name}", False) for name in ("hidden_states", "router_logits")
+    )
 
 
 def run_layer(module: Any, layer: KVLayer, inputs: StepInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
