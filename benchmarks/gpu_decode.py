@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.observe import Scores
-from kvpress.passes import plain_tokens
 from kvpress.policy import EvictionPolicy, Policy
+from kvpress.tokens import plain_tokens
 
 PLAIN, FLOOR = "transformers", "floor"
 MEASURED = ["full", "tidal_decode", "h2o", "snapkv", "streaming_llm"]

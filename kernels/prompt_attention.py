@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.backend import use_flash_attn, use_torch_flash
+from kvpress.kernels.decode_scores import Moved, marked, nested
 
 # Scores of one tile of query rows, in float32 numbers: 4 Mi numbers are 16 MiB, near the size of a last-level cache.
 TILE_SCORES = 1 << 22
@@ -38,7 +39,7 @@ def prompt_attention_reference(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    moved: tuple[Tensor, Tensor] | None = None,
+    moved: Moved = (),
 ) -> tuple[Tensor, Tensor]:
     """The definition of `prompt_attention`, in plain float32 with the q x n matrix."""
     group = query.shape[1] // key.shape[1]
@@ -46,10 +47,9 @@ def prompt_attention_reference(
     past = entries - rows
     keys, values = (repeat(x.float(), "b h n d -> b (h g) n d", g=group) for x in (key, value))
     scores = query.float() @ keys.transpose(-1, -2) * scale
-    if moved is not None:
-        other = moved[0].float() @ keys.transpose(-1, -2) * scale
-        shifted = functional.pad(moved[1], (0, rows)).repeat_interleave(group, dim=1)
-        scores = torch.where(shifted[:, :, None], other, scores)
+    for other, slots in moved:
+        shifted = functional.pad(marked(slots, key[:, :, :past]), (0, rows)).repeat_interleave(group, dim=1)
+        scores = torch.where(shifted[:, :, None], other.float() @ keys.transpose(-1, -2) * scale, scores)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     visible = torch.ones(rows, entries, dtype=torch.bool, device=query.device).tril(past)
@@ -73,7 +73,7 @@ def prompt_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    moved: tuple[Tensor, Tensor] | None = None,
+    moved: Moved = (),
     with_mass: bool = False,
     with_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -87,8 +87,8 @@ def prompt_attention(
         scale: factor on q.k, from the model.
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores.
         sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
-        moved: (query, slots): a second query of the shape of `query` that is used instead on the older entries where
-            the bool [batch, kv_heads, n - q] is True (re-indexed positions).
+        moved: (query, slots) each: another query of the shape of `query` that is used instead on the older entries where
+            the bool [batch, kv_heads, n - q] is True, or on the first so many (re-indexed positions); the later wins.
         with_mass: also return the attention weights, summed over the rows and over the group.
         with_lse: also return the logarithm of each row's softmax denominator.
 
@@ -99,12 +99,13 @@ def prompt_attention(
     """
     past = key.shape[2] - query.shape[2]
     lse: Tensor | None
-    unmasked = past == 0 or (valid is None and moved is None)
-    if unmasked and sinks is None and use_flash_attn(query, value):
+    plain = past == 0 or (valid is None and not moved)
+    in_ranges = past == 0 or (valid is None and nested([slots for _, slots in moved], past) is not None)
+    if plain and sinks is None and use_flash_attn(query, value):
         output, lse = _flash(query, key, value, scale, softcap)
     elif past == 0 and softcap is None and sinks is None and not with_mass and not with_lse:
         return _causal(query, key, value, scale), None, None
-    elif softcap is None and _flash_takes_parts(query, value, unmasked, with_mass):
+    elif softcap is None and _flash_takes_parts(query, value, plain if with_mass else in_ranges, with_mass):
         output, lse = _in_parts(query, key, value, valid, scale, sinks, moved)
     else:
         output, tiles_mass, lse = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved, with_lse)
@@ -153,17 +154,26 @@ def _in_parts(
     valid: Tensor | None,
     scale: float,
     sinks: Tensor | None,
-    moved: tuple[Tensor, Tensor] | None,
+    moved: Moved,
 ) -> tuple[Tensor, Tensor]:
     heads, past = query.shape[1], key.shape[2] - query.shape[2]
     (older_key, new_key), (older_value, new_value) = ((x[:, :, :past], x[:, :, past:]) for x in (key, value))
     parts = [_part(query, new_key, new_value, None, scale, causal=True)]
-    if past and moved is not None:
-        filled = torch.ones_like(moved[1]) if valid is None else valid
-        parts.append(_part(query, older_key, older_value, filled & ~moved[1], scale))
-        parts.append(_part(moved[0], older_key, older_value, filled & moved[1], scale))
+    rows = [query, *(other for other, _ in moved)]
+    if (ranges := nested([slots for _, slots in moved], past)) is not None:
+        for one, (start, stop) in zip(rows, ranges, strict=True):
+            if start < stop:
+                mask = None if valid is None else valid[..., start:stop]
+                parts.append(_part(one, older_key[:, :, start:stop], older_value[:, :, start:stop], mask, scale))
     elif past:
-        parts.append(_part(query, older_key, older_value, valid, scale))
+        rest = torch.ones(older_key.shape[:3], dtype=torch.bool, device=key.device) if valid is None else valid
+        masks = []
+        for _, slots in reversed(moved):
+            own = marked(slots, older_key)
+            masks.append(rest & own)
+            rest = rest & ~own
+        masks = [rest, *reversed(masks)]
+        parts += [_part(one, older_key, older_value, mask, scale) for one, mask in zip(rows, masks, strict=True)]
     if len(parts) == 1 and sinks is None:
         return parts[0]
 
@@ -217,7 +227,7 @@ def _in_tiles(
     scale: float,
     softcap: float | None,
     sinks: Tensor | None,
-    moved: tuple[Tensor, Tensor] | None,
+    moved: Moved,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, heads, q, head_dim = query.shape
@@ -226,8 +236,12 @@ def _in_tiles(
     lowest = torch.finfo(torch.float32).min
     keys, values = key.flatten(0, 1).float(), value.flatten(0, 1)
     rows = query.reshape(batch * kv_heads, group, q, head_dim)
-    moved_rows = None if moved is None else moved[0].reshape(batch * kv_heads, group, q, head_dim)
-    moved_slots = None if moved is None else moved[1].view(batch * kv_heads, 1, 1, past)
+    others = [
+        (other.reshape(batch * kv_heads, group, q, head_dim), marked(slots, key[:, :, :past]))
+        for other, slots in (moved if past else ())
+    ]
+    ranges = nested([slots for _, slots in moved], past) if others else None
+    alone = 0 if ranges is None else ranges[0][0]  # entries that other queries read whatever is marked
     empty = None if valid is None else ~valid.reshape(batch * kv_heads, 1, 1, past)
     column = None if sinks is None else sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, -1, -1)
 
@@ -248,12 +262,20 @@ def _in_tiles(
             if rows.dtype != torch.float32
             else rows[:, :, start:stop] * scale
         )
-        scores = torch.bmm(tile_rows.flatten(1, 2), keys[:, :seen].transpose(1, 2))
-        scores = scores.view(batch * kv_heads, group, stop - start, seen)
-        if moved_rows is not None and past:
-            other = moved_rows[:, :, start:stop].float().mul(scale).flatten(1, 2)
-            other = torch.bmm(other, keys[:, :past].transpose(1, 2)).view(*scores.shape[:3], past)
-            scores[..., :past] = torch.where(moved_slots, other, scores[..., :past])  # type: ignore[arg-type]
+        scores = torch.bmm(tile_rows.flatten(1, 2), keys[:, alone:seen].transpose(1, 2))
+        scores = scores.view(batch * kv_heads, group, stop - start, seen - alone)
+        parts = [scores]
+        for number, (other_rows, slots) in enumerate(others, 1):
+            first, last = (0, past) if ranges is None else ranges[number]
+            other = other_rows[:, :, start:stop].float().mul(scale).flatten(1, 2)
+            other = torch.bmm(other, keys[:, first:last].transpose(1, 2)).view(*scores.shape[:3], last - first)
+            if ranges is None:
+                chosen = slots.reshape(batch * kv_heads, 1, 1, past)
+                scores[..., :past] = torch.where(chosen, other, scores[..., :past])
+            else:
+                parts.append(other)
+        if len(parts) > 1:
+            scores = torch.cat(parts[::-1], dim=-1)
         if softcap is not None:
             scores = scores.div_(softcap).tanh_().mul_(softcap)
         scores[..., past + start :].masked_fill_(future[: stop - start, : seen - past - start], lowest)

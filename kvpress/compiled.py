@@ -11,7 +11,7 @@ from torch import Tensor
 from kvpress.attention import TRACING
 from kvpress.compat import Cache, DynamicCache
 from kvpress.errors import PolicyError, UnsupportedModelError
-from kvpress.hooks import hooks_inside, watching
+from kvpress.hooks import hooks_inside, suspended, watching
 from kvpress.layer import KVLayer
 from kvpress.passes import Pass, active_pass
 from kvpress.step import StepInputs
@@ -53,9 +53,9 @@ class CompiledSteps:
                 if vars(module).get("forward") is wrapper:
                     wrapper.remove(module)
 
-    def takes(self, current: Pass) -> bool:
-        """Whether a decode step can run in graphs."""
-        if torch.is_grad_enabled():
+    def takes(self, current: Pass, kwargs: dict[str, Any]) -> bool:
+        """Whether a decode step that is called so can run in graphs."""
+        if torch.is_grad_enabled() or wants_more(self.forward.__self__, kwargs):
             return False
         watchers = watching(self._hooks)
         if watchers:
@@ -70,7 +70,10 @@ class CompiledSteps:
         current = active_pass()
         if current is not None and current.prompt:
             self._hooks = hooks_inside(self.forward.__self__)  # a module may have been replaced
-        return self.forward(**kwargs)
+        if current is None or current.step is None or current.step.slots is None:
+            return self.forward(**kwargs)
+        with suspended(self._hooks):  # those that transformers has left, which have nothing to do
+            return self.forward(**kwargs)
 
     def run(self, module: Any, current: Pass, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A decoder layer's part of a step, in its graph.
@@ -131,6 +134,14 @@ class CompiledLayer(Wrapper):
         index = next(current.modules[one] for one in self._inside if one in current.modules)
         kwargs = {name: None if isinstance(value, Cache) else value for name, value in kwargs.items()}
         return self._steps.run(self._module, current, index, args, kwargs)
+
+
+def wants_more(decoder: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a call asks for what is inside (hidden states, router logits): transformers takes that by hooks."""
+    asked = {name for name, value in kwargs.items() if name.startswith("output_") and value}
+    return bool(asked) or any(
+        getattr(decoder.config, f"output_{name}", False) for name in ("hidden_states", "router_logits")
+    )
 
 
 def run_layer(module: Any, layer: KVLayer, inputs: StepInputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -10,23 +10,14 @@ from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argume
 from kvpress.contexts import lasting_tensors, no_autocast
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
-from kvpress.passes import (
-    Pass,
-    Tokens,
-    active_pass,
-    current_record,
-    expected_tokens,
-    in_generate,
-    masked_tokens,
-    plain_tokens,
-    set_pass,
-)
+from kvpress.passes import Pass, active_pass, current_record, expected_tokens, in_generate, set_pass
 from kvpress.places import check_consecutive
 from kvpress.policy import Feed, Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.step import StepInputs, show_last_row
 from kvpress.support import check_cache
 from kvpress.texts import Texts
+from kvpress.tokens import Tokens, masked_tokens, plain_tokens
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -212,7 +203,7 @@ class PatchedForward(Wrapper):
             output = self.run(**kwargs)
         else:
             takes = getattr(self.run, "takes", None)
-            compiled = takes is not None and takes(current)
+            compiled = takes is not None and takes(current, kwargs)
             open_step(current, compiled)
             output = self.run(**kwargs)
             close_step(current)
@@ -354,7 +345,7 @@ def open_step(current: Pass, compiled: bool = False) -> None:
     current.step = StepInputs(
         tokens=Tokens(1, tokens.padded, tokens.positions, None, None, tokens.seen_tensor),
         number=torch.tensor(number, device=device),
-        new_tokens=None if current.new_tokens is None else torch.tensor(current.new_tokens, device=device),
+        new_tokens=torch.tensor(current.new_tokens or 0, device=device),
         slots=torch.tensor(slots, device=device),
     )
 

@@ -12,17 +12,19 @@ from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.evict import best, in_position_order, priorities, split_by, victims
 from kvpress.kernels.attention_mass import Perturbation
+from kvpress.kernels.decode_scores import Moved
 from kvpress.kernels.evict_slot import evict_slot
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.merge_slots import merge_slots
 from kvpress.observe import Observed, Rows, Scores, newest_rows
-from kvpress.passes import Tokens, active_pass
-from kvpress.places import at_own_positions, rotated, without_rotation
-from kvpress.policy import Consecutive, Dropped, Entries, Roles, Sinks
+from kvpress.passes import active_pass
+from kvpress.places import Held, Own, Places
+from kvpress.policy import Dropped, Entries, Roles
 from kvpress.rotary import Rotary
 from kvpress.storage import Pages, Slots, Storage, spare_slots
 from kvpress.storage.base import marked_first
 from kvpress.texts import Texts
+from kvpress.tokens import Tokens
 
 __all__ = ["Facts", "KVLayer"]
 
@@ -105,8 +107,7 @@ class KVLayer(CacheLayerMixin):
         dtype: of keys and values, once there are some: that of the values of the first pass.
         nbytes: bytes of all tensors held, statistics and state included.
         texts: the cache's sequences, which all of these layers share; the first one changes them.
-        raw_keys: whether keys are stored without their rotation.
-        reindexed_sinks: how many first tokens are attended nearer than they stand, by the number of tokens dropped since.
+        places: at which positions its entries are attended.
     """
 
     is_sliding = False
@@ -122,10 +123,7 @@ class KVLayer(CacheLayerMixin):
         self.index = index
         self.count = count
         self.rotary = rotary
-        places = roles.places
-        self.raw_keys = rotary is not None and isinstance(places, Consecutive)
-        rotates = rotary is not None and rotary.channels > 0
-        self.reindexed_sinks = places.count if isinstance(places, Sinks) and rotates else 0
+        self.places: Places = Own() if rotary is None else roles.places.fitted(rotary)
         self.reset()
 
     def reset(self) -> None:
@@ -193,17 +191,34 @@ class KVLayer(CacheLayerMixin):
 
     def _stored_key(self, key: Tensor, tokens: Tokens) -> Tensor:
         """A pass's keys, [batch, kv_heads, count, head_dim], as they are stored."""
-        if self.rotary is None:
-            return key
-        if self.raw_keys:
-            return without_rotation(key, tokens.positions.to(key.device)[:, None], self.rotary)
-        return at_own_positions(key, tokens, self.rotary)
+        return key if self.rotary is None else self.places.store(key, tokens, self.rotary)
 
     def own_query(self, query: Tensor, tokens: Tokens) -> Tensor:
         """A pass's queries, [batch, heads, count, head_dim], at their own positions, as exactly as the keys are at theirs."""
-        if self.rotary is None or self.raw_keys:
-            return query
-        return at_own_positions(query, tokens, self.rotary)
+        return query if self.rotary is None else self.places.own_query(query, tokens, self.rotary)
+
+    def held(self, tokens: Tokens, stop: int | None = None) -> Held:
+        """What the first slots hold when the rows of a pass are about to read them, which are stored already."""
+        storage = self.storage
+        entries = self.entries_now if storage.uniform else None
+        known = entries is not None and tokens.seen is not None and not tokens.padded
+        in_order = known and storage.ordered and tokens.seen == [entries] * len(tokens.seen or [])
+        return Held(storage.positions[:, :, :stop], entries, in_order)
+
+    def queries(self, query: Tensor, tokens: Tokens, held: Held) -> list[Tensor]:
+        """The queries that a pass's rows read the slots with, each [batch, heads, count, head_dim]."""
+        return [query] if self.rotary is None else self.places.queries(query, tokens, held, self.rotary)
+
+    def row_queries(self, query: Tensor, tokens: Tokens, stop: int | None) -> tuple[Tensor, Moved]:
+        """The query of a decode step's row, and the other queries that read some of the first slots instead."""
+        if not self.places.moved:
+            return query, ()
+        held = self.held(tokens, stop)
+        first, *others = self.queries(query, tokens, held)
+        if not others:
+            return first, ()
+        at = tokens.seen[0] - 1 if held.in_order and tokens.seen is not None else tokens.positions[:, 0]
+        return first, list(zip(others, self.places.slots(at, held.positions, held), strict=False))
 
     # ------------------------------------------------------------------ storing a prompt
 
@@ -299,7 +314,7 @@ class KVLayer(CacheLayerMixin):
         return self.storage.entries + (self.step is not None)
 
     @property
-    def places(self) -> int:
+    def position_limit(self) -> int:
         """Positions of entries are below it."""
         return self.texts.columns if self.step is None else self.step.places
 
@@ -467,9 +482,9 @@ class KVLayer(CacheLayerMixin):
     def _keys_in_place(self, stop: int | None = None) -> Tensor:
         """Keys of the first slots, rotated at the entries' own positions, as the queries that observe them are at theirs."""
         keys, _ = self.storage.read(stop=stop)
-        if self.rotary is None or not self.raw_keys:
+        if self.rotary is None or self.places.own_keys:
             return keys
-        return rotated(keys, self.storage.positions[:, :, :stop].clamp(min=0), self.rotary)
+        return self.places.in_place(keys, self.storage.positions[:, :, :stop], self.rotary)
 
     # ------------------------------------------------------------------ eviction
 

@@ -118,11 +118,14 @@ def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> 
     if moving is None:
         return []
     try:
-        return find_rotary(decoder, attention, _configs(decoder))
+        found = find_rotary(decoder, attention, _configs(decoder))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{moving.describe()} re-indexes rotary positions, and that cannot be done: {error}; {moving.place_remedy}"
         ) from None
+    for rotary in found:
+        moving.places.fitted(rotary)  # which refuses a model that they do not fit
+    return found
 
 
 class Handle:
@@ -338,7 +341,7 @@ class Handle:
             layer.append(key, value, prompt.tokens)
             if layer.takes_mass:
                 # The same for every policy that asks. Keys that are rotated anew may differ in the last bit.
-                asked = ordinal, layer.raw_keys
+                asked = ordinal, layer.places.own_keys
                 if asked in prompt.masses:
                     layer.add_mass(prompt.masses[asked])
                 else:

@@ -59,8 +59,8 @@ class ReplayedSteps:
         self._cache = cache
         self._record = record
 
-    def takes(self, current: Pass) -> bool:
-        """Whether a decode step can be replayed."""
+    def takes(self, current: Pass, kwargs: dict[str, Any]) -> bool:
+        """Whether a decode step that is called so can be replayed."""
         return not torch.is_grad_enabled()
 
     def __call__(self, **kwargs: Any) -> Any:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.decode_scores import Moved
 from kvpress.observe import Scores
-from kvpress.passes import Tokens
+from kvpress.tokens import Tokens
 
 NewStats = Callable[[tuple[int, int, int], torch.device], dict[str, Tensor]]
 """Makes empty statistics of [batch, kv_heads, capacity] slots."""
@@ -124,7 +125,7 @@ class Storage(ABC):
         valid: Tensor | None,
         index: Tensor | None = None,
         rows: slice = slice(None),
-        moved: tuple[Tensor, Tensor | int] | None = None,
+        moved: Moved = (),
         perturbed: tuple[Perturbation, Tensor, Tensor] | None = None,
         with_mass: bool = False,
         per_head: bool = False,

@@ -9,8 +9,8 @@ from torch.nn import functional
 
 from kvpress.kernels.gather_slots import gather_both, gather_slots
 from kvpress.kernels.write_slot import write_slot
-from kvpress.passes import Tokens
 from kvpress.storage.base import NewStats, Storage, gather_stats
+from kvpress.tokens import Tokens
 
 PARTS = ("codes", "scale", "zero")
 

@@ -11,8 +11,8 @@ from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.write_slot import write_slot
 from kvpress.observe import Scores
-from kvpress.passes import Tokens
 from kvpress.storage.base import NewStats, Storage, gather_stats
+from kvpress.tokens import Tokens
 
 
 @dataclass

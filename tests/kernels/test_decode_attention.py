@@ -16,7 +16,10 @@ GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [16, 64, 80], ids="d-{}".format)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 WITH_MASS = pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
-FEATURES = [(), ("valid",), ("softcap",), ("sinks",), ("moved",), ("valid", "softcap", "sinks", "moved")]
+FEATURES = [
+    (), ("valid",), ("softcap",), ("sinks",), ("moved",), ("moved-thrice",), ("first-moved",), ("valid", "first-moved"),
+    ("valid", "softcap", "sinks", "moved"), ("valid", "softcap", "sinks", "moved-thrice"),
+]  # fmt: skip
 ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
 
 
@@ -246,6 +249,48 @@ def test_parts_merge_to_the_whole(slots, parts, dtype, monkeypatch):
     assert output.dtype == dtype  # each part's output is rounded once before they are merged
     far = tolerance(expected, dtype, sums=slots + 16)
     torch.testing.assert_close(output, expected.to(dtype), rtol=0, atol=far)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["all-slots", "listed"])
+@pytest.mark.parametrize("per_head", [False, True], ids=["summed", "per-head"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        ("moved-thrice",),
+        ("first-moved",),
+        ("valid", "softcap", "sinks", "moved-thrice"),
+        ("valid", "sinks", "first-moved"),
+    ],
+    ids="+".join,
+)
+def test_parts_merged_by_their_lse(features, per_head, listed):
+    """What a GPU does with more other queries than its kernel has: output, weights and LSE are those of one softmax."""
+    query, key, value = inputs(63, 3, 16, seed=4)
+    count, index = (20, None) if listed else (63, None)
+    if listed:
+        index = torch.rand(BATCH, KV_HEADS, 63, generator=torch.Generator().manual_seed(5)).argsort(-1)[..., :20]
+    chosen = options(features, count, query)
+    if per_head and "valid" in chosen:
+        chosen["valid"] = chosen["valid"].repeat_interleave(3, dim=1)
+    every = {"with_mass": True, "per_head": per_head, "with_lse": True}
+    expected = decode_attention(query, key, value, scale=0.3, index=index, **chosen, **every)
+    valid, moved, sinks = chosen.pop("valid", None), chosen.pop("moved"), chosen.pop("sinks", None)
+    options_of_parts = {"softcap": None, **chosen, "scale": 0.3, "index": index, "page_size": 1, "backend": "torch"}
+    found = module._by_parts(
+        query, key, value, valid, moved, sinks, None, True, per_head, True, None, 1.0, **options_of_parts
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+    if not per_head and not listed:
+        held = torch.rand(BATCH, KV_HEADS, 70, generator=torch.Generator().manual_seed(6))
+        wanted = held.clone()
+        wanted[:, :, :63] = 0.5 * held[:, :, :63] + expected[1]
+        module._by_parts(query, key, value, valid, moved, sinks, None, True, False, True, held, 0.5, **options_of_parts)
+        torch.testing.assert_close(held, wanted, atol=2e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=f"does not go with {len(moved)} other queries"):
+        module._by_parts(
+            query, key, value, valid, moved, sinks, (), True, per_head, True, None, 1.0, **options_of_parts
+        )
 
 
 @pytest.mark.parametrize("fading", [1.0, 0.5])

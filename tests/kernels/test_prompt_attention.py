@@ -29,6 +29,10 @@ FEATURES = [
     ("valid", "moved"),
     ("valid", "sinks", "moved"),
     ("valid", "softcap", "sinks", "moved"),
+    ("moved-thrice",),
+    ("valid", "sinks", "moved-thrice"),
+    ("first-moved",),
+    ("valid", "softcap", "first-moved"),
 ]
 ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
 
@@ -136,7 +140,7 @@ def test_transposed_query(dtype, with_mass):
     view = query.transpose(1, 2).contiguous().transpose(1, 2)
     chosen_view = {
         **chosen,
-        "moved": (chosen["moved"][0].transpose(1, 2).contiguous().transpose(1, 2), chosen["moved"][1]),
+        "moved": [(other.transpose(1, 2).contiguous().transpose(1, 2), slots) for other, slots in chosen["moved"]],
     }
     expected, _, _ = prompt_attention(query, key, value, scale=0.2, **chosen, with_mass=with_mass)
     output, _, _ = prompt_attention(view, key, value, scale=0.2, **chosen_view, with_mass=with_mass)
@@ -226,10 +230,10 @@ def test_lse(past, features, dtype, small_tiles):
     keys = key.float().repeat_interleave(3, dim=1)
     scores = query.float() @ keys.transpose(-1, -2) * 0.25
     if "moved" in chosen and past:
-        moved, slots = chosen["moved"]
-        other = moved.float() @ keys[:, :, :past].transpose(-1, -2) * 0.25
-        where = slots.repeat_interleave(3, dim=1)[:, :, None]
-        scores[..., :past] = torch.where(where, other, scores[..., :past])
+        for moved, slots in chosen["moved"]:
+            other = moved.float() @ keys[:, :, :past].transpose(-1, -2) * 0.25
+            marks = torch.arange(past) < slots if isinstance(slots, int) else slots.repeat_interleave(3, 1)[:, :, None]
+            scores[..., :past] = torch.where(marks, other, scores[..., :past])
     if "softcap" in chosen:
         scores = 1.5 * torch.tanh(scores / 1.5)
     visible = causal(BATCH, KV_HEADS, 63, 63 + past, chosen.get("valid"))

@@ -10,7 +10,6 @@ import torch
 
 import kvpress
 from kvpress import PolicyError
-from kvpress.passes import masked_tokens, plain_tokens
 from kvpress.policies import H2O, AdaKV, Full, Keyformer, PyramidKV, SnapKV, StreamingLLM
 from kvpress.policy import (
     Budget,
@@ -25,6 +24,7 @@ from kvpress.policy import (
     entries_for,
     pool_scores,
 )
+from kvpress.tokens import masked_tokens, plain_tokens
 from support.layers import feed, in_use, kept, new_layer, observe, prompt, random_mass, row, step, stepping
 from support.matrix import EVICTING, sharp_llama
 from support.matrix import prompt as text

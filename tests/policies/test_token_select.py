@@ -8,15 +8,15 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress import places as module_of_places
 from kvpress import prompt as prompt_pass
-from kvpress import reindex, step
+from kvpress import step
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.kernels.rope_shift import rope_shift
-from kvpress.layer import KVLayer
 from kvpress.policies import H2O, Full, TokenSelect
 from kvpress.policies import token_select as module
-from kvpress.policy import Consecutive, Roles, Selected, View
+from kvpress.policy import Consecutive, Selected, View
 from kvpress.rotary import Rotary
 from oracles.token_select import TokenSelect as Rules
 from support import reads
@@ -298,7 +298,7 @@ def test_t6_places_never_exceed_the_room(model: Any, monkeypatch: pytest.MonkeyP
     """T6: keys are attended at 0 .. m-1 and the query at the last of these, however long the text."""
     places: list[list[int]] = []
     inside = [False]
-    original_turned, original_rotated = reindex.turned, reindex.rotated
+    original_turned, original_rotated = module_of_places.turned, module_of_places.rotated
 
     def turned(*args: Any) -> Any:
         inside[0] = True
@@ -314,7 +314,7 @@ def test_t6_places_never_exceed_the_room(model: Any, monkeypatch: pytest.MonkeyP
 
     for caller in (prompt_pass, step):
         monkeypatch.setattr(caller, "turned", turned)
-    monkeypatch.setattr(reindex, "rotated", rotated)
+    monkeypatch.setattr(module_of_places, "rotated", rotated)
     for length in (30, 90):
         places.clear()
         run(model, TokenSelect(**SMALL), [prompt(length), [5], [6]])
@@ -338,12 +338,11 @@ def test_keys_are_cached_without_rotation(model: Any) -> None:
 def test_a_far_query_is_moved_exactly() -> None:
     """A query that was rotated at a position past a million comes back as it was."""
     rotary = Rotary(1e6 ** (-torch.arange(4) / 4), False)
-    layer = KVLayer(Roles.of([TokenSelect()]), 0, 1, rotary)
     query = random(2, HEADS, 3, DIM)
     seen = torch.tensor([1_000_003, 700_001])
     places = seen[:, None, None] - 3 + torch.arange(3)
     rotated = rope_shift(query, places, rotary.inv_freq)
-    torch.testing.assert_close(reindex.unrotated(layer, rotated, seen), query, atol=2e-6, rtol=0)
+    torch.testing.assert_close(module_of_places.unrotated(rotated, seen, rotary), query, atol=2e-6, rtol=0)
 
 
 def test_bfloat16_is_near_float32(model: Any) -> None:

@@ -7,8 +7,8 @@ import torch
 
 from kvpress.layer import KVLayer
 from kvpress.observe import Scores
-from kvpress.passes import plain_tokens
 from kvpress.policy import Roles
+from kvpress.tokens import plain_tokens
 
 HEAD_DIM = 4
 

@@ -48,9 +48,9 @@ def options(features, slots, query, seed=1, index_dtype=torch.int64):
         chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
     if "moved" in features:
         marked = torch.rand(BATCH, KV_HEADS, entries, generator=generator) < 0.4
-        chosen["moved"] = torch.randn(query.shape, generator=generator).to(query.dtype), marked
+        chosen["moved"] = [(torch.randn(query.shape, generator=generator).to(query.dtype), marked)]
     if "first-moved" in features:
-        chosen["moved"] = torch.randn(query.shape, generator=generator).to(query.dtype), (entries + 1) // 2
+        chosen["moved"] = [(torch.randn(query.shape, generator=generator).to(query.dtype), (entries + 1) // 2)]
     return chosen
 
 
@@ -173,11 +173,11 @@ def test_moved_by_count_is_moved_by_mark(count, dtype):
     other = torch.randn(BATCH, KV_HEADS * 3, 80, 2, generator=torch.Generator().manual_seed(9)).to(dtype)
     other = other[..., :1].transpose(2, 3)
     marked = (torch.arange(63) < count).expand(BATCH, KV_HEADS, 63).repeat_interleave(2, dim=2)[..., ::2]
-    one = on_device(query, key, value, scale=0.2, moved=(other, count), with_mass=True, with_lse=True)
-    two = on_device(query, key, value, scale=0.2, moved=(other, marked), with_mass=True, with_lse=True)
+    one = on_device(query, key, value, scale=0.2, moved=[(other, count)], with_mass=True, with_lse=True)
+    two = on_device(query, key, value, scale=0.2, moved=[(other, marked)], with_mass=True, with_lse=True)
     for ours, theirs in zip(one, two, strict=True):
         assert torch.equal(ours, theirs)
-    expected = decode_attention_reference(*(x.float() for x in (query, key, value)), scale=0.2, moved=(other, count))
+    expected = decode_attention_reference(*(x.float() for x in (query, key, value)), scale=0.2, moved=[(other, count)])
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
     torch.testing.assert_close(one[0].float(), expected[0], atol=tolerance, rtol=tolerance)
     plain = on_device(query, key, value, scale=0.2, with_mass=True)[1]

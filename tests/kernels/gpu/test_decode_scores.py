@@ -72,7 +72,7 @@ def test_moved_equals_the_definition(n, group, keys_per_split, form, monkeypatch
     monkeypatch.setattr(launch, "KEYS_PER_SPLIT", keys_per_split)
     query, key = inputs(n, group, spare=5)
     slots = (torch.arange(n, device=DEVICE) % 3 == 0).expand(BATCH, KV_HEADS, n) if form == "marked" else (n + 1) // 2
-    moved = query.roll(1, 0).transpose(0, 1).contiguous().transpose(0, 1), slots
+    moved = [(query.roll(1, 0).transpose(0, 1).contiguous().transpose(0, 1), slots)]
     scores = decode_scores(query, key, scale=0.3, moved=moved, backend="triton")
     expected = decode_scores_reference(query, key, scale=0.3, moved=moved)
     torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-6)
