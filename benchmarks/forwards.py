@@ -15,7 +15,6 @@ from types import MethodType
 
 import torch
 from common import RESULTS, Rows
-from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaMLP
 

@@ -39,6 +39,12 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
     return True
 
 
+@torch.compiler.assume_constant_result
+def threads() -> int:
+    """Threads that torch's operations run on; a constant in a compiled graph."""
+    return torch.get_num_threads()
+
+
 @lru_cache(maxsize=1)
 def flash_attn_installed() -> bool:
     """Whether flash-attn can be imported (it is optional)."""

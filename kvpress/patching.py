@@ -259,7 +259,7 @@ class Handle:
         for index, (seen, nbytes) in others.items():
             every = seen * len(texts.seen_tensor)
             layers[index] = LayerReport(every, every, nbytes, nbytes, 1.0)
-        read = sum(facts.read or facts.length for facts in known.values())
+        read = sum(facts.all_read or facts.length for facts in known.values())
         readable = sum(facts.readable or texts.columns for facts in known.values())
         total = LayerReport(
             seen=acted[0].seen,
@@ -446,5 +446,5 @@ def _layer_report(facts: Facts, texts: Texts) -> LayerReport:
         kept=int((facts.positions >= 0).sum()) / facts.kv_heads,
         bytes=facts.nbytes,
         full_bytes=facts.entry_bytes * texts.columns,
-        read_share=facts.read / facts.readable if facts.readable else facts.length / max(1, texts.columns),
+        read_share=facts.all_read / facts.readable if facts.readable else facts.length / max(1, texts.columns),
     )

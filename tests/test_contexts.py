@@ -13,8 +13,8 @@ import kvpress
 from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full
-from matrix import CASES, check, conversation, expect, prompt, sharp_llama
-from models import tiny_llama, tiny_opt
+from support.matrix import CASES, check, conversation, expect, prompt, sharp_llama
+from support.models import tiny_llama, tiny_opt
 from test_families import FAMILIES, build
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

@@ -11,7 +11,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.kernels import gumbel_noise
 from kvpress.policy import Mass
-from matrix import CASES, EVICTING, Case, conversation, prompt, run, sharp_llama
+from support.matrix import CASES, EVICTING, Case, conversation, prompt, run, sharp_llama
 
 every_policy = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_eviction = pytest.mark.parametrize("case", EVICTING, ids=lambda case: case.id)

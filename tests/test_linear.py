@@ -11,7 +11,7 @@ import torch
 import kvpress
 from kvpress import linear
 from kvpress.compat import CACHE
-from models import tiny_llama, token_ids
+from support.models import tiny_llama, token_ids
 
 OTHERS = sorted(set(linear.FORMS) - {"linear"})
 SHAPES = [(1, 1), (3, 1), (1, 32), (1, 33), (7,), (), (0, 1), (2, 0)]

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
-from matrix import prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 
 
 @pytest.fixture

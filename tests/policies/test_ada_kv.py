@@ -28,9 +28,9 @@ from kvpress.policies import (
 )
 from kvpress.policy import Quota
 from kvpress.registry import make_policies
-from matrix import CASES, check, expect, kept, prompt, sharp_llama
 from oracles.ada_kv import share_out
-from refusals import refused
+from support.matrix import CASES, check, expect, kept, prompt, sharp_llama
+from support.refusals import refused
 
 SHARED = [case for case in CASES if case.policy.name == "ada_kv"]
 INNER = [

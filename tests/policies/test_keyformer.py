@@ -11,12 +11,12 @@ from kvpress.compat import CACHE
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.policies import H2O, Keyformer
 from kvpress.policy import Mass, Noise, Quota
-from layers import kept as held
-from layers import prompt as prompt_pass
-from layers import row
-from matrix import Case, check, conversation, expect, prompt, run, sharp_llama
 from oracles import keyformer as oracle
-from refusals import refused
+from support.layers import kept as held
+from support.layers import prompt as prompt_pass
+from support.layers import row
+from support.matrix import Case, check, conversation, expect, prompt, run, sharp_llama
+from support.refusals import refused
 
 
 @pytest.fixture(scope="module")

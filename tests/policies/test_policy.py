@@ -25,9 +25,9 @@ from kvpress.policy import (
     entries_for,
     pool_scores,
 )
-from layers import feed, kept, new_layer, observe, prompt, random_mass, row, step
-from matrix import EVICTING, sharp_llama
-from matrix import prompt as text
+from support.layers import feed, kept, new_layer, observe, prompt, random_mass, row, step
+from support.matrix import EVICTING, sharp_llama
+from support.matrix import prompt as text
 
 LIMIT = torch.finfo(torch.float32).max
 

@@ -9,9 +9,9 @@ from kvpress.compat import CACHE
 from kvpress.policies import RecycledAttention, SnapKV
 from kvpress.policy import Selected, View
 from kvpress.registry import make_policies
-from matrix import prompt, sharp_llama
-from oracles import selecting
-from reads import check_oracle, dense, positions_read, run, watch
+from oracles import recycled
+from support.matrix import prompt, sharp_llama
+from support.reads import check_oracle, dense, positions_read, run, watch
 
 PASSES = [prompt(24), *([token] for token in prompt(9, 1)), prompt(5, 2), *([token] for token in prompt(4, 3))]
 STEPS = [*range(24, 33), *range(38, 42)]
@@ -116,7 +116,7 @@ SETTINGS = [
 def test_reads_and_logits_are_the_oracles(model, fields, monkeypatch):
     log = watch(monkeypatch, RecycledAttention)
     logits, _, _ = run(model, RecycledAttention(**fields), PASSES)
-    check_oracle(selecting.Recycling(model, selecting.RecycledAttention(**fields)), PASSES, logits, log)
+    check_oracle(recycled.Recycling(model, recycled.RecycledAttention(**fields)), PASSES, logits, log)
     assert {at for at, _ in log} == set(STEPS)
 
 

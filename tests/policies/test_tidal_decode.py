@@ -8,9 +8,9 @@ from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import Full, TidalDecode
 from kvpress.registry import make_policies
-from matrix import prompt, sharp_llama
-from oracles import selecting
-from reads import check_oracle, dense, run, watch
+from oracles import tidal_decode
+from support.matrix import prompt, sharp_llama
+from support.reads import check_oracle, dense, run, watch
 
 LAYERS = 7
 PASSES = [prompt(24), *([token] for token in prompt(6, 1)), prompt(5, 2), *([token] for token in prompt(3, 3))]
@@ -40,7 +40,7 @@ SETTINGS = [
 def test_reads_and_logits_are_the_oracles(model, fields, monkeypatch):
     log = watch(monkeypatch, TidalDecode)
     logits, _, _ = run(model, TidalDecode(**fields), PASSES)
-    check_oracle(selecting.Tidal(model, selecting.TidalDecode(**fields)), PASSES, logits, log)
+    check_oracle(tidal_decode.Tidal(model, tidal_decode.TidalDecode(**fields)), PASSES, logits, log)
     assert {at for at, _ in log} == set(STEPS if "correct_every" not in fields else (24, 25, 27, 28, 35, 36))
 
 

@@ -9,7 +9,6 @@ from transformers import DynamicCache
 
 import kvpress
 import kvpress.attention as attention
-import reads
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.kernels.rope_shift import rope_shift
@@ -18,8 +17,9 @@ from kvpress.policies import H2O, Full, TokenSelect
 from kvpress.policies import token_select as module
 from kvpress.policy import Consecutive, Roles, Selected, View
 from kvpress.rotary import Rotary
-from matrix import CASES, prompt, sharp_llama
 from oracles.token_select import TokenSelect as Rules
+from support import reads
+from support.matrix import CASES, prompt, sharp_llama
 
 SMALL: dict[str, Any] = {"n_init": 2, "n_local": 5, "k": 4, "chunk": 4}
 ROOM = 11
