@@ -66,8 +66,10 @@ def mlp_in_tiles(self: nn.Module, hidden: Tensor) -> Tensor:
         [batch, tokens, hidden_size].
     """
     whole = type(self).forward
+    if hidden.dim() != 3 or hidden.shape[1] == 1:
+        return whole(self, hidden)
     tile = max(1, MLP_TOKENS.get(hidden.device.type, MLP_TOKENS_ELSEWHERE) // max(1, hidden.shape[0]))
-    if hidden.dim() != 3 or hidden.shape[1] <= tile or torch.is_grad_enabled() or self.training:
+    if hidden.shape[1] <= tile or torch.is_grad_enabled() or self.training:
         return whole(self, hidden)
     if watching(hooks_inside(self)) or _is_quantised(self):  # a hook expects to see all tokens at once
         return whole(self, hidden)
