@@ -171,7 +171,7 @@ def test_compiled_steps_are_timed_at_the_first_budget(model, tokenizer, tmp_path
     assert len(timed[0].compiled_ms) == len(timed[0].plain_compiled_ms) == 2 and timed[0].compile_seconds > 0
     assert "compiling snapkv 0.25 took" in shown
     (row,) = [row for row in summarise(records) if row.variant == "snapkv 0.25"]
-    assert f"{row.compiled_ms:.1f}" in shown and f"{row.compiled_ratio:.2f}" in shown
+    assert row.compiled_ms > 0 and f"{row.compiled_ratio:.2f}" in shown
 
 
 def test_what_cannot_be_compiled_is_said(model, tokenizer, tmp_path, monkeypatch):
