@@ -1,6 +1,7 @@
 """Attention of one new token per sequence over a slot cache, grouped so that K and V are read once per kv head."""
 
 import math
+from typing import Any
 
 import torch
 from einops import reduce, repeat
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.backend import Backend, threads, use_triton
-from kvpress.kernels.decode_scores import decode_scores
+from kvpress.kernels.decode_scores import Moved, decode_scores, marked, nested
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.gumbel_noise import gumbel_noise
 
@@ -25,7 +26,7 @@ def decode_attention_reference(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    moved: tuple[Tensor, Tensor | int] | None = None,
+    moved: Moved = (),
     index: Tensor | None = None,
     page_size: int = 1,
     perturbed: tuple[Perturbation, Tensor, Tensor] | None = None,
@@ -38,12 +39,9 @@ def decode_attention_reference(
         key, value = (x.gather(2, index.long()[..., None].expand(-1, -1, -1, x.shape[3])) for x in (key, value))
     keys, values = (repeat(x.float(), "b h n d -> b (h g) n d", g=group) for x in (key, value))
     scores = query.float() @ keys.transpose(-1, -2) * scale
-    if moved is not None:
-        other = moved[0].float() @ keys.transpose(-1, -2) * scale
-        slots = moved[1]
-        if isinstance(slots, int):
-            slots = (torch.arange(key.shape[2], device=key.device) < slots).expand(key.shape[:3])
-        scores = torch.where(slots.repeat_interleave(group, dim=1)[:, :, None], other, scores)
+    for other, slots in moved:
+        wide = marked(slots, key).repeat_interleave(group, dim=1)[:, :, None]
+        scores = torch.where(wide, other.float() @ keys.transpose(-1, -2) * scale, scores)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
 
@@ -77,12 +75,14 @@ def decode_attention(
     scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    moved: tuple[Tensor, Tensor | int] | None = None,
+    moved: Moved = (),
     index: Tensor | None = None,
     page_size: int = 1,
     perturbed: tuple[Perturbation, Tensor, Tensor] | None = None,
     with_mass: bool = False,
     per_head: bool = False,
+    into: Tensor | None = None,
+    fading: float = 1.0,
     with_lse: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -96,8 +96,8 @@ def decode_attention(
         scale: factor on q.k, from the model.
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores, for models that have it.
         sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
-        moved: (query, slots): a second query [batch, heads, 1, head_dim] that is used instead on the slots where the
-            bool [batch, kv_heads, n] is True, or on the first so many of the n (re-indexed positions).
+        moved: (query, slots) each: another query [batch, heads, 1, head_dim] that is used instead on the slots where the
+            bool [batch, kv_heads, n] is True, or on the first so many of the n (re-indexed positions); the later wins.
         index: int [batch, kv_heads, n], the slots to attend, each in [0, slots) and valid once at most; None for all.
         page_size: with more than 1, `index` lists pages of that many slots: int [batch, kv_heads, pages], page j being the
             slots from j * page_size on, as far as there are any; `valid` is of pages too. n is pages * page_size then.
@@ -106,25 +106,53 @@ def decode_attention(
             entries, which determine the noise. The sinks are left as they are.
         with_mass: also return the attention weights, summed over the group.
         per_head: the weights are not summed, float32 [batch, heads, n].
+        into: float32 [batch, kv_heads, n or more], where the mass goes instead of being returned: into = fading * into + mass,
+            in the first n. Its entries stand side by side. `with_mass` is implied; not with `index` or `per_head`.
+        fading: factor on what `into` holds.
         with_lse: also return the logarithm of the softmax's denominator.
         backend: "triton", and "auto" on CUDA, run the Triton kernel. Equal inputs give equal results.
 
     Returns:
         output: [batch, heads, 1, head_dim] in the dtype of `query`.
-        mass: float32 [batch, kv_heads, n] or None. Sums to the group size over the slots (less with sinks).
+        mass: float32 [batch, kv_heads, n], or None without `with_mass` or with `into`. Sums to the group size over the slots
+            (less with sinks).
         lse: float32 [batch, heads] or None: the natural logarithm of the summed exp of all scores and the sink; -inf where
             there are none.
 
     Raises:
-        ValueError: the backend does not exist, or cannot run here; pages, and no list of them.
+        ValueError: the backend does not exist, or cannot run here; pages, and no list of them; `into` with what it does not
+            go with, or of another shape; noise or a temperature with more than one other query on a GPU.
     """
     if page_size < 1 or (page_size > 1 and index is None):
         raise ValueError(
             f"page_size={page_size} is the size of listed pages; give 1 or more, and `index` with more than 1"
         )
+    if into is not None:
+        _check_into(into, key, per_head or index is not None)
+        with_mass = True
     if use_triton(backend, query) and query.dtype != torch.float64:
         from kvpress.kernels.gpu import decode_attention as gpu
 
+        if len(moved) > 1:  # the kernel has one other query
+            return _by_parts(
+                query,
+                key,
+                value,
+                valid,
+                moved,
+                sinks,
+                perturbed,
+                with_mass,
+                per_head,
+                with_lse,
+                into,
+                fading,
+                scale=scale,
+                softcap=softcap,
+                index=index,
+                page_size=page_size,
+                backend=backend,
+            )
         return gpu.decode_attention(
             query,
             key,
@@ -134,18 +162,20 @@ def decode_attention(
             scale=scale,
             softcap=softcap,
             sinks=sinks,
-            moved=moved,
+            moved=moved[0] if moved else None,
             perturbed=perturbed,
             page_size=page_size,
             with_mass=with_mass,
             per_head=per_head,
             with_lse=with_lse,
+            into=into,
+            fading=fading,
         )
     if index is not None and page_size > 1:
         index, valid = _entries(index, valid, page_size, key.shape[2])
     if index is not None:
         key, value = gather_both(key, value, index)
-    if not with_mass and not with_lse and softcap is None and sinks is None and moved is None:
+    if not with_mass and not with_lse and softcap is None and sinks is None and not moved:
         return _plain(query, key, value, valid, scale), None, None
 
     batch, heads, _, head_dim = query.shape
@@ -154,7 +184,8 @@ def decode_attention(
     scores = decode_scores(query, key, scale=scale, moved=moved, backend="torch").view(batch, kv_heads, group, slots)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    hidden = None if valid is None else ~valid.view(batch, kv_heads, -1, slots)
+    # No size is left to `view`: inductor takes one that it has to work out from a number of slots for a dimension of its own.
+    hidden = None if valid is None else ~valid.view(batch, kv_heads, valid.shape[1] // kv_heads, slots)
     column = None if sinks is None else sinks.float().view(1, kv_heads, group, 1).expand(batch, -1, -1, -1)
     observed = None
     if with_mass and perturbed is not None:
@@ -165,10 +196,95 @@ def decode_attention(
     if with_mass:
         observed = weights if observed is None else observed
         mass = observed.reshape(batch, heads, slots) if per_head else observed.sum(2)
+    if into is not None and mass is not None:
+        held = into[:, :, :slots]
+        (held if fading == 1 else held.mul_(fading)).add_(mass)
+        mass = None
     if with_lse:
         lse = scores.logsumexp(dim=-1).view(batch, heads)
         lse = lse.masked_fill(lse <= torch.finfo(torch.float32).min, float("-inf"))
     return output.view(batch, heads, 1, head_dim), mass, lse
+
+
+def _by_parts(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    valid: Tensor | None,
+    moved: Moved,
+    sinks: Tensor | None,
+    perturbed: tuple[Perturbation, Tensor, Tensor] | None,
+    with_mass: bool,
+    per_head: bool,
+    with_lse: bool,
+    into: Tensor | None,
+    fading: float,
+    *,
+    index: Tensor | None,
+    page_size: int,
+    **options: Any,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`decode_attention` with each query's slots attended alone, and the parts merged by their LSE."""
+    if perturbed is not None:
+        raise ValueError(
+            f"noise or a temperature does not go with {len(moved)} other queries on a GPU; give one at most"
+        )
+    if index is not None and page_size > 1:
+        index, valid = _entries(index, valid, page_size, key.shape[2])
+    slots = key.shape[2] if index is None else index.shape[2]
+    like = key if index is None else index[..., None]
+    ranges = nested([chosen for _, chosen in moved], slots)
+    parts, rest = [], torch.ones(like.shape[:3], dtype=torch.bool, device=key.device)
+    for number, (rows, chosen) in reversed(list(enumerate([(query, slots), *moved]))):
+        of_part, part = valid, slice(None)
+        if ranges is not None:
+            part = slice(*ranges[number])
+            of_part = None if valid is None else valid[..., part]
+        else:
+            own = rest & marked(chosen, like)
+            rest = rest & ~own
+            of_part = own if valid is None else own.repeat_interleave(valid.shape[1] // own.shape[1], dim=1) & valid
+        if part.start is not None and part.start == part.stop:
+            continue
+        keys, values, listed = key, value, None
+        if index is None:
+            keys, values = key[:, :, part], value[:, :, part]
+        else:
+            listed = index[:, :, part]
+        output, mass, lse = decode_attention(
+            rows, keys, values, of_part, index=listed, with_mass=with_mass, per_head=True, with_lse=True, **options
+        )
+        parts.append((part, output, mass, lse))
+    lses = torch.stack([lse for *_, lse in parts if lse is not None])
+    if sinks is not None:
+        lses = torch.cat((lses, sinks.float().expand(1, len(query), -1)))
+    weights = lses.softmax(dim=0).nan_to_num()  # where there is no entry at all, every part has the LSE -inf
+    output = torch.zeros_like(parts[0][1], dtype=torch.float32)
+    mass = query.new_zeros(*query.shape[:2], slots, dtype=torch.float32) if with_mass else None
+    for weight, (part, of_rows, of_slots, _) in zip(weights, parts, strict=False):  # the sinks' weight has no part
+        output += weight[..., None, None] * of_rows
+        if mass is not None:
+            mass[..., part] += weight[..., None] * of_slots
+    if mass is not None and not per_head:
+        mass = mass.unflatten(1, (key.shape[1], -1)).sum(2)
+    if into is not None and mass is not None:
+        into[:, :, :slots].mul_(fading).add_(mass)
+        mass = None
+    return output.to(query.dtype), mass, lses.logsumexp(dim=0) if with_lse else None
+
+
+def _check_into(into: Tensor, key: Tensor, refused: bool) -> None:
+    """Raise unless the mass can be added to this tensor."""
+    if refused:
+        raise ValueError(
+            "`into` takes the mass of all slots, summed over the group; give it without `index` and `per_head`"
+        )
+    wanted = *key.shape[:2], key.shape[2]
+    fits = into.ndim == 3 and into.shape[:2] == wanted[:2] and into.shape[2] >= wanted[2]
+    if not fits or into.dtype != torch.float32 or into.stride(-1) != 1:
+        raise ValueError(
+            f"`into` is {into.dtype} {list(into.shape)}; it must be torch.float32 {list(wanted)} or longer, entries side by side"
+        )
 
 
 def _entries(pages: Tensor, valid: Tensor | None, page_size: int, slots: int) -> tuple[Tensor, Tensor]:
@@ -194,7 +310,7 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scal
         # In parts not -inf: a part of which nothing is valid must not give NaN.
         hidden = float("-inf") if parts == 1 else torch.finfo(query.dtype).min
         mask = torch.zeros(valid.shape, dtype=query.dtype, device=query.device)
-        mask = mask.masked_fill_(~valid, hidden).view(batch * kv_heads, 1, -1, slots)
+        mask = mask.masked_fill_(~valid, hidden).view(batch * kv_heads, 1, valid.shape[1] // kv_heads, slots)
     if parts > 1:
         return _in_parts(rows, keys, values, mask, scale, parts).reshape(batch, heads, 1, head_dim)
     output = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)

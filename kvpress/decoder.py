@@ -7,27 +7,17 @@ from torch import Tensor
 
 from kvpress.attention import NAME, causal_padding
 from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argument, forward_parameters, rename_cache
-from kvpress.compiled import CompiledSteps
-from kvpress.contexts import lasting_tensors
+from kvpress.contexts import lasting_tensors, no_autocast
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
-from kvpress.passes import (
-    Pass,
-    Tokens,
-    active_pass,
-    current_record,
-    expected_tokens,
-    in_generate,
-    masked_tokens,
-    plain_tokens,
-    set_pass,
-)
+from kvpress.passes import Pass, active_pass, current_record, expected_tokens, in_generate, set_pass
 from kvpress.places import check_consecutive
 from kvpress.policy import Feed, Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.step import StepInputs, show_last_row
 from kvpress.support import check_cache
 from kvpress.texts import Texts
+from kvpress.tokens import Tokens, masked_tokens, plain_tokens
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -212,7 +202,8 @@ class PatchedForward(Wrapper):
         if current.prompt:
             output = self.run(**kwargs)
         else:
-            compiled = isinstance(self.run, CompiledSteps) and self.run.takes(current, kwargs)
+            takes = getattr(self.run, "takes", None)
+            compiled = takes is not None and takes(current, kwargs)
             open_step(current, compiled)
             output = self.run(**kwargs)
             close_step(current)
@@ -340,10 +331,11 @@ def open_step(current: Pass, compiled: bool = False) -> None:
     Args:
         compiled: the step is to look at tensors alone: what the host counts is told by tensors, too.
     """
-    for layer in current.layers:
-        layer.settle()
-        show_last_row(layer)
-        layer.open_step(current.tokens, compiled)
+    with no_autocast(current.tokens.positions.device):
+        for layer in current.layers:
+            layer.settle()
+            show_last_row(layer)
+            layer.open_step(current.tokens, compiled)
     number, tokens = current.layers[0].steps, current.tokens
     if not compiled:
         current.step = StepInputs(tokens, number, current.new_tokens)
@@ -353,7 +345,7 @@ def open_step(current: Pass, compiled: bool = False) -> None:
     current.step = StepInputs(
         tokens=Tokens(1, tokens.padded, tokens.positions, None, None, tokens.seen_tensor),
         number=torch.tensor(number, device=device),
-        new_tokens=None if current.new_tokens is None else torch.tensor(current.new_tokens, device=device),
+        new_tokens=torch.tensor(current.new_tokens or 0, device=device),
         slots=torch.tensor(slots, device=device),
     )
 

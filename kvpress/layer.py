@@ -12,16 +12,19 @@ from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.evict import best, in_position_order, priorities, split_by, victims
 from kvpress.kernels.attention_mass import Perturbation
+from kvpress.kernels.decode_scores import Moved
+from kvpress.kernels.evict_slot import evict_slot
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.merge_slots import merge_slots
 from kvpress.observe import Observed, Rows, Scores, newest_rows
-from kvpress.passes import Tokens, active_pass
-from kvpress.places import at_own_positions, rotated, without_rotation
-from kvpress.policy import Consecutive, Dropped, Entries, Roles, Sinks
+from kvpress.passes import active_pass
+from kvpress.places import Held, Own, Places
+from kvpress.policy import Dropped, Entries, Roles
 from kvpress.rotary import Rotary
 from kvpress.storage import Pages, Slots, Storage, spare_slots
 from kvpress.storage.base import marked_first
 from kvpress.texts import Texts
+from kvpress.tokens import Tokens
 
 __all__ = ["Facts", "KVLayer"]
 
@@ -104,8 +107,7 @@ class KVLayer(CacheLayerMixin):
         dtype: of keys and values, once there are some: that of the values of the first pass.
         nbytes: bytes of all tensors held, statistics and state included.
         texts: the cache's sequences, which all of these layers share; the first one changes them.
-        raw_keys: whether keys are stored without their rotation.
-        reindexed_sinks: how many first tokens are attended nearer than they stand, by the number of tokens dropped since.
+        places: at which positions its entries are attended.
     """
 
     is_sliding = False
@@ -121,10 +123,7 @@ class KVLayer(CacheLayerMixin):
         self.index = index
         self.count = count
         self.rotary = rotary
-        places = roles.places
-        self.raw_keys = rotary is not None and isinstance(places, Consecutive)
-        rotates = rotary is not None and rotary.channels > 0
-        self.reindexed_sinks = places.count if isinstance(places, Sinks) and rotates else 0
+        self.places: Places = Own() if rotary is None else roles.places.fitted(rotary)
         self.reset()
 
     def reset(self) -> None:
@@ -148,6 +147,7 @@ class KVLayer(CacheLayerMixin):
         self.has_freed = False  # it is known to be that
         self.step: Step | None = None  # the decode step in progress
         self.known: set[Step] = set()  # kinds of step that were run since the tensors are those that they are
+        self.recordings: dict[Any, Any] = {}  # of whole steps, see kvpress.replay; the first layer has them
 
     def _new_storage(self) -> Slots:
         return Slots(self.observer.slots)
@@ -191,17 +191,34 @@ class KVLayer(CacheLayerMixin):
 
     def _stored_key(self, key: Tensor, tokens: Tokens) -> Tensor:
         """A pass's keys, [batch, kv_heads, count, head_dim], as they are stored."""
-        if self.rotary is None:
-            return key
-        if self.raw_keys:
-            return without_rotation(key, tokens.positions.to(key.device)[:, None], self.rotary)
-        return at_own_positions(key, tokens, self.rotary)
+        return key if self.rotary is None else self.places.store(key, tokens, self.rotary)
 
     def own_query(self, query: Tensor, tokens: Tokens) -> Tensor:
         """A pass's queries, [batch, heads, count, head_dim], at their own positions, as exactly as the keys are at theirs."""
-        if self.rotary is None or self.raw_keys:
-            return query
-        return at_own_positions(query, tokens, self.rotary)
+        return query if self.rotary is None else self.places.own_query(query, tokens, self.rotary)
+
+    def held(self, tokens: Tokens, stop: int | None = None) -> Held:
+        """What the first slots hold when the rows of a pass are about to read them, which are stored already."""
+        storage = self.storage
+        entries = self.entries_now if storage.uniform else None
+        known = entries is not None and tokens.seen is not None and not tokens.padded
+        in_order = known and storage.ordered and tokens.seen == [entries] * len(tokens.seen or [])
+        return Held(storage.positions[:, :, :stop], entries, in_order)
+
+    def queries(self, query: Tensor, tokens: Tokens, held: Held) -> list[Tensor]:
+        """The queries that a pass's rows read the slots with, each [batch, heads, count, head_dim]."""
+        return [query] if self.rotary is None else self.places.queries(query, tokens, held, self.rotary)
+
+    def row_queries(self, query: Tensor, tokens: Tokens, stop: int | None) -> tuple[Tensor, Moved]:
+        """The query of a decode step's row, and the other queries that read some of the first slots instead."""
+        if not self.places.moved:
+            return query, ()
+        held = self.held(tokens, stop)
+        first, *others = self.queries(query, tokens, held)
+        if not others:
+            return first, ()
+        at = tokens.seen[0] - 1 if held.in_order and tokens.seen is not None else tokens.positions[:, 0]
+        return first, list(zip(others, self.places.slots(at, held.positions, held), strict=False))
 
     # ------------------------------------------------------------------ storing a prompt
 
@@ -297,7 +314,7 @@ class KVLayer(CacheLayerMixin):
         return self.storage.entries + (self.step is not None)
 
     @property
-    def places(self) -> int:
+    def position_limit(self) -> int:
         """Positions of entries are below it."""
         return self.texts.columns if self.step is None else self.step.places
 
@@ -357,12 +374,10 @@ class KVLayer(CacheLayerMixin):
         if tokens.padded:
             held.uniform = held.ordered = False
         held.entries += 1
-        self.has_freed = False
-        if step.evicts == "all":
-            every = self.eviction.evict_every
-            assert every is not None
+        every = self.eviction.evict_every
+        if step.evicts == "all" and every is not None:
             held.entries -= every
-            self.has_freed = every == 1
+        self.has_freed = step.evicts != "no" and every == 1 and not self.eviction.merges
         self.step = None
         self.facts.length = held.row_length
         if counts:
@@ -467,9 +482,9 @@ class KVLayer(CacheLayerMixin):
     def _keys_in_place(self, stop: int | None = None) -> Tensor:
         """Keys of the first slots, rotated at the entries' own positions, as the queries that observe them are at theirs."""
         keys, _ = self.storage.read(stop=stop)
-        if self.rotary is None or not self.raw_keys:
+        if self.rotary is None or self.places.own_keys:
             return keys
-        return rotated(keys, self.storage.positions[:, :, :stop].clamp(min=0), self.rotary)
+        return self.places.in_place(keys, self.storage.positions[:, :, :stop], self.rotary)
 
     # ------------------------------------------------------------------ eviction
 
@@ -536,7 +551,8 @@ class KVLayer(CacheLayerMixin):
 
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
-        self.set_quotas(tokens)
+        if not isinstance(self.storage, Slots) or self.storage.made is None:  # else `prepare` has done it
+            self.set_quotas(tokens)
         self.pending = self.eviction.evict == "after_prompt"
         if not self.pending:
             self._evict_prompt()
@@ -583,9 +599,15 @@ class KVLayer(CacheLayerMixin):
         assert step is not None
         if step.evicts == "no":
             return
-        assert self.totals is not None and every is not None
+        assert self.totals is not None and self.recents is not None and every is not None
         positions = self.storage.positions[:, :, : step.stop]
-        priority = priorities(self.eviction, self._entries(tokens.seen_tensor, step.stop, step.full), step.full)
+        entries = self._entries(tokens.seen_tensor, step.stop, step.full)
+        if every == 1 and not self.eviction.merges:
+            scores, limits = self.eviction.score(entries), self.totals if step.evicts == "over" else None
+            freed = evict_slot(scores, positions, entries.tokens, self.recents, limits, full=step.full)
+            self.free = kept_in_place(self.free, freed)
+            return
+        priority = priorities(self.eviction, entries, step.full)
         if not step.full:
             priority.masked_fill_(positions < 0, float("inf"))
         going = victims(priority, positions, every)
@@ -598,8 +620,6 @@ class KVLayer(CacheLayerMixin):
             positions.scatter_(2, going, torch.where(over, -1, positions.gather(2, going)))
             return
         positions.scatter_(2, going, -1)
-        if every == 1:
-            self.free = kept_in_place(self.free, going.squeeze(-1))
 
     def _entries(self, seen: Tensor, stop: int | None, full: bool, order: Tensor | None = None) -> Entries:
         """The first slots as the policy sees them, in the order of int64 [batch, kv_heads, n] slots where that is given.
@@ -695,6 +715,9 @@ class KVLayer(CacheLayerMixin):
         if self.index == 0:
             with lasting_tensors():
                 self.texts.change_batch(change)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "recordings": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy, or what was saved: its tensors may just have been made in `torch.inference_mode`."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpress.attention import originals, register
 from kvpress.compat import DynamicCache, check_decoder, check_transformers
-from kvpress.compiled import CompiledSteps, check_compiles, mark_layers, unmark_layers
+from kvpress.compiled import CompiledSteps, check_compiles
 from kvpress.contexts import lasting_tensors, no_autocast
 from kvpress.decoder import PatchedForward
 from kvpress.errors import PolicyError, UnsupportedModelError
@@ -22,6 +22,7 @@ from kvpress.passes import expecting
 from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy
 from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies
+from kvpress.replay import ReplayedSteps
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary
 from kvpress.support import find_attention, find_decoder, unwrapped
@@ -119,11 +120,14 @@ def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> 
     if moving is None:
         return []
     try:
-        return find_rotary(decoder, attention, _configs(decoder))
+        found = find_rotary(decoder, attention, _configs(decoder))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
             f"{moving.describe()} re-indexes rotary positions, and that cannot be done: {error}; {moving.place_remedy}"
         ) from None
+    for rotary in found:
+        moving.places.fitted(rotary)  # which refuses a model that they do not fit
+    return found
 
 
 class Handle:
@@ -188,8 +192,9 @@ class Handle:
         model, decoder = self._model(), self._decoder()
         if model is not None:
             restore_forwards(model)
-        if decoder is not None:
-            unmark_layers(decoder)
+        forward = self._forward()
+        if decoder is not None and forward is not None and isinstance(forward.run, CompiledSteps):
+            forward.run.remove(decoder)
         for wrapper, owner in ((self._generate, model), (self._forward, decoder)):
             held = None if wrapper is None else wrapper()
             if held is not None and owner is not None:
@@ -199,22 +204,24 @@ class Handle:
                 _handles.pop(decoder, None)
 
     def compile(self, backend: Any = "inductor", mode: str | None = None) -> "Handle":
-        """Run decode steps as one graph, compiled at the first of them (which takes a minute or so) and used from then on.
+        """Run decode steps as one graph, attention, selection and eviction in it, made at the first of them.
 
-        A step has the same shapes however much the cache holds, so there is one graph for each batch size. Prompts are not
-        compiled, nor steps with gradients on, or with a padding mask and no `position_ids` (`generate` gives them).
+        Compiling takes a minute or so. There is one graph for each batch size and kind of step: a cache that grows, one that
+        is full, a step in which entries go. How much the cache holds makes no difference. The first step of a kind after a
+        prompt is not compiled, nor are prompts, steps with gradients on, or with a padding mask and no `position_ids`
+        (`generate` gives them).
 
         Args:
-            backend: as in `torch.compile`.
-            mode: as in `torch.compile`, for the backend "inductor". With "reduce-overhead" all between the attentions
-                becomes CUDA graphs; the attention itself does not, as it counts entries.
+            backend: as in `torch.compile`; or "replay" for no compiler: on a CUDA device a step is recorded as a CUDA graph
+                and replayed, with the package's own kernels.
+            mode: as in `torch.compile`, for the backend "inductor".
 
         Returns:
             This handle.
 
         Raises:
             PolicyError: there is no such mode, or it is for another backend, or the handle is unpatched or compiled
-                already, or the model is generating right now, or there is no C++ compiler.
+                already, or the model is generating right now, or there is no C++ compiler, or no CUDA device.
             UnsupportedModelError: some of the model's layers are not the policies', or it is spread over devices. In a
                 first step: torch cannot make one graph of it.
         """
@@ -226,11 +233,13 @@ class Handle:
                 raise PolicyError(
                     "the model is generating right now; compile it when generate() or forward() has returned"
                 )
-            if isinstance(forward.run, CompiledSteps):
+            if forward.run is not forward.inner:
                 raise PolicyError(f"this handle ({self.describe()}) is compiled already")
             check_compiles(self._model(), decoder, backend, mode)
-            mark_layers(decoder)
-            forward.run = CompiledSteps(forward.inner, forward.cache_argument, backend, mode)
+            if backend == "replay":
+                forward.run = ReplayedSteps(forward.inner, forward.cache_argument)
+            else:
+                forward.run = CompiledSteps(decoder, forward.inner, backend, mode)
         return self
 
     def report(self, cache: Any = None) -> Report:
@@ -334,7 +343,7 @@ class Handle:
             layer.append(key, value, prompt.tokens)
             if layer.takes_mass:
                 # The same for every policy that asks. Keys that are rotated anew may differ in the last bit.
-                asked = ordinal, layer.raw_keys
+                asked = ordinal, layer.places.own_keys
                 if asked in prompt.masses:
                     layer.add_mass(prompt.masses[asked])
                 else:

@@ -1,8 +1,9 @@
 """What a policy is: a frozen dataclass of hyper-parameters and pure functions from tensors to scores.
 
 A policy plays a *role*: eviction says what a cache layer keeps, selection says what of it a decode step reads, prefill says
-what the rows of a prompt read, route says what is run. Policies of different roles can act together, and one may play several;
-a policy without a role (`Full`) leaves everything exact. The runtime owns all state: it lives with the cache, never on the policy.
+what the rows of a prompt read, route says what is run. Policies of different roles can act together, and one may play several.
+A policy without a role may still say at which positions entries are attended (`places`); else it leaves everything exact, as
+`Full`. The runtime owns all state: it lives with the cache, never on the policy.
 """
 
 import math
@@ -15,14 +16,17 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import PolicyError
+from kvpress.kernels.decode_scores import Moved
 from kvpress.kernels.union_select import union_select
 from kvpress.observe import Mass, Noise, Nothing, Observer, Window
+from kvpress.places import Consecutive, DualChunk, Own, Places, Sinks
 from kvpress.texts import Texts
 
 __all__ = [
     "Budget",
     "Consecutive",
     "Dropped",
+    "DualChunk",
     "Entries",
     "EvictionPolicy",
     "Feed",
@@ -279,8 +283,8 @@ class View:
         newest: the slot of the newest entry, likewise (int64 [1]).
         places: positions are below it.
         phase: what `SelectionPolicy.phase` said of this step.
-        moved: (query, slots), in a decode step under an eviction policy that re-indexes its sinks: what the attention uses
-            instead of `query` for the slots where the bool [batch, kv_heads, n] is True, or for the first so many.
+        moved: (query, slots) each, in a decode step under an eviction policy that re-indexes its sinks: what the attention
+            uses instead of `query` for the slots where the bool [batch, kv_heads, n] is True, or for the first so many.
         aligned: a slot holds the same token in every layer and kv head, since nothing evicts.
         in_front: the entries of a kv head are in the first slots, with no empty ones between.
         waits: the host may wait for numbers in a tensor.
@@ -302,7 +306,7 @@ class View:
     newest: int | Tensor
     places: int
     phase: Any = None
-    moved: tuple[Tensor, Tensor | int] | None = None
+    moved: Moved = ()
     aligned: bool = False
     in_front: bool = True
     waits: bool = True
@@ -393,31 +397,6 @@ class Pattern:
     blocks: Tensor | None = None
     block_size: int = 64
     index: Tensor | None = None
-
-
-class Places:
-    """At which positions attention sees entries; what re-indexes them needs to know how the model rotates."""
-
-    moved = True
-
-
-@dataclass(frozen=True)
-class Own(Places):
-    """At their own."""
-
-    moved = False
-
-
-@dataclass(frozen=True)
-class Sinks(Places):
-    """The first `count` positions right before the most recent ones that are kept (StreamingLLM)."""
-
-    count: int
-
-
-@dataclass(frozen=True)
-class Consecutive(Places):
-    """What is read at 0 .. m-1, so that no distance exceeds the number of entries read. Keys are stored without their rotation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -709,10 +688,10 @@ class DensePrefill(PrefillPolicy):
 
 
 def _check_sees_rotated_keys(policy: Policy, other: Policy) -> None:
-    if isinstance(other.places, Consecutive) and not isinstance(policy.places, Consecutive):
+    if not other.places.own_keys and type(policy.places) is not type(other.places):
         raise PolicyError(
-            f"{policy.describe()} compares queries with rotated keys, and {other.describe()} stores them without their "
-            "rotation; use a policy that leaves tokens at their own positions (rope='original' where it has that)"
+            f"{policy.describe()} compares queries with rotated keys, and {other.describe()} does not store them at their own "
+            "positions; use a policy that leaves tokens where they are (rope='original' where it has that)"
         )
 
 
@@ -775,11 +754,15 @@ class Roles:
     selection: SelectionPolicy = ReadAll()
     prefill: PrefillPolicy = DensePrefill()
     route: RoutePolicy = OneRun()
+    moves: "Policy | None" = None
+    """The policy that has entries attended at other positions than their own. That needs no role; at most one does it."""
 
     @classmethod
     def of(cls, policies: "Sequence[Policy]") -> "Roles":
         """The roles that some policies play; the others are played by null objects."""
-        return cls(**{role: policy for policy in policies for role in policy.roles})  # type: ignore[arg-type]
+        roles = {role: policy for policy in policies for role in policy.roles}
+        moves = next((policy for policy in policies if policy.places.moved), None)
+        return cls(**roles, moves=moves)  # type: ignore[arg-type]
 
     def describe(self) -> str:
         """The policies that play a role; full() where none does."""
@@ -788,8 +771,9 @@ class Roles:
             (self.selection, self.selects),
             (self.prefill, self.plans),
             (self.route, self.routes),
+            (self.moves, self.moves is not None),
         )
-        return " + ".join(dict.fromkeys(one.describe() for one, does in acts if does)) or "full()"
+        return " + ".join(dict.fromkeys(one.describe() for one, does in acts if does and one)) or "full()"
 
     @property
     def evicts(self) -> bool:
@@ -813,9 +797,8 @@ class Roles:
 
     @property
     def places(self) -> Places:
-        """At which positions entries are attended; at most one role moves them, or all in the same way."""
-        players = (self.selection, self.prefill, self.eviction)
-        return next((one.places for one in players if one.places.moved), Own())
+        """At which positions entries are attended."""
+        return Own() if self.moves is None else self.moves.places
 
 
 def pool_scores(scores: Tensor, kernel_size: int, pooling: str) -> Tensor:

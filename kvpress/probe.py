@@ -9,8 +9,9 @@ from torch import Tensor
 from kvpress.attention import originals, register
 from kvpress.compat import forward_parameters
 from kvpress.errors import UnsupportedModelError
-from kvpress.passes import Pass, active_pass, plain_tokens, set_pass
+from kvpress.passes import Pass, active_pass, set_pass
 from kvpress.rotary import Rotary, same_lengths, same_rotation
+from kvpress.tokens import plain_tokens
 
 FAR = 1 << 20  # further than any length from which on a model scales its queries by their position
 
@@ -65,8 +66,9 @@ def _candidates(decoder: Any) -> list[Rotary]:
         for name, buffer in decoder.named_buffers()
         if name.endswith("inv_freq") and not name.endswith("original_inv_freq") and buffer.ndim == 1
     ]
-    found = [Rotary(buffer, interleaved) for buffer in frequencies for interleaved in (False, True)]
-    return [*found, Rotary(torch.empty(0), False)]
+    trained = getattr(decoder.config, "max_position_embeddings", None)
+    found = [Rotary(buffer, interleaved, trained) for buffer in frequencies for interleaved in (False, True)]
+    return [*found, Rotary(torch.empty(0), False, trained)]
 
 
 @torch.no_grad()

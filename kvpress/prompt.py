@@ -1,5 +1,6 @@
 """A prompt pass of one layer: store the entries, attend, observe, evict. Padded sequences are attended alone."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -9,15 +10,16 @@ from torch.nn import functional
 from kvpress.evict import in_position_order
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.decode_scores import Moved
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.prompt_attention import prompt_attention
 from kvpress.layer import KVLayer
 from kvpress.observe import Scores
-from kvpress.passes import Pass, Tokens, one_row
-from kvpress.places import rotated
+from kvpress.passes import Pass
+from kvpress.places import Held, rotated, turned, unrotated
 from kvpress.policy import Pattern, View
-from kvpress.reindex import moved_query, moved_rows, turned, unrotated
 from kvpress.step import StepInputs, attend_row
+from kvpress.tokens import Tokens, one_row
 
 
 def exact_pass(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, scores: Scores) -> Tensor:
@@ -54,37 +56,84 @@ def prompt_pass(
             one.prepare(key, value, tokens)
     layer.state.clear()
     layer.append(key, value, tokens)
+    held = layer.held(tokens, layer.length)
+    queries = layer.queries(query, tokens, held)
     if layer.roles.plans and not current.exact:
-        output = _planned(layer, tokens, query, value, scores, current, past)
-    elif tokens.columns is None:
-        output = _attend_rows(layer, query, scores, current, past, slice(None), layer.length)
-    else:  # each padded sequence alone: nothing is computed for padding, and no mask is needed
-        output = torch.zeros_like(query[..., : value.shape[-1]])
-        for row, columns in enumerate(tokens.columns):
-            only, columns = slice(row, row + 1), columns.to(query.device)
-            if len(columns):
-                stop = past + len(columns)
-                output[only, :, columns] = _attend_rows(
-                    layer, query[only, :, columns], scores, current, past, only, stop
-                )
+        output = _planned(layer, tokens, queries, value, scores, past, held)
+    else:
+        output = _exactly(layer, tokens, queries, value, scores, past, held)
     if current.record is not None:
         current.record.append((tokens, arrived, key, value, scores))
     layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.takes_prompt_mass)
     return output
 
 
-def _attend_rows(
-    layer: KVLayer, query: Tensor, scores: Scores, current: Pass, past: int, only: slice, stop: int
+def _exactly(
+    layer: KVLayer, tokens: Tokens, queries: list[Tensor], value: Tensor, scores: Scores, past: int, held: Held
 ) -> Tensor:
-    """The rows of a prompt pass (of one sequence, or of all) over the first `stop` slots, the rows' own ones last."""
+    """The rows of a prompt pass over everything; each padded sequence alone, so that nothing is computed for padding.
+
+    Args:
+        queries: as `KVLayer.queries` gives them.
+        past: slots that were in use before the pass.
+        held: what the layer holds now.
+    """
+    count, seen = tokens.count, tokens.seen
+    assert seen is not None
+    if tokens.columns is None:
+        if not layer.places.in_chunks or seen == seen[:1] * len(seen):
+            return _attend_chunks(layer, queries, scores, past, held, slice(None), seen[0] - count)
+        everything = torch.arange(count, device=value.device)
+        columns = [everything] * len(seen)
+    else:
+        columns = [one.to(value.device) for one in tokens.columns]
+    output = torch.zeros_like(queries[0][..., : value.shape[-1]])
+    for row, own in enumerate(columns):
+        if len(own):
+            only = slice(row, row + 1)
+            rows = [query[only, :, own] for query in queries]
+            in_order = replace(held, in_order=held.in_order or past == 0)
+            output[only, :, own] = _attend_chunks(layer, rows, scores, past, in_order, only, seen[row] - len(own))
+    return output
+
+
+def _attend_chunks(
+    layer: KVLayer, queries: list[Tensor], scores: Scores, past: int, held: Held, only: slice, first: int
+) -> Tensor:
+    """Rows of a prompt pass (of one sequence, or of all) that follow one another, over the first slots and themselves.
+
+    Args:
+        queries: as `KVLayer.queries` gives them, each [batch, heads, rows, head_dim].
+        past: slots that were in use before the pass; those of the rows follow.
+        held: what the layer holds.
+        only: which sequences these are.
+        first: the position of the first row.
+    """
+    outputs = []
+    for chunk in layer.places.chunks(first, queries[0].shape[2]):
+        rows = [query[:, :, chunk] for query in queries]
+        outputs.append(_attend_rows(layer, rows, scores, past + chunk.start, held, only, first + chunk.start))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
+
+
+def _attend_rows(
+    layer: KVLayer, queries: list[Tensor], scores: Scores, past: int, held: Held, only: slice, first: int
+) -> Tensor:
+    """The same for rows that the places do not tell apart; `past` slots are in use before them."""
+    query, *others = queries
+    stop = past + query.shape[2]
     keys, values = layer.storage.read(only, stop)
     valid = layer.valid(past)
     valid = None if valid is None else valid[only]
-    moved = moved_rows(layer, query, current.tokens, past, only)
-    if layer.raw_keys:
+    moved: Moved = ()
+    if past and others:
+        older = layer.storage.positions[only, :, :past]
+        moved = list(zip(others, layer.places.slots(first, older, held), strict=False))
+    if layer.places.turns_keys:
+        assert layer.rotary is not None
         positions = layer.storage.positions[only, :, :stop]
-        raw = unrotated(layer, query, positions.amax(dim=(1, 2)) + 1)
-        query, keys = turned(layer, raw, keys, positions)
+        raw = unrotated(query, positions.amax(dim=(1, 2)) + 1, layer.rotary)
+        query, keys = turned(raw, keys, positions, not layer.evicts, layer.rotary)
     output, mass, _ = prompt_attention(
         query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.takes_prompt_mass
     )
@@ -116,9 +165,10 @@ def _row_by_row(
 
 
 def _planned(
-    layer: KVLayer, tokens: Tokens, query: Tensor, value: Tensor, scores: Scores, current: Pass, past: int
+    layer: KVLayer, tokens: Tokens, queries: list[Tensor], value: Tensor, scores: Scores, past: int, held: Held
 ) -> Tensor:
     """A prompt pass whose rows read what the prefill policy plans, each sequence alone unless all hold as many entries."""
+    query = queries[0]
     output = torch.zeros_like(query[..., : value.shape[-1]])
     sequences: list[tuple[slice, Tensor | None, int]] = [(slice(None), None, tokens.count)]
     if tokens.columns is not None:
@@ -128,21 +178,22 @@ def _planned(
         sequences = [(slice(row, row + 1), None, tokens.count) for row in range(len(query))]
     places = tokens.positions.expand(len(query), -1)
     for only, own, count in sequences:
-        held = _in_order(layer, only, past, past + count)
-        if past and moved_query(layer, query[only, :, :1], tokens, layer.length, only) is not None:
-            held = None
+        ordered = _in_order(layer, only, past, past + count)
+        if past and len(queries) > 1:
+            ordered = None
         for start in range(0, count, layer.prefill.chunk or max(1, count)):
             chunk = slice(start, min(count, start + (layer.prefill.chunk or count)))
             rows = chunk if own is None else own[chunk]
-            part, stop = query[only, :, rows], past + chunk.stop
+            part = query[only, :, rows]
             pattern = None
-            if held is not None:
-                keys, values, positions = (x[:, :, : x.shape[2] - count + chunk.stop] for x in held)
+            if ordered is not None:
+                keys, values, positions = (x[:, :, : x.shape[2] - count + chunk.stop] for x in ordered)
                 seen = places[only][:, rows][:, -1].to(keys.device) + 1
                 view = _view(layer, part, keys, positions, seen, scores)
                 pattern = layer.prefill.plan(view)
             if pattern is None:
-                output[only, :, rows] = _attend_rows(layer, part, scores, current, past + start, only, stop)
+                parts = [one[only, :, rows] for one in queries]
+                output[only, :, rows] = _attend_rows(layer, parts, scores, past + start, held, only, 0)
             else:
                 output[only, :, rows] = _attend_pattern(layer, pattern, view.query, keys, values, scores)
     return output
@@ -176,8 +227,9 @@ def _attend_pattern(
     """Rows of a prompt over what they read of the entries, which are in position order, the rows' own ones last."""
     if pattern.index is not None:
         keys, values = gather_both(keys, values, pattern.index)
-    if layer.raw_keys:
-        query, keys = turned(layer, query, keys, None)
+    if layer.places.turns_keys:
+        assert layer.rotary is not None
+        query, keys = turned(query, keys, None, True, layer.rotary)
     if pattern.blocks is None:
         attend = decode_attention if query.shape[2] == 1 else prompt_attention
         return attend(query, keys, values, **vars(scores))[0]
@@ -193,10 +245,10 @@ def _attend_pattern(
 def _view(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor, seen: Tensor, scores: Scores) -> View:
     """Rows of a prompt and the entries up to them, in position order, as a prefill policy sees them."""
     turn = None
-    if layer.raw_keys:
+    if layer.places.turns_keys:
         assert layer.rotary is not None
         turn = partial(rotated, rotary=layer.rotary)
-        query = unrotated(layer, query, seen)
+        query = unrotated(query, seen, layer.rotary)
     return View(
         layer=layer.index,
         layers=layer.count,

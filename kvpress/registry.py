@@ -162,6 +162,9 @@ def make_policies(spec: PolicySpec, budget: Budget | None = None, tokens: int | 
             taken[role] = policy
     for policy in policies:
         policy.check_company([other for other in policies if other is not policy])
+    moving = [policy.describe() for policy in policies if policy.places.moved]
+    if len(moving) > 1:
+        raise PolicyError(f"{' and '.join(moving)} both have tokens attended at other positions; keep one of them")
     return policies
 
 

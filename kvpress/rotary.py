@@ -16,10 +16,12 @@ class Rotary:
     Attributes:
         inv_freq: [rotary_dim / 2], the angle of each channel pair per position; empty for a layer that rotates nothing.
         interleaved: channel pairs are (0, 1), (2, 3), ... instead of the two halves.
+        trained: how many positions the model was trained for, if its config says so.
     """
 
     inv_freq: Tensor
     interleaved: bool
+    trained: int | None = None
 
     @property
     def channels(self) -> int:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from kvpress.compat import CACHE, DynamicCache
 from kvpress.errors import PolicyError
-from kvpress.passes import Tokens, recording
-from kvpress.patching import patch
 from kvpress.layer import KVLayer
+from kvpress.passes import recording
+from kvpress.patching import patch
 from kvpress.support import unwrapped
+from kvpress.tokens import Tokens
 
 
 @dataclass(frozen=True)

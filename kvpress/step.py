@@ -4,6 +4,7 @@ All of it works on tensors: what the host knows of the step was noted before (`K
 run eagerly, within a compiled graph, and where a graph is replayed.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,12 +14,12 @@ from torch import Tensor
 
 from kvpress.contexts import no_autocast
 from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.decode_scores import Moved
 from kvpress.layer import KVLayer
 from kvpress.observe import Scores
-from kvpress.passes import Tokens
-from kvpress.places import rotated
+from kvpress.places import rotated, turned, unrotated
 from kvpress.policy import Selected, View
-from kvpress.reindex import moved_row, turned, unrotated
+from kvpress.tokens import Tokens
 
 
 @dataclass
@@ -28,8 +29,9 @@ class StepInputs:
     Attributes:
         tokens: the new tokens, one for each sequence.
         number: of the step since the latest prompt pass, from 1: an int, or int64 [] where the step is told by tensors.
-        new_tokens: how many tokens the `generate` that runs was asked for, likewise; None where that is not known.
-        slots: int64 [layers], where each layer's new entry goes, where the step is told by tensors.
+        new_tokens: how many tokens the `generate` that runs was asked for, likewise; None, or a tensor of 0, where that is
+            not known.
+        slots: int64 [layers], where each layer's new entry goes, where the step is told by tensors; or [1], of one layer.
         shared: what a selection policy hands from layer to layer.
     """
 
@@ -38,6 +40,16 @@ class StepInputs:
     new_tokens: int | Tensor | None = None
     slots: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+
+    def slot(self, layer: int) -> Tensor | None:
+        """Where a layer's new entry goes, int64 [1]; None where the host knows."""
+        if self.slots is None:
+            return None
+        return self.slots if self.slots.shape[0] == 1 else self.slots[layer : layer + 1]
+
+    def of_layer(self, layer: int) -> "StepInputs":
+        """The same for one layer alone."""
+        return StepInputs(self.tokens, self.number, self.new_tokens, self.slot(layer), self.shared)
 
 
 def decode_step(
@@ -56,8 +68,7 @@ def decode_step(
     with torch.no_grad(), no_autocast(query.device):
         rows, key, value = (x if x.dtype == layer.dtype else x.to(layer.dtype) for x in (query, key, value))
         rows = layer.own_query(rows, inputs.tokens)
-        told = None if inputs.slots is None else inputs.slots[layer.index : layer.index + 1]
-        layer.write(key, value, inputs.tokens, told)
+        layer.write(key, value, inputs.tokens, inputs.slot(layer.index))
         return attend_row(layer, rows, scores, inputs, inputs.number, selects=layer.roles.selects).to(query.dtype)
 
 
@@ -78,15 +89,16 @@ def attend_row(
         view = view_of(layer, query, scores, inputs.shared, step.stop, valid, tokens, inputs)
         output, mass = _attend_selected(layer, view, scores, observed)
     else:
-        moved = moved_row(layer, query, tokens, step.stop)
-        rows, perturbed = query, None
-        if layer.raw_keys:
+        rows, moved = layer.row_queries(query, tokens, step.stop)
+        perturbed = None
+        if layer.places.turns_keys:
+            assert layer.rotary is not None
             keys, values = held.read(stop=step.stop)
-            raw = unrotated(layer, query, tokens.seen_tensor)
-            rows, keys = turned(layer, raw, keys, held.positions[:, :, : step.stop])
+            raw = unrotated(query, tokens.seen_tensor, layer.rotary)
+            rows, keys = turned(raw, keys, held.positions[:, :, : step.stop], not layer.evicts, layer.rotary)
             output, mass, _ = decode_attention(rows, keys, values, valid, **vars(scores), with_mass=observed)
         else:
-            if moved is None and layer.observer.needs_every_row:
+            if not moved and layer.observer.needs_every_row:
                 observed, perturbed = True, layer.perturbed(tokens, number, inputs.new_tokens)
             output, mass = held.attend(
                 rows, scores, stop=step.stop, valid=valid, moved=moved, perturbed=perturbed, with_mass=observed
@@ -136,18 +148,19 @@ def view_of(
     length: int | Tensor = positions.shape[2]
     newest: int | Tensor = length - 1
     step = layer.step
-    if step is not None and step.slot == "told" and inputs is not None and inputs.slots is not None:
-        newest = inputs.slots[layer.index : layer.index + 1]
-        length = newest[0] + 1
+    told = None if inputs is None else inputs.slot(layer.index)
+    if step is not None and step.slot == "told" and told is not None:
+        newest, length = told, told[0] + 1
     elif step is not None and isinstance(step.slot, int):
         newest = step.slot
-    turn, moved = None, None
-    if layer.raw_keys:
+    turn: Callable[[Tensor, Tensor], Tensor] | None = None
+    moved: Moved = ()
+    if layer.places.turns_keys:
         assert layer.rotary is not None
         turn = partial(rotated, rotary=layer.rotary)
-        query = unrotated(layer, query, tokens.seen_tensor)
+        query = unrotated(query, tokens.seen_tensor, layer.rotary)
     else:
-        moved = moved_row(layer, query, tokens, stop)
+        query, moved = layer.row_queries(query, tokens, stop)
     return View(
         layer=layer.index,
         layers=layer.count,
@@ -163,7 +176,7 @@ def view_of(
         shared=shared,
         length=length,
         newest=newest,
-        places=layer.places,
+        places=layer.position_limit,
         phase=None if step is None else step.phase,
         waits=step is None or (step.stop is not None and query.device.type == "cpu"),
         moved=moved,
@@ -180,21 +193,23 @@ def _attend_selected(layer: KVLayer, view: View, scores: Scores, observed: bool)
     with_mass = observed or selection.observes_reads
     index, query = selected.index, view.query
     member = view.valid if index is None else selected.member
-    if layer.raw_keys:
+    if layer.places.turns_keys:
+        assert layer.rotary is not None
         keys, values = held.read(stop=step.stop, index=index)
         places = None  # everything is there and in order
         if member is not None or layer.evicts:
             places = view.positions if index is None else view.positions.gather(2, index)
             places = places if member is None else places.masked_fill(~member, -1)
-        query, keys = turned(layer, query, keys, places)
+        query, keys = turned(query, keys, places, not layer.evicts, layer.rotary)
         output, mass, _ = decode_attention(
             query, keys, values, member, **vars(scores), with_mass=with_mass, per_head=selection.observes_reads
         )
     else:
         moved = view.moved
-        if moved is not None and index is not None:
-            slots = moved[1]
-            moved = moved[0], index < slots if isinstance(slots, int) else slots.gather(2, index)
+        if index is not None:
+            moved = [
+                (other, index < slots if isinstance(slots, int) else slots.gather(2, index)) for other, slots in moved
+            ]
         output, mass = held.attend(
             query,
             scores,

@@ -3,6 +3,7 @@
 from kvpress.policies.a2sf import A2SF
 from kvpress.policies.a2sf_prefill import A2SFPrefill
 from kvpress.policies.ada_kv import AdaKV
+from kvpress.policies.dual_chunk import DualChunkAttention
 from kvpress.policies.ems import EMS
 from kvpress.policies.full import Full
 from kvpress.policies.h2o import H2O
@@ -28,6 +29,7 @@ __all__ = [
     "TOVA",
     "A2SFPrefill",
     "AdaKV",
+    "DualChunkAttention",
     "Full",
     "H2OPrefill",
     "KeyDiff",

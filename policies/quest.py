@@ -123,8 +123,7 @@ class Quest(SelectionPolicy):
         slots, member = self._entries(together.index, together.member, held)
         slots = slots if order is None else order.gather(2, slots)
         count = None if together.count is None else together.count * self.page_size
-        scanned = -(-view.length // self.page_size) if view.in_front else pages
-        return Selected(slots, member, count, scanned)
+        return Selected(slots, member, count, scanned=pages if view.waits else held_pages.amax())
 
     def _bounds(self, view: View, held: Tensor, order: Tensor | None, pages: int) -> tuple[Tensor, Tensor]:
         """The bounds of the pages, the newest entry's included: [batch, kv_heads, at least `pages`, head_dim] each."""
@@ -134,19 +133,19 @@ class Quest(SelectionPolicy):
             if order is not None:
                 keys = keys.gather(2, order[..., None].expand(-1, -1, -1, keys.shape[-1]))
             counts = None if view.valid is None else held
-            state["least"], state["greatest"] = self._with_room(*page_bounds(keys, counts, self.page_size))
+            state["least"], state["greatest"] = self._with_room(*page_bounds(keys, counts, self.page_size), pages)
         else:
             if pages > state["least"].shape[2]:
-                state["least"], state["greatest"] = self._with_room(state["least"], state["greatest"])
+                state["least"], state["greatest"] = self._with_room(state["least"], state["greatest"], pages)
             new = None if view.valid is None else view.newest_of(view.valid)
             add_to_page_bounds(
                 state["least"], state["greatest"], view.newest_of(view.keys), held - 1, new, self.page_size
             )
         return state["least"], state["greatest"]
 
-    def _with_room(self, least: Tensor, greatest: Tensor) -> tuple[Tensor, Tensor]:
-        """The bounds with pages to spare for the entries to come."""
-        spare = max(1, least.shape[2] // 32)
+    def _with_room(self, least: Tensor, greatest: Tensor, pages: int) -> tuple[Tensor, Tensor]:
+        """The bounds with room for so many pages, and some to spare for the entries to come."""
+        spare = max(1, pages // 32) + pages - least.shape[2]
         return functional.pad(least, (0, 0, 0, spare)), functional.pad(greatest, (0, 0, 0, spare))
 
     def _entries(self, pages: Tensor, member: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:

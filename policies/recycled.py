@@ -103,15 +103,15 @@ class RecycledAttention(SelectionPolicy):
             return Selected()
         index = torch.cat((state["index"], view.newest_slot), dim=2)
         member = torch.cat((state["chosen"], view.newest_there), dim=2)
-        if full is False:
-            return Selected(index, member)
+        if full is False:  # where the width is fixed, some places may be unused
+            return Selected(index, member, None if view.waits else member.sum(-1))
         # Some sequences are full, so the others come along and look at their own set alone.
         own = _as_mask(index, member, n)
         everything = torch.ones_like(own) if view.valid is None else view.valid
         slots = torch.arange(n, device=index.device).expand_as(own)
         count = None
         if not view.waits:  # nothing but the sets where none is full
-            count = torch.where(full.any(), view.length, index.shape[2]).expand(own.shape[:2])
+            count = torch.where(full.any(), view.length, member.sum(-1).amax()).expand(own.shape[:2])
         return Selected(slots, torch.where(full[:, None, None], everything, own), count)
 
     def after_read(self, view: View, selected: Selected, mass: Tensor) -> None:

@@ -9,8 +9,9 @@ from torch import Tensor
 
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.decode_scores import Moved
 from kvpress.observe import Scores
-from kvpress.passes import Tokens
+from kvpress.tokens import Tokens
 
 
 def spare_slots(length: int) -> int:
@@ -101,7 +102,7 @@ class Storage(ABC):
         valid: Tensor | None,
         index: Tensor | None = None,
         rows: slice = slice(None),
-        moved: tuple[Tensor, Tensor | int] | None = None,
+        moved: Moved = (),
         perturbed: tuple[Perturbation, Tensor, Tensor] | None = None,
         with_mass: bool = False,
         per_head: bool = False,
@@ -173,20 +174,6 @@ class Storage(ABC):
             self.ordered = False
         self.length += new
         self.entries += new
-
-
-def in_place(buffer: Tensor, slot: Tensor, new: Tensor) -> None:
-    """Write new [batch, kv_heads, ...] into one slot of each kv head of a contiguous buffer [batch, kv_heads, slots, ...].
-
-    Args:
-        slot: int64 [1] for all kv heads, or [batch, kv_heads].
-    """
-    if slot.ndim == 1:
-        buffer.index_copy_(2, slot, new.unsqueeze(2))
-        return
-    batch, kv_heads, slots = buffer.shape[:3]
-    at = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device).add_(slot.flatten())
-    buffer.view(-1, *buffer.shape[3:]).index_copy_(0, at, new.reshape(batch * kv_heads, *buffer.shape[3:]))
 
 
 def marked_first(marks: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,9 @@ from torch import Tensor
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.paged_attention import paged_attention
 from kvpress.observe import Scores
-from kvpress.passes import Tokens
 from kvpress.storage.base import Storage, marked_first, spare_slots
 from kvpress.storage.slots import Slots
+from kvpress.tokens import Tokens
 
 PAGE = 32
 """Slots of a page. A kv head's last page is partly empty; fewer slots would make more and smaller products."""

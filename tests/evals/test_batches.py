@@ -26,7 +26,7 @@ POLICIES = [
     {"name": "a2sf", "evict": "each_row"},
     "a2sf_prefill",
     "keyformer",
-    {"name": "ems", "window": 8, "evict_every": 4},
+    {"name": "ems", "window": 8, "recent": 8, "evict_every": 4},
     "snapkv",
     "pyramid_kv",
     "ada_kv",
@@ -39,6 +39,7 @@ POLICIES = [
     {"name": "recycled", "query_stride": 2, "similarity": 0.8},
 ]
 CHUNKED = {"name": "token_select", "n_init": 4, "n_local": 32, "chunk": 32, "k": 16}
+CHUNKS = {"name": "dual_chunk", "chunk_size": 60, "local_size": 12}
 SPARSE = {"name": "x_attention", "stride": 4, "block_size": 16, "threshold": 0.6}
 SAME = (
     "index",
@@ -80,11 +81,12 @@ def rows(loaded):
 
 
 def sweep():
-    listed = [one if isinstance(one, str) else one["name"] for one in POLICIES] + ["token_select", "x_attention"]
+    listed = [one if isinstance(one, str) else one["name"] for one in POLICIES]
+    listed += ["token_select", "x_attention", "dual_chunk"]
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [
         {"policy": [one for one in POLICIES if one not in fixed], "budget": [0.3]},
-        {"policy": [*fixed, CHUNKED, SPARSE]},
+        {"policy": [*fixed, CHUNKED, SPARSE, CHUNKS]},
     ]
 
 
@@ -104,13 +106,13 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
     parts = {"defaults": {"task": task | depths, "query_aware": query_aware}, "sweep": grids}
     single = rows(plan("tiny", tmp_path / "1", **parts))
     batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
-    assert len(single) == (len(POLICIES) + 2 if query_aware else 6)
+    assert len(single) == (len(POLICIES) + 3 if query_aware else 6)
     for policy, own in single.items():
         for index, row in own.items():
             other = batched[policy][index]
             assert [other[name] for name in SAME] == [row[name] for name in SAME], (policy, index)
-            if "evict='each_row'" in policy or policy.startswith(("token_select", "x_attention")):
-                # these choose within a prompt
+            if "evict='each_row'" in policy or policy.startswith(("token_select", "x_attention", "dual_chunk")):
+                # these change a prompt's own attention
                 assert other["batch"] == 1 and other["read_share"] == row["read_share"]
                 continue
             # a batch's few numbers per sequence, and slots as wide as its widest, are shared out; pages come whole

@@ -16,7 +16,10 @@ GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [16, 64, 80], ids="d-{}".format)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 WITH_MASS = pytest.mark.parametrize("with_mass", [False, True], ids=["output", "mass"])
-FEATURES = [(), ("valid",), ("softcap",), ("sinks",), ("moved",), ("valid", "softcap", "sinks", "moved")]
+FEATURES = [
+    (), ("valid",), ("softcap",), ("sinks",), ("moved",), ("moved-thrice",), ("first-moved",), ("valid", "first-moved"),
+    ("valid", "softcap", "sinks", "moved"), ("valid", "softcap", "sinks", "moved-thrice"),
+]  # fmt: skip
 ALL_FEATURES = pytest.mark.parametrize("features", FEATURES, ids=lambda names: "+".join(names) or "plain")
 
 
@@ -246,3 +249,78 @@ def test_parts_merge_to_the_whole(slots, parts, dtype, monkeypatch):
     assert output.dtype == dtype  # each part's output is rounded once before they are merged
     far = tolerance(expected, dtype, sums=slots + 16)
     torch.testing.assert_close(output, expected.to(dtype), rtol=0, atol=far)
+
+
+@pytest.mark.parametrize("listed", [False, True], ids=["all-slots", "listed"])
+@pytest.mark.parametrize("per_head", [False, True], ids=["summed", "per-head"])
+@pytest.mark.parametrize(
+    "features",
+    [
+        ("moved-thrice",),
+        ("first-moved",),
+        ("valid", "softcap", "sinks", "moved-thrice"),
+        ("valid", "sinks", "first-moved"),
+    ],
+    ids="+".join,
+)
+def test_parts_merged_by_their_lse(features, per_head, listed):
+    """What a GPU does with more other queries than its kernel has: output, weights and LSE are those of one softmax."""
+    query, key, value = inputs(63, 3, 16, seed=4)
+    count, index = (20, None) if listed else (63, None)
+    if listed:
+        index = torch.rand(BATCH, KV_HEADS, 63, generator=torch.Generator().manual_seed(5)).argsort(-1)[..., :20]
+    chosen = options(features, count, query)
+    if per_head and "valid" in chosen:
+        chosen["valid"] = chosen["valid"].repeat_interleave(3, dim=1)
+    every = {"with_mass": True, "per_head": per_head, "with_lse": True}
+    expected = decode_attention(query, key, value, scale=0.3, index=index, **chosen, **every)
+    valid, moved, sinks = chosen.pop("valid", None), chosen.pop("moved"), chosen.pop("sinks", None)
+    options_of_parts = {"softcap": None, **chosen, "scale": 0.3, "index": index, "page_size": 1, "backend": "torch"}
+    found = module._by_parts(
+        query, key, value, valid, moved, sinks, None, True, per_head, True, None, 1.0, **options_of_parts
+    )
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+    if not per_head and not listed:
+        held = torch.rand(BATCH, KV_HEADS, 70, generator=torch.Generator().manual_seed(6))
+        wanted = held.clone()
+        wanted[:, :, :63] = 0.5 * held[:, :, :63] + expected[1]
+        module._by_parts(query, key, value, valid, moved, sinks, None, True, False, True, held, 0.5, **options_of_parts)
+        torch.testing.assert_close(held, wanted, atol=2e-6, rtol=1e-5)
+    with pytest.raises(ValueError, match=f"does not go with {len(moved)} other queries"):
+        module._by_parts(
+            query, key, value, valid, moved, sinks, (), True, per_head, True, None, 1.0, **options_of_parts
+        )
+
+
+@pytest.mark.parametrize("fading", [1.0, 0.5])
+def test_mass_into_a_statistic(fading):
+    """The mass is added to what is there, which fades; nothing behind it changes, and none is returned."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 1, 16, generator=generator)
+    key, value = torch.randn(2, 2, 3, 40, 16, generator=generator)
+    held = torch.rand(2, 3, 50, generator=generator)
+    output, mass, _ = decode_attention(query, key, value, scale=0.3, with_mass=True)
+    expected = held.clone()
+    expected[:, :, :40] = fading * held[:, :, :40] + mass
+    found = decode_attention(query, key, value, scale=0.3, into=held, fading=fading)
+    assert torch.equal(found[0], output) and found[1] is None
+    torch.testing.assert_close(held, expected)
+
+
+@pytest.mark.parametrize(
+    ("into", "options"),
+    [
+        (torch.zeros(2, 3, 39), {}),
+        (torch.zeros(2, 6, 40), {}),
+        (torch.zeros(2, 3, 40, dtype=torch.float16), {}),
+        (torch.zeros(2, 3, 80)[..., ::2], {}),
+        (torch.zeros(2, 3, 40), {"per_head": True}),
+        (torch.zeros(2, 3, 40), {"index": torch.zeros(2, 3, 5, dtype=torch.int64)}),
+    ],
+    ids=["short", "heads", "dtype", "strided", "per-head", "index"],
+)
+def test_a_statistic_that_does_not_fit(into, options):
+    query, key = torch.zeros(2, 6, 1, 16), torch.zeros(2, 3, 40, 16)
+    with pytest.raises(ValueError, match="`into`"):
+        decode_attention(query, key, key, scale=0.3, into=into, **options)

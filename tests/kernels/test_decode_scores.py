@@ -20,7 +20,7 @@ def test_equals_the_definition(slots, group, moved, dtype, tile, monkeypatch):
     buffer[:, :, slots:] = float("nan")
     options = {"scale": 0.3}
     if moved:
-        options["moved"] = other, torch.rand(2, 2, slots, generator=generator) < 0.5
+        options["moved"] = [(other, torch.rand(2, 2, slots, generator=generator) < 0.5)]
     scores = decode_scores(query, buffer[:, :, :slots], **options)
     assert scores.shape == (2, 2 * group, slots) and scores.dtype == torch.float32
     torch.testing.assert_close(scores, decode_scores_reference(query, buffer[:, :, :slots], **options))
@@ -32,5 +32,5 @@ def test_by_hand():
     other = torch.tensor([[[[0.0, 1.0]], [[1.0, 1.0]]]])
     keys = torch.tensor([[[[3.0, 1.0], [2.0, 5.0]]]])
     assert decode_scores(query, keys, scale=2.0).tolist() == [[[10.0, 24.0], [-6.0, -4.0]]]
-    moved = other, torch.tensor([[[False, True]]])
+    moved = [(other, torch.tensor([[[False, True]]]))]
     assert decode_scores(query, keys, scale=2.0, moved=moved).tolist() == [[[10.0, 10.0], [-6.0, 14.0]]]

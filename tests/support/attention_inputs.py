@@ -37,5 +37,12 @@ def options(features, entries, query, seed=1):
         chosen["sinks"] = torch.randn(query.shape[1], generator=generator)
     if "moved" in features:
         other = torch.randn(query.shape, generator=generator).to(query.dtype)
-        chosen["moved"] = other, torch.rand(BATCH, KV_HEADS, entries, generator=generator) < 0.3
+        chosen["moved"] = [(other, torch.rand(BATCH, KV_HEADS, entries, generator=generator) < 0.3)]
+    if "moved-thrice" in features:
+        rows = torch.randn(3, *query.shape, generator=generator).to(query.dtype)
+        slots = torch.rand(3, BATCH, KV_HEADS, entries, generator=generator) < 0.4
+        chosen["moved"] = list(zip(rows, slots, strict=True))
+    if "first-moved" in features:
+        rows = torch.randn(2, *query.shape, generator=generator).to(query.dtype)
+        chosen["moved"] = [(rows[0], entries - entries // 3), (rows[1], entries // 4)]
     return chosen

@@ -5,11 +5,12 @@ import math
 import torch
 
 
-def attend(query, key, value, visible, *, scale, softcap=None, sinks=None, moved=None):
+def attend(query, key, value, visible, *, scale, softcap=None, sinks=None, moved=()):
     """What each row reads, and the weight that each entry gets.
 
     `query` [batch, heads, rows, d]; `key`, `value` [batch, kv_heads, n, d]; `visible` bool [batch, kv_heads,
-    rows, n]; `moved` is (query, bool [batch, kv_heads, older]): where True, that query scores instead.
+    rows, n]; `moved` are (query, bool [batch, kv_heads, older]) or
+    (query, how many of the first): there that query scores instead, and the later wins.
     Returns in float64 outputs [batch, heads, rows, d], weights [batch, kv_heads, n] of rows and group summed.
     """
     batch, heads, rows, _ = query.shape
@@ -21,9 +22,10 @@ def attend(query, key, value, visible, *, scale, softcap=None, sinks=None, moved
             keys, values = key[b, head // group].double(), value[b, head // group].double()
             for row in range(rows):
                 scores = (keys @ query[b, head, row].double() * scale).tolist()
-                if moved is not None:
-                    other = (keys @ moved[0][b, head, row].double() * scale).tolist()
-                    for entry, is_moved in enumerate(moved[1][b, head // group].tolist()):
+                for other_query, slots in moved:
+                    other = (keys @ other_query[b, head, row].double() * scale).tolist()
+                    marks = [True] * slots if isinstance(slots, int) else slots[b, head // group].tolist()
+                    for entry, is_moved in enumerate(marks):
                         scores[entry] = other[entry] if is_moved else scores[entry]
                 if softcap is not None:
                     scores = [softcap * math.tanh(score / softcap) for score in scores]
