@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,35 +29,50 @@ class EncodedSample:
         prompt: what runs as one prompt pass.
         steps: tokens that are fed one by one after it.
         scored: whether the steps' probability is what is measured, and nothing is generated.
+        turns: tokens of each further question, fed one by one when the one before it is answered.
     """
 
     source: Sample
     prompt: list[int]
     steps: list[int]
     scored: bool = False
+    turns: list[list[int]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
-        """Tokens of all."""
-        return len(self.prompt) + len(self.steps)
+        """Tokens of all, without the answers."""
+        return len(self.prompt) + len(self.steps) + sum(map(len, self.turns))
 
     @property
-    def shape(self) -> tuple[int, int, int, bool]:
-        """Samples of one shape can be answered as one batch, without padding."""
-        return len(self.prompt), len(self.steps), self.source.max_new_tokens, self.scored
+    def longest(self) -> int:
+        """Tokens of all, with answers as long as they may be."""
+        return self.length + sum(one.max_new_tokens for one in self.source.each_turn)
+
+    @property
+    def decode_steps(self) -> int:
+        """How many tokens are fed one by one, at most."""
+        return self.longest - len(self.prompt) - (self.source.max_new_tokens > 0)  # the last one is never fed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Samples of one shape can be answered as one batch, without padding. One with several turns has its own: their
+        answers end at different places."""
+        own = self.source.index if self.turns else -1
+        return len(self.prompt), len(self.steps), self.source.max_new_tokens, self.scored, own
 
     @property
     def hash(self) -> str:
         """Of the ids, and of how they are fed."""
-        return hashlib.sha256(json.dumps([self.prompt, self.steps]).encode()).hexdigest()[:16]
+        ids = [self.prompt, self.steps, *self.turns]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
 def encode_sample(sample: Sample, prompt: Prompt, query_aware: bool) -> EncodedSample:
     """The prompt with the question in it, or with the question as decode steps after it."""
     scored = sample.max_new_tokens == 0
     if query_aware or not prompt.context:
-        return EncodedSample(sample, prompt.context + prompt.question, [], scored)
-    return EncodedSample(sample, prompt.context, prompt.question, scored)
+        return EncodedSample(sample, prompt.context + prompt.question, [], scored, prompt.turns)
+    return EncodedSample(sample, prompt.context, prompt.question, scored, prompt.turns)
 
 
 @dataclass
@@ -73,8 +88,8 @@ class Answer:
     """What came out.
 
     Attributes:
-        text: the answer.
-        new_tokens: how many tokens it has, without the one that ended it.
+        texts: the answer to each question.
+        new_tokens: how many tokens they have, without the ones that ended them.
         log_probs: of each of `EncodedSample.steps`, where these are scored.
         prompt_ms: the prompt pass; with a shared one, that pass and making the policy's cache from it.
         token_ms: median decode step of the answer; None where there was none.
@@ -83,7 +98,7 @@ class Answer:
         totals: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
     """
 
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     new_tokens: int = 0
     log_probs: list[float] = field(default_factory=list)
     prompt_ms: float = math.nan
@@ -119,63 +134,89 @@ def answer_batch(
     """
     found = [Answer(shared=shared is not None, batch=len(samples)) for _ in samples]
     with kvpress.patch(model, list(policies)) as handle:
-        started = now(model)
-        if shared is not None:
-            cache, logits = handle.adopt_prompt(shared.prompt), shared.prompt.logits
-        else:
-            output = model(_ids(model, samples), use_cache=True, logits_to_keep=1)
-            cache, logits = output[CACHE], output.logits[:, -1]
-        prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
-        times: list[float] = []
-
-        def step(tokens: list[int]) -> torch.Tensor:
-            started = now(model)
-            ids = torch.tensor(tokens, device=model.device)[:, None]
-            logits: torch.Tensor = model(ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
-            times.append((now(model) - started) * 1e3)
-            return logits
-
-        def cache_totals() -> dict[str, Any]:
-            totals = handle.report().to_dict()
-            if len(samples) > 1:  # the report sums over a batch's sequences
-                totals |= {name: totals[name] // len(samples) for name in ("seen", "bytes", "full_bytes")}
-                totals["kept"] /= len(samples)
-            return {name: value for name, value in totals.items() if name not in ("policy", "layers")}
-
-        for at, tokens in enumerate(zip(*(sample.steps for sample in samples), strict=True)):
-            if samples[0].scored:
-                log_probs = logits.float().log_softmax(-1)
+        reader = Reader(model, handle, samples, shared)
+        steps = list(zip(*(sample.steps for sample in samples), strict=True))
+        if samples[0].scored:
+            for at, tokens in enumerate(steps):
+                log_probs = reader.logits.float().log_softmax(-1)
                 for row, token in enumerate(tokens):
                     found[row].log_probs.append(float(log_probs[row, token]))
-                if at + 1 == len(samples[0].steps):
-                    break  # nothing comes after it
-            logits = step(list(tokens))
-        if not samples[0].scored:
-            times.clear()
-            _write(model, tokenizer, samples, found, logits, step, cache_totals)
+                if at + 1 < len(steps):  # nothing comes after the last
+                    reader.feed(tokens)
+        else:
+            reader.read(steps)
+            asked = [sample.source.each_turn for sample in samples]
+            last = _write(reader, tokenizer, [turns[0] for turns in asked], found)
+            for tokens, question in zip(samples[0].turns, asked[0][1:], strict=True):  # a batch of one
+                reader.read([(token,) for token in (*last, *tokens)])
+                last = _write(reader, tokenizer, [question], found)
         for one in found:
-            one.prompt_ms, one.token_ms = prompt_ms, statistics.median(times) if times else None
-            one.totals = one.totals or cache_totals()
+            one.prompt_ms = reader.prompt_ms
+            one.token_ms = statistics.median(reader.times) if reader.times else None
+            one.totals = one.totals or reader.totals()
     return found
 
 
+class Reader:
+    """A batch of samples as a patched model reads it.
+
+    Attributes:
+        logits: [batch, vocab] after what was read.
+        prompt_ms: the prompt pass; with a shared one, that pass and making the policy's cache from it.
+        times: milliseconds of each step by `feed`.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        handle: kvpress.Handle,
+        samples: Sequence[EncodedSample],
+        shared: SharedPass | None,
+    ) -> None:
+        self.model, self._handle, self._batch = model, handle, len(samples)
+        started = now(model)
+        if shared is not None:
+            self._cache, self.logits = handle.adopt_prompt(shared.prompt), shared.prompt.logits
+        else:
+            output = model(_ids(model, samples), use_cache=True, logits_to_keep=1)
+            self._cache, self.logits = output[CACHE], output.logits[:, -1]
+        self.prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
+        self.times: list[float] = []
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Feed the next token of each sequence, as a decode step."""
+        started = now(self.model)
+        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        self.logits = self.model(ids, **{CACHE: self._cache}, use_cache=True).logits[:, -1]
+        self.times.append((now(self.model) - started) * 1e3)
+
+    def read(self, steps: Iterable[Sequence[int]]) -> None:
+        """Feed tokens, [step][sequence], whose times do not count."""
+        before = len(self.times)
+        for tokens in steps:
+            self.feed(tokens)
+        del self.times[before:]
+
+    def totals(self) -> dict[str, Any]:
+        """What the cache holds now; of a batch the mean over its sequences."""
+        totals = self._handle.report().to_dict()
+        if self._batch > 1:  # the report sums over a batch's sequences
+            totals |= {name: totals[name] // self._batch for name in ("seen", "bytes", "full_bytes")}
+            totals["kept"] /= self._batch
+        return {name: value for name, value in totals.items() if name not in ("policy", "layers")}
+
+
 def _write(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    samples: Sequence[EncodedSample],
-    found: list[Answer],
-    logits: torch.Tensor,
-    step: Callable[[list[int]], torch.Tensor],
-    cache_totals: Callable[[], dict[str, Any]],
-) -> None:
-    """Greedy answers, each until it ends; `step` feeds a token per sequence, `cache_totals` says what the cache holds now."""
-    ends = end_tokens(model, tokenizer)
-    written: list[list[int]] = [[] for _ in samples]
-    writing = set(range(len(samples)))
+    reader: Reader, tokenizer: "PreTrainedTokenizerBase", asked: Sequence[Sample], found: list[Answer]
+) -> list[int]:
+    """Greedy answers, each until it ends; the last token of the last of them, unless it ended the answer: it is not fed yet."""
+    ends = end_tokens(reader.model, tokenizer)
+    written: list[list[int]] = [[] for _ in asked]
+    writing = set(range(len(asked)))
     while True:
-        chosen = logits.argmax(-1).tolist()
+        chosen = reader.logits.argmax(-1).tolist()
         for row in sorted(writing):
-            sample, tokens = samples[row].source, written[row]
+            sample, tokens = asked[row], written[row]
             stop = sample.meta.get("stop")
             if chosen[row] not in ends:
                 tokens.append(chosen[row])
@@ -184,13 +225,13 @@ def _write(
                 ):
                     continue
             writing.remove(row)
-            found[row].new_tokens = len(tokens)
-            found[row].text = str(tokenizer.decode(tokens, skip_special_tokens=True))
+            found[row].new_tokens += len(tokens)
+            found[row].texts.append(str(tokenizer.decode(tokens, skip_special_tokens=True)))
             if writing:  # the cache goes on growing
-                found[row].totals = cache_totals()
+                found[row].totals = reader.totals()
         if not writing:
-            return
-        logits = step(chosen)
+            return [token for token in chosen[-1:] if token not in ends]
+        reader.feed(chosen)
 
 
 def _ids(model: "PreTrainedModel", samples: Sequence[EncodedSample]) -> torch.Tensor:

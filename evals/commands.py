@@ -102,7 +102,7 @@ def cost(plan: Plan) -> Iterable[str]:
                 passes += prompts
                 tokens += prompts * len(sample.prompt)
                 tokens_alone += len(missing) * len(sample.prompt)
-                steps += len(missing) * (len(sample.steps) + max(0, sample.source.max_new_tokens - 1))
+                steps += len(missing) * sample.decode_steps
         shared = f" (without sharing: {answers:,} of {tokens_alone:,})" if answers > passes else ""
         yield f"{what}, {answers:,} answers: {passes:,} prompt passes of {tokens:,} tokens{shared}, at most {steps:,} decode steps"
         speed = _speed(plan, results)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kvpress.errors import PolicyError, nearest
 from kvpress.evals.locations import ConfigError, KeyPath, Locations, expand, load, location_of
 from kvpress.evals.task import Task, TaskError
-from kvpress.evals.tasks import make_task
+from kvpress.evals.tasks import find_task, make_task, task_origin
 from kvpress.policy import Policy, check_budget
 from kvpress.registry import absolute, make_policies, origin
 
@@ -45,7 +45,7 @@ class Fields(BaseModel):
         policy: a name (or a class of your own as package.module:MyPolicy or file.py:MyPolicy) or a mapping with `name` and
             fields; a list of them acts together.
         budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none, or no share.
-        task: a name or a mapping with `name` and fields.
+        task: a name (or a class of your own as package.module:MyTask or file.py:MyTask) or a mapping with `name` and fields.
         length: sets the task's `length`, `lengths` or `max_length`.
         seed: sets the task's seed.
         query_aware: whether the prompt that is compressed holds the question.
@@ -242,7 +242,7 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     sweep = tree.get("sweep")
     for part in (tree.get("defaults"), *(sweep if isinstance(sweep, list) else [sweep])):
         for key in part if isinstance(part, dict) else ():
-            if key.partition(".")[0] == "policy":  # files of policies are relative to this file
+            if key.partition(".")[0] in ("policy", "task"):  # files of classes are relative to this file
                 part[key] = absolute(part[key], path.parent)
     return make_plan(tree, locations, settings)
 
@@ -421,7 +421,7 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
         "device": written.device,
         "dtype": written.dtype,
         "policy": [_definition(policy) for policy in policies],
-        "task": task.to_dict(),  # with ${...} as written: a run is the same on every machine
+        "task": {**task.to_dict(), **_from(task_origin(task))},  # with ${...} as written: the same run on every machine
         "query_aware": written.query_aware,
         "samples": written.samples,
         **_placement(written),
@@ -430,8 +430,12 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
 
 
 def _definition(policy: Policy) -> dict[str, Any]:
-    source = origin(policy)  # with the hash of its code: a policy that was changed is another one
-    return {"name": policy.name, **asdict(policy), **({"from": source} if source else {})}
+    return {"name": policy.name, **asdict(policy), **_from(origin(policy))}
+
+
+def _from(source: str) -> dict[str, str]:
+    """Where a class of the user's comes from, with the hash of its code: one that was changed is another one."""
+    return {"from": source} if source else {}
 
 
 def _placement(written: Fields) -> dict[str, Any]:
@@ -443,7 +447,9 @@ def _placement(written: Fields) -> dict[str, Any]:
 def _task_spec(written: Fields) -> dict[str, Any]:
     """The task's mapping, with `length` and `seed` in it."""
     spec: dict[str, Any] = {"name": written.task} if isinstance(written.task, str) else dict(written.task)
-    task = type(make_task({"name": spec.get("name")} if "name" in spec else spec))
+    if "name" not in spec:
+        make_task(spec)  # which says what is missing
+    task = find_task(spec["name"])
     known = {field.name for field in fields(task)}
     if written.length is not None:
         found = [name for name in LENGTH_FIELDS if name in known]

@@ -1,6 +1,7 @@
 """Make a plan's runs: models outside, samples inside, policies innermost, so that one prompt pass serves them all."""
 
 import math
+import statistics
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def _run_plan(plan: Plan, executor: Executor, console: Console, retry: bool, loa
     for run in missing:
         check_library(run.task.metric)
         by_model.setdefault(run.model, []).append(run)
+    for run in {run.samples_id: run for run in missing}.values():
+        run.task.check()
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -236,11 +239,10 @@ def check_lengths(samples: list[EncodedSample], run: Run, model: "PreTrainedMode
     if limit is None or allow_extrapolation:
         return
     for sample in samples:
-        length = sample.length + sample.source.max_new_tokens
-        if length > limit:
+        if sample.longest > limit:
             raise RunError(
-                f"{run.where}: sample {sample.source.index} has {length} tokens with its answer, and {run.fields.model} "
-                f"was made for {limit}; give a smaller length, or allow_extrapolation: true"
+                f"{run.where}: {run.task.name_of(sample.source)} has {sample.longest} tokens with its answer, and "
+                f"{run.fields.model} was made for {limit}; shorten it, give a smaller length, or allow_extrapolation: true"
             )
 
 
@@ -355,14 +357,21 @@ def answer_all(
 
 def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
     """What a row says of an answer."""
+    extra: dict[str, Any] = {}
     if sample.scored:
         mean = math.fsum(found.log_probs) / len(found.log_probs)
-        score, text = math.exp(mean), ""  # one over the perplexity: the mean probability of a token
-        extra = {"perplexity": math.exp(-mean)}
+        score = math.exp(mean)  # one over the perplexity: the mean probability of a token
+        extra["perplexity"] = math.exp(-mean)
     else:
-        score, text, extra = run.task.score(sample.source, found.text), found.text, {}
+        turns = [
+            {"answer": text, "answers": list(asked.answers), "score": float(run.task.score(asked, text))}
+            for asked, text in zip(sample.source.each_turn, found.texts, strict=True)
+        ]
+        score = statistics.fmean(turn["score"] for turn in turns)
+        if len(turns) > 1:
+            extra["turns"] = turns
     return {
-        "answer": text,
+        "answer": "\n\n".join(found.texts),
         "answers": list(sample.source.answers),
         "score": float(score),
         **extra,

@@ -31,30 +31,8 @@ def find_policy(name: Any) -> type[Policy]:
     Raises:
         PolicyError: there is none, or the name means two.
     """
-    built_in = _built_in()
-    if not isinstance(name, str):
-        raise PolicyError(f"unknown policy {name!r}{nearest(str(name), _names())}")
-    classes = [cls for cls in [*built_in.values(), *outside.imported()] if cls.name == name]
-    if name in outside.registered():
-        classes.append(outside.load_registered(name))
-    if not classes and outside.is_reference(name):
-        found = outside.load_class(name)
-        classes = [cls for cls in (built_in.get(found.name), found) if cls is not None]
-    classes = list(dict.fromkeys(classes))
-    if not classes:
-        raise PolicyError(
-            f"unknown policy {name!r}{nearest(name, _names())}; one of your own is named as {outside.FORMS}"
-        )
-    if len(classes) > 1:
-        called = classes[0].name
-        paths = " and ".join(path_of(cls) or f"kvpress.policies.{cls.__name__}" for cls in classes)
-        remedy = (
-            "give your own class another name"
-            if called in built_in
-            else "write the path of the one that you mean instead of the name"
-        )
-        raise PolicyError(f"the policy {name!r}: {paths} are both named {called!r}; {remedy}")
-    return classes[0]
+    found: type[Policy] = outside.find_class(name, _built_in())
+    return found
 
 
 def path_of(cls: type[Policy]) -> str:
@@ -230,7 +208,7 @@ def _built_in() -> dict[str, type[Policy]]:
 
 def _names() -> list[str]:
     """All names that there are; nothing is imported for it."""
-    return sorted({*_built_in(), *outside.registered(), *(cls.name for cls in outside.imported())})
+    return outside.names(_built_in())
 
 
 def _outside(policy: Policy) -> Iterator[type[Policy]]:
