@@ -24,6 +24,10 @@ LENGTH_FIELDS = ("length", "lengths", "max_length")
 """The fields in which tasks take a length; the first that a task has is what `length` sets."""
 
 
+AGREEMENT = "agreement"
+"""The metric of runs that are compared with full attention token by token."""
+
+
 def _budget(value: Any) -> Any:
     if value is not None:
         check_budget(value)
@@ -50,6 +54,8 @@ class Fields(BaseModel):
         seed: sets the task's seed.
         query_aware: whether the prompt that is compressed holds the question.
         samples: the first so many of the task's samples; None for all.
+        agreement: instead of answers being scored, full attention's own answer of at most so many tokens is fed, and the score is
+            the share of its tokens that are the most likely ones under the policy too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -66,6 +72,7 @@ class Fields(BaseModel):
     seed: Annotated[int, Field(ge=0)] | None = None
     query_aware: bool = True
     samples: Annotated[int, Field(ge=1)] | None = None
+    agreement: Annotated[int, Field(ge=1)] | None = None
 
 
 class RayOptions(BaseModel):
@@ -188,11 +195,17 @@ class Run:
     def where(self) -> str:
         """Task, length and form of the question."""
         length = "" if self.fields.length is None else f", length {self.fields.length}"
-        return f"{self.task.label}{length}, {'query-aware' if self.fields.query_aware else 'query-agnostic'}"
+        agreement = "" if self.fields.agreement is None else f", agreement over {self.fields.agreement} tokens"
+        return f"{self.task.label}{length}{agreement}, {'query-aware' if self.fields.query_aware else 'query-agnostic'}"
 
     @property
     def label(self) -> str:
         return f"{self.policy}, {self.where}"
+
+    @property
+    def metric(self) -> str:
+        """What the score is."""
+        return self.task.metric if self.fields.agreement is None else AGREEMENT
 
     def to_dict(self) -> dict[str, Any]:
         """What a directory's config.json holds: the definition, and what a table shows of it."""
@@ -204,7 +217,7 @@ class Run:
             "kind": " + ".join(dict.fromkeys(policy.kind for policy in self.policies)),
             "budget": self.budget,
             "task": self.task.label,
-            "metric": self.task.metric,
+            "metric": self.metric,
             "length": self.fields.length,
             "seed": self.task.seed,
             "fields": self.fields.model_dump(),
@@ -409,6 +422,9 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
     _expand(written.model, locations, ("model",))
     built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, locations, ("task",)))
     if task.name == "perplexity":
+        if written.agreement is not None:
+            where = location_of(locations, ("agreement",))
+            raise ConfigError(f"{where}: agreement={written.agreement}, but perplexity writes no answers; leave it out")
         if written.query_aware:
             where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
             raise ConfigError(f"{where}: perplexity has no question to compress with; set query_aware: false")
@@ -425,6 +441,7 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
         "query_aware": written.query_aware,
         "samples": written.samples,
         **_placement(written),
+        **({} if written.agreement is None else {"agreement": written.agreement}),
     }
     return Run(written, policies, built, json.loads(json.dumps(definition)))
 

@@ -7,6 +7,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from kvpress.evals.config import AGREEMENT
 from kvpress.evals.statistics import Difference, Estimate, difference, estimate
 from kvpress.evals.store import find_runs
 
@@ -240,6 +241,8 @@ def settings(results: Iterable[Result]) -> list[Setting]:
     by_setting: dict[tuple[str, str, bool, str], list[Result]] = {}
     for result in results:
         family = result.config["definition"]["task"]["name"]
+        if result.config["metric"] == AGREEMENT:
+            family = f"agreement with full attention, {family}"
         key = (result.config["definition"]["model"], result.machine, result.query_aware, family)
         by_setting.setdefault(key, []).append(result)
     found = []

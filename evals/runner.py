@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import kvpress
 from kvpress.errors import PolicyError, UnsupportedModelError
-from kvpress.evals.answer import Answer, EncodedSample, SharedPass, attempt, encode_sample, free_memory
+from kvpress.evals.answer import Answer, EncodedSample, attempt, encode_sample, free_memory
 from kvpress.evals.config import ModelSpec, Plan, Run
 from kvpress.evals.environment import GitError, changed_files, checkout, describe, documentation_tree
 from kvpress.evals.executor import DistributedExecutor, Executor, Loader, is_distributed, is_main_process
@@ -128,10 +128,10 @@ def _run_plan(plan: Plan, executor: Executor, console: Console, retry: bool, loa
     if missing:
         check_clean(plan.out)
     for run in missing:
-        check_library(run.task.metric)
+        check_library(run.metric)
         by_model.setdefault(run.model, []).append(run)
     for run in {run.samples_id: run for run in missing}.values():
-        run.task.check()
+        run.task.check(scored=run.fields.agreement is None)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -226,7 +226,10 @@ def encode_samples(run: Run, tokenizer: "PreTrainedTokenizerBase") -> Iterator[E
     for number, sample in enumerate(run.task.samples(tokenizer)):
         if number == run.fields.samples:
             return
-        yield encode_sample(sample, run.task.prompt(sample, tokenizer), run.fields.query_aware)
+        prompt, tokens = run.task.prompt(sample, tokenizer), run.fields.agreement
+        if tokens is not None:
+            sample = sample.with_answers_of(tokens)
+        yield encode_sample(sample, prompt, run.fields.query_aware, tokens is not None)
 
 
 def check_lengths(samples: list[EncodedSample], run: Run, model: "PreTrainedModel", allow_extrapolation: bool) -> None:
@@ -327,32 +330,49 @@ def answer_all(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Iterator[tuple[PreparedRun, dict[str, Any]]]:
     """The rows of samples of one shape for each run, as they are made. An error in one is its row, and the others go on."""
-    shared: SharedPass | None = None
-    if sum(prepared.shares for prepared in runs) > 1 and len(samples[0].prompt) > 1:
-        shared, _ = attempt(partial(executor.record, model, samples))  # where it fails, each runs the prompt itself
+    compared = samples[0].compared
+    shares = sum(prepared.shares for prepared in runs) > 1 and len(samples[0].prompt) > 1
+    shared, failure = None, None
+    for share in dict.fromkeys((shares, False)):  # where the first fails, each runs the prompt itself
+        if shared is None and (share or compared):
+            shared, failure = attempt(partial(executor.record, model, tokenizer, samples, share))
+    if shared is None and compared:
+        for sample in samples:
+            if len(samples) > 1:
+                yield from answer_all(executor, runs, [sample], model, tokenizer)
+                continue
+            for prepared in runs:
+                yield prepared, row_of(prepared.run, sample, None, f"full attention, which is compared with: {failure}")
+        return
     for prepared in sorted(runs, key=lambda prepared: not prepared.shares):
-        given = shared if prepared.shares else None
-        if given is None:
-            shared = None  # no other run needs it: its memory is free for those that run the prompt themselves
+        if shared is not None and not prepared.shares:
+            # no other run needs the prompt: its memory is free for those that run it themselves
+            shared = shared.without_prompt() if compared else None
         answers, reason = None, None
         if prepared.batches or len(samples) == 1:
-            answers, reason = attempt(partial(executor.answer, model, tokenizer, prepared.run.policies, samples, given))
+            answers, reason = attempt(
+                partial(executor.answer, model, tokenizer, prepared.run.policies, samples, shared)
+            )
         if answers is None and len(samples) > 1:  # or it was too much at once, perhaps
             for sample in samples:
                 yield from answer_all(executor, [prepared], [sample], model, tokenizer)
             continue
         for sample, found in zip(samples, answers or [None] * len(samples), strict=True):
-            row: dict[str, Any] = {
-                "index": sample.source.index,
-                "prompt_hash": sample.hash,
-                "prompt_tokens": sample.length,
-                "meta": {key: value for key, value in sample.source.meta.items() if key != "classes"},
-            }
-            failure = reason
-            if found is not None:
-                measured, failure = attempt(partial(measures, prepared.run, sample, found))
-                row |= measured or {}
-            yield prepared, row | {"error": failure} | ({} if failure is None else {"score": None})
+            yield prepared, row_of(prepared.run, sample, found, reason)
+
+
+def row_of(run: Run, sample: EncodedSample, found: Answer | None, failure: str | None) -> dict[str, Any]:
+    """The row of a sample; `failure` says why there is no answer, None if there is one."""
+    row: dict[str, Any] = {
+        "index": sample.source.index,
+        "prompt_hash": sample.hash,
+        "prompt_tokens": sample.length,
+        "meta": {key: value for key, value in sample.source.meta.items() if key != "classes"},
+    }
+    if found is not None:
+        measured, failure = attempt(partial(measures, run, sample, found))
+        row |= measured or {}
+    return row | {"error": failure} | ({} if failure is None else {"score": None})
 
 
 def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
@@ -362,6 +382,9 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
         mean = math.fsum(found.log_probs) / len(found.log_probs)
         score = math.exp(mean)  # one over the perplexity: the mean probability of a token
         extra["perplexity"] = math.exp(-mean)
+    elif sample.compared:
+        score = statistics.fmean(found.same)
+        extra["kl"] = statistics.fmean(found.divergences)
     else:
         turns = [
             {"answer": text, "answers": list(asked.answers), "score": float(run.task.score(asked, text))}

@@ -71,6 +71,11 @@ class Sample:
         ]
         return [replace(self, turns=()), *later]
 
+    def with_answers_of(self, tokens: int) -> "Sample":
+        """The same with as many tokens for each answer."""
+        turns = tuple(replace(turn, max_new_tokens=tokens) for turn in self.turns)
+        return replace(self, max_new_tokens=tokens, turns=turns)
+
 
 @dataclass(frozen=True)
 class Prompt:
