@@ -18,7 +18,7 @@ from kvpress.evals.locations import ConfigError, KeyPath, Locations, expand, loa
 from kvpress.evals.task import Task, TaskError
 from kvpress.evals.tasks import find_task, make_task, task_origin
 from kvpress.policy import Policy, check_budget
-from kvpress.registry import absolute, make_policies, origin
+from kvpress.registry import absolute, make_policies, origin, read_budget
 
 LENGTH_FIELDS = ("length", "lengths", "max_length")
 """The fields in which tasks take a length; the first that a task has is what `length` sets."""
@@ -29,6 +29,7 @@ AGREEMENT = "agreement"
 
 
 def _budget(value: Any) -> Any:
+    value = read_budget(value)
     if value is not None:
         check_budget(value)
     return value
@@ -47,7 +48,7 @@ class Fields(BaseModel):
         device_map: spreads the layers over devices ("auto", "balanced", ..., or module -> device), as transformers takes it.
         tp_plan: "auto" splits every layer over the processes that torchrun started.
         policy: a name (or a class of your own as package.module:MyPolicy or file.py:MyPolicy) or a mapping with `name` and
-            fields; a list of them acts together.
+            fields, or a YAML file of one; a list of them acts together.
         budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none, or no share.
         task: a name (or a class of your own as package.module:MyTask or file.py:MyTask) or a mapping with `name` and fields.
         length: sets the task's `length`, `lengths` or `max_length`.
@@ -405,7 +406,8 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
     written: Fields = _validate(Fields, tree, locations, ())
     try:
         specs = written.policy if isinstance(written.policy, list) else [written.policy]
-        named = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
+        is_name = [isinstance(spec, str) and not spec.endswith((".yaml", ".yml")) for spec in specs]
+        named = [{"name": spec} if name else spec for spec, name in zip(specs, is_name, strict=True)]
         policies = tuple(make_policies(named, written.budget))
     except PolicyError as error:
         raise ConfigError(f"{_blame(locations, 'policy', written.policy, str(error))}: {error}") from error

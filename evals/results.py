@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kvpress.evals.config import AGREEMENT
-from kvpress.evals.statistics import Difference, Estimate, difference, estimate
+from kvpress.evals.statistics import Difference, Estimate, difference, estimate, spread
 from kvpress.evals.store import find_runs
 
 REFERENCE = ["full"]
@@ -122,6 +122,12 @@ class Figures:
         """The sum of one measure over that of another."""
         total = sum(self._values(of))
         return sum(self._values(name)) / total if total else None
+
+    @cached_property
+    def kl(self) -> Estimate | None:
+        """KL divergence per token from full attention, in nats, where answers were compared with its."""
+        values = self._values("kl")
+        return spread(values) if values else None
 
     @cached_property
     def prompts_shared(self) -> bool:

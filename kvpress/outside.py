@@ -71,12 +71,14 @@ def is_reference(text: str) -> bool:
 
 
 def absolute(spec: Any, folder: Path) -> Any:
-    """What describes a policy or a task (a text, a mapping, a list), with Python files in it that are relative to `folder` made
-    absolute."""
+    """What describes a policy or a task (a text, a mapping, a list), with Python and YAML files in it that are relative to
+    `folder` made absolute."""
     if isinstance(spec, dict):
         return {key: absolute(value, folder) for key, value in spec.items()}
     if isinstance(spec, list):
         return [absolute(item, folder) for item in spec]
+    if isinstance(spec, str) and spec.endswith((".yaml", ".yml")):
+        return os.path.abspath(folder / Path(spec).expanduser())
     file = _FILE.fullmatch(spec) if isinstance(spec, str) else None
     if file is None:
         return spec

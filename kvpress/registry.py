@@ -1,5 +1,6 @@
 """Policies by name: from a string, a mapping, a YAML file, a class elsewhere, or as they are."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -66,7 +67,7 @@ def import_all(wanted: Mapping[str, str]) -> None:
             raise PolicyError(f"{path}: this process found {here}, another one {there}; all need the same file")
 
 
-def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any) -> Policy:
+def make_policy(spec: PolicySpec, **overrides: Any) -> Policy:
     """Build one policy.
 
     Args:
@@ -104,11 +105,27 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
         values[cls.wraps] = make_policy(values[cls.wraps])
     if "budget" not in values:
         return cls(**values)
-    budget = values.pop("budget")
+    budget = read_budget(values.pop("budget"))
     try:
         return cls.at_budget(budget, **values)
     except TypeError as error:  # a field that the budget itself sets
         raise PolicyError(f"budget={budget!r} does not go with {values} for {name}; keep one of them") from error
+
+
+def policy_spec(policy: Policy) -> dict[str, Any]:
+    """The mapping from which `make_policy` builds a policy again: its name and every field that differs from its default."""
+    values: dict[str, Any] = {"name": path_of(type(policy)) or policy.name}
+    for field in policy.parameters():
+        value = getattr(policy, field.name)
+        if value != field.default:
+            values[field.name] = policy_spec(value) if isinstance(value, Policy) else value
+    return values
+
+
+def read_budget(value: Any) -> Any:
+    """A budget as it may be written: the text "20%" is the share 0.2; anything else stays as it is."""
+    written = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    return value if written is None else float(written[1]) / 100
 
 
 def make_policies(spec: PolicySpec, budget: Budget | None = None, tokens: int | None = None) -> list[Policy]:
@@ -128,7 +145,7 @@ def make_policies(spec: PolicySpec, budget: Budget | None = None, tokens: int | 
     if not specs:
         raise PolicyError(f"an empty list of policies; give one of {', '.join(_names())}")
     if budget is not None:
-        specs = _with_budget(specs, budget, tokens)
+        specs = _with_budget(specs, read_budget(budget), tokens)
     policies = [make_policy(item) for item in specs]
     taken: dict[str, Policy] = {}
     for policy in policies:
