@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from kvpress.evals.executor import DistributedExecutor, Executor, Loader, is_dis
 from kvpress.evals.metrics import check_library
 from kvpress.evals.store import ResultsFolder, RunStore, StoreError
 from kvpress.models import load_model
+
+SECONDS_PER_LINE = 30.0
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,14 +83,39 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that answer the same samples with the same model."""
+    """Runs that answer the same samples with the same model.
+
+    Attributes:
+        runs: the runs.
+        samples: all that they have.
+        wanted: those that are answered now.
+    """
 
     runs: list[PreparedRun]
     samples: list[EncodedSample]
+    wanted: list[EncodedSample]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A part of a plan's work.
+
+    Attributes:
+        indices: of the samples that are answered, in each run; None for all.
+        until: no sample is begun after this time of `time.monotonic`.
+    """
+
+    indices: frozenset[int] | None = None
+    until: float = math.inf
 
 
 def run_plan(
-    plan: Plan, console: Console | None = None, *, retry: bool = False, loader: Loader = load_model
+    plan: Plan,
+    console: Console | None = None,
+    *,
+    retry: bool = False,
+    loader: Loader = load_model,
+    portion: Portion = Portion(),
 ) -> Outcome:
     """Answer every sample of every run that has no row yet, in this process.
 
@@ -97,6 +125,7 @@ def run_plan(
     Args:
         retry: answer those again that failed.
         loader: makes a model and its tokenizer from name, device and dtype; device_map or tp_plan as keywords where given.
+        portion: what is done of it now; a run whose samples do not all have a row stays unfinished.
 
     Raises:
         ConfigError, TaskError, PolicyError, UnsupportedModelError, ModelLoadError, RunError: a run cannot run; before the
@@ -105,7 +134,7 @@ def run_plan(
     """
     split = [run for run in plan.runs if run.fields.tp_plan]
     if not (split and is_distributed()):
-        return _run_plan(plan, Executor(), console or Console(), retry, loader)
+        return _run_plan(plan, Executor(), console or Console(), retry, loader, portion)
     if len(split) < len(plan.runs):
         raise RunError("some runs have a tp_plan and some have none; give them configurations of their own")
     executor = DistributedExecutor()
@@ -114,14 +143,16 @@ def run_plan(
             executor.serve(loader)
             return Outcome()
         try:
-            return _run_plan(plan, executor, console or Console(), retry, loader)
+            return _run_plan(plan, executor, console or Console(), retry, loader, portion)
         finally:
             executor.stop()
     finally:
         executor.close()
 
 
-def _run_plan(plan: Plan, executor: Executor, console: Console, retry: bool, loader: Loader) -> Outcome:
+def _run_plan(
+    plan: Plan, executor: Executor, console: Console, retry: bool, loader: Loader, portion: Portion
+) -> Outcome:
     outcome = Outcome()
     by_model: dict[ModelSpec, list[Run]] = {}
     missing = pending(plan, outcome, retry)
@@ -139,15 +170,16 @@ def _run_plan(plan: Plan, executor: Executor, console: Console, retry: bool, loa
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    lines = Lines(console)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for spec, runs in by_model.items():
             bar = progress.add_task(f"loading {spec.name}", total=None)
             model, tokenizer = executor.load(spec, loader)
-            groups = prepare(plan, runs, model, tokenizer)
-            progress.update(bar, total=sum(len(group.runs) * len(group.samples) for group in groups))
+            groups = prepare(plan, runs, model, tokenizer, portion)
+            progress.update(bar, total=sum(len(group.runs) * len(group.wanted) for group in groups))
             for group in groups:
-                advance = partial(_advance, progress, bar)
-                run_group(plan, group, executor, model, tokenizer, outcome, advance, retry=retry)
+                advance = partial(_advance, progress, lines, bar)
+                run_group(plan, group, executor, model, tokenizer, outcome, advance, retry=retry, until=portion.until)
             progress.remove_task(bar)
             del model, tokenizer
             free_memory()
@@ -193,7 +225,11 @@ def check_clean(out: Path) -> None:
 
 
 def prepare(
-    plan: Plan, runs: Iterable[Run], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+    plan: Plan,
+    runs: Iterable[Run],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    portion: Portion = Portion(),
 ) -> list[Group]:
     """The runs in groups, with their questions; everything that can be refused is refused here.
 
@@ -217,7 +253,9 @@ def prepare(
             except (PolicyError, UnsupportedModelError) as error:
                 raise type(error)(f"{run.policy} on {run.fields.model}: {error}") from error
             prepared.append(PreparedRun(run, shares, RunStore(plan.out / run.id)))
-        groups.append(Group(prepared, samples))
+        chosen = portion.indices
+        wanted = [sample for sample in samples if chosen is None or sample.source.index in chosen]
+        groups.append(Group(prepared, samples, wanted))
     return groups
 
 
@@ -259,24 +297,28 @@ def run_group(
     advance: "Callable[[PreparedRun, int, bool], None]",
     *,
     retry: bool = False,
+    until: float = math.inf,
 ) -> None:
     """Answer what is missing of a group's runs, sample by sample, or batch by batch of like samples.
 
     Args:
         outcome: counts on.
         advance: called with the run, how many samples are behind it, and whether they were answered now.
+        until: see `Portion`.
     """
     with ExitStack() as locks:
         mine = []
         for prepared in group.runs:
             if not locks.enter_context(prepared.store.locked()):
                 outcome.left_to_others += 1
-                advance(prepared, len(group.samples), False)
+                advance(prepared, len(group.wanted), False)
                 continue
             prepared.store.open(prepared.run.to_dict(), describe(model, prepared.run.task.seed))
             check_rows(prepared, group.samples)
             mine.append(prepared)
-        for missing, samples in batches(mine, group.samples, plan.batch_size, retry):
+        for missing, samples in batches(mine, group.wanted, plan.batch_size, retry):
+            if time.monotonic() > until:
+                break
             for prepared in mine:
                 if prepared not in missing:
                     advance(prepared, len(samples), False)
@@ -285,6 +327,8 @@ def run_group(
                 outcome.answered += row["error"] is None
                 advance(prepared, 1, True)
         for prepared in mine:
+            if len(prepared.store.rows) < len(group.samples):
+                continue
             prepared.store.finish(len(group.samples))
             outcome.finished += 1
             outcome.failed += sum(row["error"] is not None for row in prepared.store.rows.values())
@@ -386,7 +430,7 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
         score = statistics.fmean(found.same)
         extra["kl"] = statistics.fmean(found.divergences)
     else:
-        turns = [
+        turns: list[dict[str, Any]] = [
             {"answer": text, "answers": list(asked.answers), "score": float(run.task.score(asked, text))}
             for asked, text in zip(sample.source.each_turn, found.texts, strict=True)
         ]
@@ -407,7 +451,28 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
     }
 
 
-def _advance(progress: Progress, bar: Any, prepared: PreparedRun, steps: int, now: bool) -> None:
+class Lines:
+    """Progress where there is no terminal: a line every half minute.
+
+    Args:
+        console: where to; nothing is written to a terminal, which has a bar.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._next = console, time.monotonic() + SECONDS_PER_LINE
+
+    def tell(self, progress: Progress) -> None:
+        """Write how far the last task is, if it is time."""
+        if not self._console.is_terminal and time.monotonic() > self._next:
+            self._next = time.monotonic() + SECONDS_PER_LINE
+            task = progress.tasks[-1]
+            self._console.print(
+                f"{task.completed:.0f} of {task.total:.0f}: {task.description}", highlight=False, soft_wrap=True
+            )
+
+
+def _advance(progress: Progress, lines: Lines, bar: Any, prepared: PreparedRun, steps: int, now: bool) -> None:
     scores = [row["score"] for row in prepared.store.rows.values() if row["score"] is not None]
     score = f", {sum(scores) / len(scores):.2f} over {len(scores)}" if scores and now else ""
     progress.update(bar, advance=steps, description=f"{prepared.run.where}: {prepared.run.policy}{score}", refresh=now)
+    lines.tell(progress)
