@@ -19,13 +19,13 @@ class Perturbation:
     """Noise and temperature of the softmax whose mass is counted: softmax((score + noise) / temperature) (Keyformer).
 
     Attributes:
-        temperature: above 0; 1 leaves the scores as they are.
+        temperature: above 0, a number or a tensor []; 1 leaves the scores as they are.
         seed: of the Gumbel noise; None for no noise.
         layer: index of the layer, so that layers have their own noise.
         fresh: new noise for every row, or one number per head and entry for all rows.
     """
 
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
     seed: int | None = None
     layer: int = 0
     fresh: bool = True
@@ -179,4 +179,5 @@ def _perturbed(scores: Tensor, at: Tensor, positions: Tensor | None, perturbatio
         else:
             noise = gumbel_noise(perturbation.seed, perturbation.layer, places, positions, kv_heads * group)
         scores = scores.add_(noise.view(batch, kv_heads, group, rows, entries))
-    return scores.div_(perturbation.temperature) if perturbation.temperature != 1 else scores
+    temperature = perturbation.temperature
+    return scores if not isinstance(temperature, Tensor) and temperature == 1 else scores.div_(temperature)

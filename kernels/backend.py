@@ -20,11 +20,13 @@ def triton_installed() -> bool:
 def use_triton(backend: Backend, tensor: Tensor) -> bool:
     """Whether the Triton kernel runs on this tensor: with "auto" if it is on a CUDA device and Triton is installed.
 
+    Not within `torch.compile`, which makes kernels of its own from the torch path.
+
     Raises:
         ValueError: a backend that does not exist, or "triton" where it cannot run.
     """
     if backend == "auto":
-        return tensor.is_cuda and triton_installed()
+        return tensor.is_cuda and not torch.compiler.is_compiling() and triton_installed()
     if backend == "torch":
         return False
     if backend != "triton":
@@ -37,6 +39,12 @@ def use_triton(backend: Backend, tensor: Tensor) -> bool:
             "Python starts (slow, for tests), or use 'auto'"
         )
     return True
+
+
+@torch.compiler.assume_constant_result
+def threads() -> int:
+    """Threads that torch's operations run on; a constant in a compiled graph."""
+    return torch.get_num_threads()
 
 
 @lru_cache(maxsize=1)

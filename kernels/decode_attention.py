@@ -7,7 +7,7 @@ from einops import reduce, repeat
 from torch import Tensor
 
 from kvpress.kernels.attention_mass import Perturbation
-from kvpress.kernels.backend import Backend, use_triton
+from kvpress.kernels.backend import Backend, threads, use_triton
 from kvpress.kernels.decode_scores import decode_scores
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.gumbel_noise import gumbel_noise
@@ -188,33 +188,39 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scal
     kv_heads, slots = key.shape[1], key.shape[2]
     rows = query.reshape(batch * kv_heads, 1, heads // kv_heads, head_dim)
     keys, values = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
-    parts = 1 if valid is not None or query.is_cuda else _parts(batch * kv_heads, slots)
-    if parts > 1:
-        return _in_parts(rows, keys, values, scale, parts).reshape(batch, heads, 1, head_dim)
+    parts = 1 if query.is_cuda else _parts(batch * kv_heads, slots)
     mask = None
     if valid is not None:
+        # In parts not -inf: a part of which nothing is valid must not give NaN.
+        hidden = float("-inf") if parts == 1 else torch.finfo(query.dtype).min
         mask = torch.zeros(valid.shape, dtype=query.dtype, device=query.device)
-        mask = mask.masked_fill_(~valid, float("-inf")).view(batch * kv_heads, 1, -1, slots)
+        mask = mask.masked_fill_(~valid, hidden).view(batch * kv_heads, 1, -1, slots)
+    if parts > 1:
+        return _in_parts(rows, keys, values, mask, scale, parts).reshape(batch, heads, 1, head_dim)
     output = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
     return output.reshape(batch, heads, 1, head_dim)
 
 
 def _parts(tasks: int, slots: int) -> int:
     """Into how many parts to split the slots: torch's kernel gives each kv head to one thread, and some would idle."""
-    threads = torch.get_num_threads()
-    parts = threads // math.gcd(tasks, threads)  # the fewest with which all threads have the same to do
-    return parts if tasks < 4 * threads and slots >= parts * LEAST_PART else 1
+    count = threads()
+    parts = count // math.gcd(tasks, count)  # the fewest with which all threads have the same to do
+    return parts if tasks < 4 * count and slots >= parts * LEAST_PART else 1
 
 
-def _in_parts(rows: Tensor, keys: Tensor, values: Tensor, scale: float, parts: int) -> Tensor:
+def _in_parts(rows: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, parts: int) -> Tensor:
     """Attention over equal parts of the slots and over the rest, merged by their LSE: [tasks, group, head_dim]."""
     flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     each = keys.shape[2] // parts
     split = parts * each
     keys_in_parts, values_in_parts = (x[:, 0, :split].unflatten(1, (parts, each)) for x in (keys, values))
-    output, lse = flash(rows.expand(-1, parts, -1, -1), keys_in_parts, values_in_parts, scale=scale)
+    mask_in_parts = None if mask is None else mask[:, 0, :, :split].unflatten(2, (parts, each)).transpose(1, 2)
+    output, lse = flash(
+        rows.expand(-1, parts, -1, -1), keys_in_parts, values_in_parts, attn_mask=mask_in_parts, scale=scale
+    )
     if split < keys.shape[2]:
-        rest, rest_lse = flash(rows, keys[:, :, split:], values[:, :, split:], scale=scale)
+        rest_mask = None if mask is None else mask[..., split:]
+        rest, rest_lse = flash(rows, keys[:, :, split:], values[:, :, split:], attn_mask=rest_mask, scale=scale)
         output, lse = torch.cat((output, rest), dim=1), torch.cat((lse, rest_lse), dim=1)
     return (output * lse.softmax(dim=1)[..., None]).sum(1).to(rows.dtype)
 

@@ -24,9 +24,14 @@ def gumbel_table(seed: int) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def gumbel_table_on(seed: int, device: torch.device) -> Tensor:
-    """The table on a device; kept there, because every layer of every step reads it."""
+def _table_on(seed: int, device: torch.device) -> Tensor:
     return gumbel_table(seed).to(device)
+
+
+@torch.compiler.assume_constant_result
+def gumbel_table_on(seed: int, device: torch.device) -> Tensor:
+    """The table on a device; kept there, because every layer of every step reads it. A constant in a compiled graph."""
+    return _table_on(seed, device)
 
 
 def gumbel_noise(seed: int, layer: int, rows: Tensor, entries: Tensor, heads: int) -> Tensor:

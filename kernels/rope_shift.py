@@ -49,8 +49,13 @@ def rope_shift(
     else:
         first, second = x[..., :half], x[..., half : 2 * half]
         new_first, new_second = moved[..., :half], moved[..., half : 2 * half]
-    torch.mul(first, cos, out=new_first).sub_(second * sin)
-    torch.mul(second, cos, out=new_second).add_(first * sin)
+    _product(first, cos, new_first).sub_(second * sin)
+    _product(second, cos, new_second).add_(first * sin)
     if 2 * half < x.shape[-1]:
         moved[..., 2 * half :] = x[..., 2 * half :]
     return moved.to(x.dtype)
+
+
+def _product(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """x * y, written into `out`, which may be strided; in a compiled graph without the argument that it cannot have."""
+    return out.copy_(x * y) if torch.compiler.is_compiling() else torch.mul(x, y, out=out)

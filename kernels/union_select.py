@@ -25,14 +25,15 @@ def union_select_reference(reads: Tensor, kv_heads: int) -> tuple[Tensor, Tensor
     return index, member
 
 
-def union_select(reads: Tensor, kv_heads: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+def union_select(
+    reads: Tensor, kv_heads: int, *, width: int | None = None, backend: Backend = "auto"
+) -> tuple[Tensor, Tensor]:
     """Per kv head the entries that any query head of its group reads, and who reads which.
-
-    The width of the result is that of the largest union, which the host waits for.
 
     Args:
         reads: bool [batch, heads, n]; query head h belongs to kv head h // (heads / kv_heads).
         kv_heads: number of kv heads.
+        width: of the result, at least that of the largest union; None for that, which the host waits for.
         backend: "triton" and "auto" on CUDA run the Triton kernels, with the same result.
 
     Returns:
@@ -45,12 +46,12 @@ def union_select(reads: Tensor, kv_heads: int, *, backend: Backend = "auto") -> 
     if use_triton(backend, reads):
         from kvpress.kernels.gpu import union_select as gpu
 
-        return gpu.union_select(reads, kv_heads)
+        return gpu.union_select(reads, kv_heads) if width is None else gpu.union_select(reads, kv_heads, width)
     batch, heads, n = reads.shape
     union = reads.view(batch, kv_heads, heads // kv_heads, n).any(dim=2)
     rank = union.cumsum(dim=-1)  # of an entry in its union, from 1
     counts = rank[..., -1:]
-    width = max(1, int(counts.max()))
+    width = max(1, int(counts.max())) if width is None else max(1, width)
     # Entries outside of the union go to a place of their own behind it, which is cut off.
     entries = torch.arange(n, device=reads.device).expand(batch, kv_heads, n)
     index = torch.zeros(batch, kv_heads, width + 1, dtype=torch.int64, device=reads.device)

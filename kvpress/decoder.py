@@ -10,7 +10,6 @@ from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argume
 from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
-from kvpress.paged import PagedLayer
 from kvpress.passes import (
     Pass,
     Tokens,
@@ -25,6 +24,7 @@ from kvpress.passes import (
 from kvpress.places import check_consecutive
 from kvpress.policy import Feed, Policy, Roles
 from kvpress.rotary import Rotary
+from kvpress.step import StepInputs, show_last_row
 from kvpress.support import check_cache
 from kvpress.texts import Texts
 from kvpress.wrapper import Wrapper
@@ -208,7 +208,14 @@ class PatchedForward(Wrapper):
 
     def _run_pass(self, current: Pass, kwargs: dict[str, Any]) -> Any:
         set_pass(current)
-        output = self.run(**kwargs)
+        if current.prompt:
+            output = self.run(**kwargs)
+        else:
+            takes = getattr(self.run, "takes", None)
+            compiled = takes is not None and takes(current, kwargs)
+            open_step(current, compiled)
+            output = self.run(**kwargs)
+            close_step(current)
         current.check_attended()
         return output
 
@@ -293,8 +300,7 @@ class PatchedForward(Wrapper):
                     "DynamicCache(config=model.config), or none"
                 )
             rotary = self._rotary[ordinal] if self._rotary else None
-            kind = PagedLayer if self.roles.eviction.heads == "shared" else KVLayer
-            layers[index] = kind(self.roles, ordinal, len(self.indices), rotary)
+            layers[index] = KVLayer(self.roles, ordinal, len(self.indices), rotary)
         _share_texts([layers[index] for index in self.indices])
         for index, plain in zip(self.indices, plain_layers, strict=True):
             if plain.get_seq_length():
@@ -325,6 +331,39 @@ class PatchedForward(Wrapper):
         else:
             tokens = masked_tokens(earlier, None, None, prompt=True)
         layer.take_over(plain.keys.detach(), plain.values.detach(), tokens)
+
+
+@torch.no_grad()
+def open_step(current: Pass, compiled: bool = False) -> None:
+    """Make every layer ready for a decode step: what a prompt left for it is done, and there is room.
+
+    Args:
+        compiled: the step is to look at tensors alone: what the host counts is told by tensors, too.
+    """
+    for layer in current.layers:
+        layer.settle()
+        show_last_row(layer)
+        layer.open_step(current.tokens, compiled)
+    number, tokens = current.layers[0].steps, current.tokens
+    if not compiled:
+        current.step = StepInputs(tokens, number, current.new_tokens)
+        return
+    device = tokens.positions.device
+    slots = [layer.next_slot for layer in current.layers]
+    current.step = StepInputs(
+        tokens=Tokens(1, tokens.padded, tokens.positions, None, None, tokens.seen_tensor),
+        number=torch.tensor(number, device=device),
+        new_tokens=None if current.new_tokens is None else torch.tensor(current.new_tokens, device=device),
+        slots=torch.tensor(slots, device=device),
+    )
+
+
+def close_step(current: Pass) -> None:
+    """Count a decode step that has been run."""
+    tokens = current.tokens
+    for layer in current.layers:
+        layer.close_step(tokens)
+    current.layers[0].texts.advance(1, tokens.seen, tokens.seen_tensor)
 
 
 def _check_not_packed(position_ids: Any, mask: Tensor | None) -> None:

@@ -65,9 +65,3 @@ def split_by(held: Tensor, index: Tensor, chosen: Tensor) -> tuple[Tensor, Tenso
     kept = torch.zeros(held.shape, dtype=torch.uint8, device=index.device)
     kept = kept.scatter_add_(2, index, chosen.to(torch.uint8)) > 0  # what is not chosen may repeat a chosen slot
     return kept, held & ~kept
-
-
-def marked_first(marks: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Slots in ascending order, the marked ones before the others: the first k, and which of them are marked."""
-    slots = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :k]
-    return slots, marks.gather(2, slots)

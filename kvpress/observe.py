@@ -64,8 +64,8 @@ class Rows:
     seen: Tensor
     scores: Scores
     layer: int
-    step: int
-    new_tokens: int | None
+    step: int | Tensor
+    new_tokens: int | Tensor | None
     fetch_positions: Callable[[], Tensor]
     fetch_keys: Callable[[], Tensor]
 
@@ -105,7 +105,7 @@ class Observer:
                 softmax (see `perturbation`); None where the attention did not count it.
         """
 
-    def perturbation(self, layer: int, step: int, new_tokens: int | None) -> Perturbation | None:
+    def perturbation(self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None) -> Perturbation | None:
         """Noise and temperature of the softmax that is counted; None for the attention's own."""
         return None
 
@@ -149,11 +149,11 @@ class Noise:
     fresh: bool = True
     usual_steps: int = 128
 
-    def at(self, layer: int, step: int, new_tokens: int | None) -> Perturbation:
+    def at(self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None) -> Perturbation:
         """The noise of one pass."""
-        length = self.steps or new_tokens or self.usual_steps
-        temperature = self.start + (self.end - self.start) * min(1.0, step / length)
-        return Perturbation(temperature, self.seed, layer, fresh=self.fresh)
+        length = self.steps or (self.usual_steps if new_tokens is None else new_tokens)
+        done = (step.double() / length).clamp(max=1.0) if isinstance(step, Tensor) else min(1.0, step / length)
+        return Perturbation(self.start + (self.end - self.start) * done, self.seed, layer, fresh=self.fresh)
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ class Mass(Observer):
             stats["rows"] = torch.zeros(rows, dtype=torch.float32, device=device)
         return stats
 
-    def perturbation(self, layer: int, step: int, new_tokens: int | None) -> Perturbation | None:
+    def perturbation(self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None) -> Perturbation | None:
         return None if self.noise is None else self.noise.at(layer, step, new_tokens)
 
     def prompt(self, observed: Observed, rows: Rows) -> None:
@@ -256,7 +256,7 @@ class Mass(Observer):
             there = held[..., :n]
             there.scatter_(2, place, torch.where(real[:, None, :, None], seen, there.gather(2, place)))
             newest = torch.where(real, at.to(places.dtype), places.gather(1, oldest))
-            observed.sequences["rows.at"] = places.scatter(1, oldest, newest)
+            observed.sequences["rows.at"] = places.scatter_(1, oldest, newest)
             return
         places = torch.cat((places, at.to(places.dtype)), dim=1)
         newest = places.topk(self.last_rows, dim=1).indices.sort(dim=1).values

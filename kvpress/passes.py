@@ -13,6 +13,7 @@ from kvpress.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from kvpress.layer import KVLayer
+    from kvpress.step import StepInputs
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Pass:
         prompt: whether it is a prompt pass (several tokens, or the first of a cache) or a decode step.
         new_tokens: how many tokens the `generate` that runs was asked for, if one runs and that is known.
         exact: its rows are those of steps that are run once more to be exact: the prefill policy is not asked.
-        shared: what a selection policy hands from layer to layer.
+        step: what a decode step brings to its layers, once they are ready for it.
         attended: the layers that have attended so far.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
@@ -105,7 +106,7 @@ class Pass:
     prompt: bool
     new_tokens: int | None = None
     exact: bool = False
-    shared: dict[str, Any] = field(default_factory=dict)
+    step: "StepInputs | None" = None
     record: list[Any] | None = None
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
     attended: set[int] = field(default_factory=set)

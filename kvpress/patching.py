@@ -21,6 +21,7 @@ from kvpress.passes import expecting
 from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy
 from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies, make_policy
+from kvpress.replay import ReplayedSteps
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary
 from kvpress.support import find_attention, find_decoder, unwrapped
@@ -198,22 +199,24 @@ class Handle:
                 _handles.pop(decoder, None)
 
     def compile(self, backend: Any = "inductor", mode: str | None = None) -> "Handle":
-        """Run decode steps as one graph, compiled at the first of them (which takes a minute or so) and used from then on.
+        """Run decode steps as one graph, attention, selection and eviction in it, made at the first of them.
 
-        A step has the same shapes however much the cache holds, so there is one graph for each batch size. Prompts are not
-        compiled, nor steps with gradients on, or with a padding mask and no `position_ids` (`generate` gives them).
+        Compiling takes a minute or so. There is one graph for each batch size and kind of step: a cache that grows, one that
+        is full, a step in which entries go. How much the cache holds makes no difference. The first step of a kind after a
+        prompt is not compiled, nor are prompts, steps with gradients on, or with a padding mask and no `position_ids`
+        (`generate` gives them).
 
         Args:
-            backend: as in `torch.compile`.
-            mode: as in `torch.compile`, for the backend "inductor". With "reduce-overhead" all between the attentions
-                becomes CUDA graphs; the attention itself does not, as it counts entries.
+            backend: as in `torch.compile`; or "replay" for no compiler: on a CUDA device a step is recorded as a CUDA graph
+                and replayed, with the package's own kernels.
+            mode: as in `torch.compile`, for the backend "inductor".
 
         Returns:
             This handle.
 
         Raises:
             PolicyError: there is no such mode, or it is for another backend, or the handle is unpatched or compiled
-                already, or the model is generating right now, or there is no C++ compiler.
+                already, or the model is generating right now, or there is no C++ compiler, or no CUDA device.
             UnsupportedModelError: some of the model's layers are not the policies', or it is spread over devices. In a
                 first step: torch cannot make one graph of it.
         """
@@ -225,11 +228,14 @@ class Handle:
                 raise PolicyError(
                     "the model is generating right now; compile it when generate() or forward() has returned"
                 )
-            if isinstance(forward.run, CompiledSteps):
+            if forward.run is not forward.inner:
                 raise PolicyError(f"this handle ({self.describe()}) is compiled already")
             check_compiles(self._model(), decoder, backend, mode)
             mark_layers(decoder)
-            forward.run = CompiledSteps(forward.inner, forward.cache_argument, backend, mode)
+            if backend == "replay":
+                forward.run = ReplayedSteps(forward.inner, forward.cache_argument)
+            else:
+                forward.run = CompiledSteps(forward.inner, forward.cache_argument, backend, mode)
         return self
 
     def report(self, cache: Any = None) -> Report:
@@ -258,7 +264,7 @@ class Handle:
         for index, (seen, nbytes) in others.items():
             every = seen * len(texts.seen_tensor)
             layers[index] = LayerReport(every, every, nbytes, nbytes, 1.0)
-        read = sum(facts.read or facts.length for facts in known.values())
+        read = sum(facts.all_read or facts.length for facts in known.values())
         readable = sum(facts.readable or texts.columns for facts in known.values())
         total = LayerReport(
             seen=acted[0].seen,
@@ -445,5 +451,5 @@ def _layer_report(facts: Facts, texts: Texts) -> LayerReport:
         kept=int((facts.positions >= 0).sum()) / facts.kv_heads,
         bytes=facts.nbytes,
         full_bytes=facts.entry_bytes * texts.columns,
-        read_share=facts.read / facts.readable if facts.readable else facts.length / max(1, texts.columns),
+        read_share=facts.all_read / facts.readable if facts.readable else facts.length / max(1, texts.columns),
     )

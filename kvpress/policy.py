@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kvpress.errors import PolicyError
+from kvpress.kernels.union_select import union_select
 from kvpress.observe import Mass, Noise, Nothing, Observer, Window
 from kvpress.texts import Texts
 
@@ -257,11 +258,13 @@ class View:
     A prefill policy sees the entries of a prompt in the order of their positions, none of them empty (`valid` is None); its
     rows are the last ones. It keeps and hands on nothing: `state` and `shared` are empty and lost.
 
+    In a decode step all widths and shapes that a policy makes come from the budget and from the shapes that it is given, never
+    from the numbers in a tensor, or the step could not be compiled: `width` says what else is allowed.
+
     Attributes:
         layer, layers: index among the layers that the policy acts on, and their number.
         query: [batch, heads, rows, head_dim], rotated at its own positions; not rotated, and float32, under
             `Consecutive` places.
-        keys: [batch, kv_heads, n, head_dim], views of the slots in use; not rotated under `Consecutive` places.
         positions: int32 [batch, kv_heads, n], -1 for an empty slot.
         valid: bool [batch, kv_heads, n], or None when no slot is empty.
         seen: int32 [batch], real tokens seen of each sequence, those of this pass included.
@@ -269,18 +272,23 @@ class View:
         turn: (x [batch, heads, n, head_dim], shift [batch], or what broadcasts to [batch, heads, n]) -> x rotated by so many
             positions; only under `Consecutive` places.
         state: what the policy keeps for this layer from step to step. It lives with the cache and starts empty, also after
-            every prompt pass; a tensor must have the batch as its first dimension.
+            every prompt pass; a tensor must have the batch as its first dimension. See `keep`.
         shared: what the policy hands from layer to layer in one pass; empty at the first layer.
-        rows: which sequences of the batch these are.
+        fetch: gives `keys`.
+        length: slots in use, of the n: those behind were never used. An int, or int64 [] in a compiled step.
+        newest: the slot of the newest entry, likewise (int64 [1]).
+        places: positions are below it.
+        phase: what `SelectionPolicy.phase` said of this step.
         moved: (query, slots), in a decode step under an eviction policy that re-indexes its sinks: what the attention uses
             instead of `query` for the slots where the bool [batch, kv_heads, n] is True, or for the first so many.
         aligned: a slot holds the same token in every layer and kv head, since nothing evicts.
+        in_front: the entries of a kv head are in the first slots, with no empty ones between.
+        waits: the host may wait for numbers in a tensor.
     """
 
     layer: int
     layers: int
     query: Tensor
-    keys: Tensor
     positions: Tensor
     valid: Tensor | None
     seen: Tensor
@@ -289,9 +297,47 @@ class View:
     turn: Callable[[Tensor, Tensor], Tensor] | None
     state: dict[str, Any]
     shared: dict[str, Any]
-    rows: slice
+    fetch: Callable[[], Tensor]
+    length: int | Tensor
+    newest: int | Tensor
+    places: int
+    phase: Any = None
     moved: tuple[Tensor, Tensor | int] | None = None
     aligned: bool = False
+    in_front: bool = True
+    waits: bool = True
+
+    @property
+    def keys(self) -> Tensor:
+        """Keys of the slots, [batch, kv_heads, n, head_dim]; not rotated under `Consecutive` places. Fetched when asked for."""
+        return self.fetch()
+
+    def newest_of(self, x: Tensor) -> Tensor:
+        """Of numbers of every slot, [batch, kv_heads, n, ...], those of the newest entry: [batch, kv_heads, ...]."""
+        return x[:, :, self.newest] if isinstance(self.newest, int) else x.index_select(2, self.newest)[:, :, 0]
+
+    @property
+    def newest_slot(self) -> Tensor:
+        """The slot of the newest entry, int64 [batch, kv_heads, 1]."""
+        slot = torch.as_tensor(self.newest, device=self.positions.device)
+        return slot.view(1, 1, 1).expand(*self.positions.shape[:2], 1)
+
+    @property
+    def newest_there(self) -> Tensor:
+        """Whether the newest entry is one, and not padding: bool [batch, kv_heads, 1]."""
+        return self.newest_of(self.positions)[..., None] >= 0
+
+    def width(self, most: int) -> int | None:
+        """The width of a result that holds at most so many: None for as many as it turns out to hold."""
+        return None if self.waits else most
+
+    def keep(self, name: str, value: Tensor) -> None:
+        """Keep a tensor in `state`, in the memory of the one before where it has that shape, for a step that is replayed."""
+        held = self.state.get(name)
+        if isinstance(held, Tensor) and held.shape == value.shape and held.dtype == value.dtype:
+            held.copy_(value)
+        else:
+            self.state[name] = value.clone()
 
 
 @dataclass(frozen=True)
@@ -303,12 +349,31 @@ class Selected:
             in the order of their positions, and as many in each kv head.
         member: bool [batch, kv_heads or heads, k], False where a kv head has fewer than k, or where a query head of the
             group does not read the slot; None when all are read by all.
+        count: int [batch, kv_heads], how many of the k are read by some head; None for all k.
         scanned: entries (K and V) per kv head and step whose worth of memory was read to choose, for the report.
     """
 
     index: Tensor | None = None
     member: Tensor | None = None
-    scanned: float = 0.0
+    count: Tensor | None = None
+    scanned: float | Tensor = 0.0
+
+
+def selected_by_groups(view: View, reads: Tensor, most: int, scanned: float | Tensor = 0.0) -> Selected:
+    """What query heads read, each by itself: the heads of a group read together what any of them reads.
+
+    Args:
+        view: the layer.
+        reads: bool [batch, heads, n], the slots that each query head reads.
+        most: that the heads of one group read together at most.
+        scanned: as in `Selected`.
+    """
+    kv_heads = view.positions.shape[1]
+    width, count = view.width(most), None
+    index, member = union_select(reads, kv_heads, width=width)
+    if width is not None:
+        count = member.unflatten(1, (kv_heads, -1)).any(2).sum(-1).clamp(min=1)
+    return Selected(index, member, count, scanned)
 
 
 @dataclass(frozen=True)
@@ -567,6 +632,15 @@ class SelectionPolicy(Policy, role="selection"):
                     f"{other.describe()} frees slots in decode, and {self.notes} would no longer fit what is in them; use "
                     "a policy that evicts after the prompt only, as snapkv"
                 )
+
+    def phase(self, number: int) -> Any:
+        """What the number of a decode step changes, as `View.phase`: a step is compiled for each answer, so let there be few.
+
+        Args:
+            number: of the step since the latest prompt pass, from 1; 0 for one after tokens were taken back, or after an
+                unpatched run, when nothing is known of what came before.
+        """
+        return None
 
     @abstractmethod
     def select(self, view: View) -> Selected:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvpress.compat import CACHE, DynamicCache
 from kvpress.errors import PolicyError
+from kvpress.layer import KVLayer
 from kvpress.passes import Tokens, recording
 from kvpress.patching import patch
-from kvpress.slots import Slots
 from kvpress.support import unwrapped
 
 
@@ -78,6 +78,6 @@ def record_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     cache = output[CACHE]
     others = DynamicCache(config=model.config.get_text_config(decoder=True))
     for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, Slots):
+        if not isinstance(layer, KVLayer):
             others.layers[index] = layer
     return SharedPrompt(output.logits[:, -1], record[0][0], [layer[1:] for layer in record], others)

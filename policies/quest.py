@@ -21,6 +21,7 @@ from kvpress.policy import (
     check_count,
     entries_for,
     entries_of,
+    selected_by_groups,
 )
 
 
@@ -86,14 +87,18 @@ class Quest(SelectionPolicy):
             return Selected()
         batch, kv_heads, n = view.positions.shape
         group = view.query.shape[1] // kv_heads
+        order = None
         if view.valid is None:
-            held, order = torch.full((batch, kv_heads), n, device=view.keys.device), None
-        else:  # pages are runs of entries, as they would be without the empty slots between them
-            held, (order, _) = view.valid.sum(-1), union_select(view.valid, kv_heads)
-            n = order.shape[2]
+            held = torch.full((batch, kv_heads), n, device=view.query.device)
+        else:
+            held = view.valid.sum(-1)
+            if not view.in_front:  # pages are runs of entries, as they would be without the empty slots between them
+                order, _ = union_select(view.valid, kv_heads, width=view.width(n))
+                n = order.shape[2]
         pages = -(-n // self.page_size)
         entries = max(1, entries_for(self.budget, n))
         if entries >= n or entries // self.page_size >= pages:
+            view.state.clear()  # no bounds are kept where everything is read
             return Selected()
         least, greatest = self._bounds(view, held, order, pages)
         scores = page_scores(view.query, least, greatest)[..., :pages]
@@ -113,29 +118,34 @@ class Quest(SelectionPolicy):
         # What was not chosen goes to a place of its own behind the pages, which is cut off.
         reads = torch.zeros(*index.shape[:2], pages + 1, dtype=torch.bool, device=index.device)
         reads = reads.scatter_(2, index.masked_fill(~chosen, pages), True)[..., :pages]
-        slots, member = self._entries(*union_select(reads, kv_heads), held)
-        return Selected(slots if order is None else order.gather(2, slots), member, scanned=pages)
+        together = selected_by_groups(view, reads, min(pages, group * width))
+        assert together.index is not None and together.member is not None
+        slots, member = self._entries(together.index, together.member, held)
+        slots = slots if order is None else order.gather(2, slots)
+        count = None if together.count is None else together.count * self.page_size
+        return Selected(slots, member, count, scanned=pages if view.waits else held_pages.amax())
 
     def _bounds(self, view: View, held: Tensor, order: Tensor | None, pages: int) -> tuple[Tensor, Tensor]:
         """The bounds of the pages, the newest entry's included: [batch, kv_heads, at least `pages`, head_dim] each."""
-        state, n = view.state, view.keys.shape[2]
-        if state.get("slots") != n - 1:  # the first step, or some in between read everything
+        state = view.state
+        if "least" not in state:
             keys = view.keys
             if order is not None:
                 keys = keys.gather(2, order[..., None].expand(-1, -1, -1, keys.shape[-1]))
-            counts = None if order is None else held
-            state["least"], state["greatest"] = self._with_room(*page_bounds(keys, counts, self.page_size))
+            counts = None if view.valid is None else held
+            state["least"], state["greatest"] = self._with_room(*page_bounds(keys, counts, self.page_size), pages)
         else:
             if pages > state["least"].shape[2]:
-                state["least"], state["greatest"] = self._with_room(state["least"], state["greatest"])
-            new = None if view.valid is None else view.valid[:, :, -1]
-            add_to_page_bounds(state["least"], state["greatest"], view.keys[:, :, -1], held - 1, new, self.page_size)
-        state["slots"] = n
+                state["least"], state["greatest"] = self._with_room(state["least"], state["greatest"], pages)
+            new = None if view.valid is None else view.newest_of(view.valid)
+            add_to_page_bounds(
+                state["least"], state["greatest"], view.newest_of(view.keys), held - 1, new, self.page_size
+            )
         return state["least"], state["greatest"]
 
-    def _with_room(self, least: Tensor, greatest: Tensor) -> tuple[Tensor, Tensor]:
-        """The bounds with pages to spare for the entries to come."""
-        spare = max(1, least.shape[2] // 32)
+    def _with_room(self, least: Tensor, greatest: Tensor, pages: int) -> tuple[Tensor, Tensor]:
+        """The bounds with room for so many pages, and some to spare for the entries to come."""
+        spare = max(1, pages // 32) + pages - least.shape[2]
         return functional.pad(least, (0, 0, 0, spare)), functional.pad(greatest, (0, 0, 0, spare))
 
     def _entries(self, pages: Tensor, member: Tensor, held: Tensor) -> tuple[Tensor, Tensor]:

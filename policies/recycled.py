@@ -91,31 +91,35 @@ class RecycledAttention(SelectionPolicy):
     def heads(self) -> Literal["alone", "together", "shared"]:
         return "alone" if self.similarity is None else "together"  # the queries of all heads are compared at once
 
+    def phase(self, number: int) -> bool:
+        """Whether a full step is due, or with `similarity` a look at whether it is."""
+        return number % (self.stride if self.query_stride is None else self.query_stride) == 0
+
     def select(self, view: View) -> Selected:
-        state = view.state
-        state["full"] = full = self._is_full(view)
-        n = view.keys.shape[2]
+        state, n = view.state, view.positions.shape[2]
+        full = self._is_full(view)
+        view.shared["full"] = full
         if full is True or (state["index"].shape[2] + 1 == n and view.valid is None):
             return Selected()
-        index, chosen = state["index"], state["chosen"]
-        index = functional.pad(index, (0, 1), value=n - 1)
-        newest = torch.ones_like(chosen[..., :1]) if view.valid is None else view.valid[:, :, n - 1 :]
-        member = torch.cat((chosen, newest), dim=2)
-        if full is False:
-            return Selected(index, member)
+        index = torch.cat((state["index"], view.newest_slot), dim=2)
+        member = torch.cat((state["chosen"], view.newest_there), dim=2)
+        if full is False:  # where the width is fixed, some places may be unused
+            return Selected(index, member, None if view.waits else member.sum(-1))
         # Some sequences are full, so the others come along and look at their own set alone.
         own = _as_mask(index, member, n)
         everything = torch.ones_like(own) if view.valid is None else view.valid
         slots = torch.arange(n, device=index.device).expand_as(own)
-        return Selected(slots, torch.where(full[:, None, None], everything, own))
+        count = None
+        if not view.waits:  # nothing but the sets where none is full
+            count = torch.where(full.any(), view.length, member.sum(-1).amax()).expand(own.shape[:2])
+        return Selected(slots, torch.where(full[:, None, None], everything, own), count)
 
     def after_read(self, view: View, selected: Selected, mass: Tensor) -> None:
-        state = view.state
-        grouped = mass.unflatten(1, (view.keys.shape[1], -1))
+        state, full = view.state, view.shared.pop("full", True)  # it is not there for a prompt's last row
+        grouped = mass.unflatten(1, (view.positions.shape[1], -1))
         scores = grouped.amax(2) if self.group_reduce == "max" else grouped.sum(2)
-        full = state.get("full", True)  # it is not there for a prompt's last row
         if full is True:
-            new, query = self._most_attended(view, scores), view.query.clone()
+            new, query = self._most_attended(view, scores), view.query
         else:
             only_set = full is False and selected.index is not None  # and the newest, last
             at_set = scores[..., :-1] if only_set else scores.gather(2, state["index"])
@@ -123,31 +127,28 @@ class RecycledAttention(SelectionPolicy):
         if isinstance(full, Tensor):
             new = _where(full, self._most_attended(view, scores), new)
             query = torch.where(full[:, None, None, None], view.query, query)
-        state["index"], state["chosen"], state["room"] = new
-        state["query"], state["full"] = query, False
+        for name, value in zip(("index", "chosen", "room", "query"), (*new, query), strict=True):
+            view.keep(name, value)
 
     def _is_full(self, view: View) -> bool | Tensor:
         """Whether this step is a full one; bool [batch] where the sequences differ."""
-        state = view.state
-        if "index" not in state:  # the cache was taken over, or tokens were taken back
-            return True
-        state["steps"] = state.get("steps", 0) + 1
-        period = self.stride if self.query_stride is None else self.query_stride
-        if state["steps"] < period:
+        if "index" not in view.state or (view.phase and self.similarity is None):
+            return True  # there is no set where the cache was taken over, or tokens were taken back
+        if not view.phase or self.similarity is None:
             return False
-        state["steps"] = 0
-        if self.similarity is None:
-            return True
-        now, then = view.query.flatten(1).float(), state["query"].flatten(1).float()
+        now, then = view.query.flatten(1).float(), view.state["query"].flatten(1).float()
         due = functional.cosine_similarity(now, then, dim=-1) < self.similarity
-        if bool(due.all()):
+        if view.waits and bool(due.all()):
             return True
-        return due if bool(due.any()) else False
+        return False if view.waits and not bool(due.any()) else due
+
+    def _width(self, n: int) -> int:
+        """Entries of a set, of n."""
+        return min(n, max(1, entries_for(self.budget, n)))
 
     def _most_attended(self, view: View, scores: Tensor) -> Set:
         """The set after a full step: index, which of it there are, and how many there may be."""
-        n = view.keys.shape[2]
-        width = min(n, max(1, entries_for(self.budget, n)))
+        width = self._width(view.positions.shape[2])
         there = (view.positions >= 0) & (view.positions < view.seen[:, None, None])
         room = entries_of(self.budget, there.sum(-1))
         index, chosen = topk_select(scores.masked_fill(~there, float("-inf")), room.clamp(max=width), width)
@@ -156,17 +157,16 @@ class RecycledAttention(SelectionPolicy):
     def _with_newest(self, view: View, at_set: Tensor) -> Set:
         """The set after a step that read it: the newest slot is in, and the least attended out where there is no room."""
         index, chosen, room = (view.state[name] for name in ("index", "chosen", "room"))
-        last = view.keys.shape[2] - 1
-        newest = torch.full_like(index[..., :1], last)
-        there = torch.ones_like(chosen[..., :1]) if view.valid is None else view.valid[:, :, last:]
-        if isinstance(self.budget, int) and index.shape[2] < self.budget:
-            return torch.cat((index, newest), dim=2), torch.cat((chosen, there), dim=2), room
+        if isinstance(self.budget, int) or not view.waits:  # a set that is still small gets unused places
+            more = max(0, self._width(view.positions.shape[2]) - index.shape[2])
+            index, chosen, at_set = (functional.pad(x, (0, more)) for x in (index, chosen, at_set))
         # An unused place is taken first where there is room, and never where there is none; of equals the newest leaves.
         has_room = chosen.sum(-1, keepdim=True) < room
         unused = torch.where(has_room, float("-inf"), float("inf"))
         at_set = torch.where(chosen, at_set, unused)
         lowest = at_set == at_set.amin(-1, keepdim=True)
         leaves = torch.where(lowest, index, -1).argmax(-1, keepdim=True)
+        newest, there = view.newest_slot, view.newest_there
         after = index.scatter(2, leaves, newest), chosen.scatter(2, leaves, True)
         return torch.where(there, after[0], index), torch.where(there, after[1], chosen), room
 

@@ -10,7 +10,6 @@ from torch import Tensor
 from kvpress.errors import PolicyError
 from kvpress.kernels.decode_scores import decode_scores
 from kvpress.kernels.topk_select import topk_select
-from kvpress.kernels.union_select import union_select
 from kvpress.policy import (
     Budget,
     EvictionPolicy,
@@ -25,6 +24,7 @@ from kvpress.policy import (
     check_count,
     entries_for,
     entries_of,
+    selected_by_groups,
 )
 
 CORRECTION_LAYERS = {28: 12, 32: 13, 80: 31}
@@ -147,38 +147,42 @@ class TidalDecode(SelectionPolicy, RoutePolicy):
         if view.layer in self.picking_layers(view.layers):
             view.shared.clear()
             view.shared["picked"] = self._pick(view)
-            return Selected(scanned=view.keys.shape[2] / 2)
+            return Selected(scanned=view.length / 2)
         picked = view.shared.get("picked")
         if picked is None:
             return Selected()
         selected: Selected | None = view.shared.get("selected")
         if selected is None:
-            group = view.query.shape[1] // view.keys.shape[1]
+            kv_heads, n = view.positions.shape[1:]
+            group = view.query.shape[1] // kv_heads
             reads = picked.gather(2, view.positions.clamp(min=0).long().repeat_interleave(group, dim=1))
             if view.valid is not None:
                 reads &= view.valid.repeat_interleave(group, dim=1)
-            selected = Selected(*union_select(reads, view.keys.shape[1]))
+            selected = selected_by_groups(view, reads, min(n, group * self._width(n)))
             if view.aligned:
                 view.shared["selected"] = selected
         return selected
 
+    def _width(self, n: int) -> int:
+        """Entries that a head picks of n at most."""
+        return min(n, max(1, entries_for(self.k, n)))
+
     def _pick(self, view: View) -> Tensor | None:
         """Which positions each query head picks, bool [batch, heads, positions]; None if all read everything."""
-        n = view.keys.shape[2]
-        width = min(n, max(1, entries_for(self.k, n)))
+        kv_heads, n = view.positions.shape[1:]
+        width = self._width(n)
         if width == n:
             return None
-        batch, heads, group = *view.query.shape[:2], view.query.shape[1] // view.keys.shape[1]
-        positions = view.positions.repeat_interleave(group, dim=1)
+        batch, heads = view.query.shape[:2]
+        positions = view.positions.repeat_interleave(heads // kv_heads, dim=1)
         scores = decode_scores(view.query, view.keys, scale=view.scale, moved=view.moved)
         scores = scores.masked_fill_(positions == view.seen[:, None, None] - 1, float("inf"))
         scores = scores.masked_fill_(positions < 0, float("-inf"))
         held = (positions >= 0).sum(-1)
         counts = entries_of(self.k, held)
         index, chosen = topk_select(scores, counts.clamp(max=width), width)
-        size = int(view.seen.max())
         # What was not chosen goes to a place of its own behind the positions, which is cut off.
-        places = torch.where(chosen, positions.gather(2, index), size).long()
-        picked = torch.zeros(batch, heads, size + 1, dtype=torch.bool, device=scores.device)
-        picked = picked.scatter_(2, places, True)[..., :size]
+        places = torch.where(chosen, positions.gather(2, index), view.places).long()
+        picked = torch.zeros(batch, heads, view.places + 1, dtype=torch.bool, device=scores.device)
+        picked = picked.scatter_(2, places, True)[..., : view.places]
         return picked | (held <= counts)[..., None]

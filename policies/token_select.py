@@ -125,16 +125,16 @@ class TokenSelect(SelectionPolicy, PrefillPolicy):
 
     def select(self, view: View) -> Selected:
         """The same tokens for every kv head, [batch, kv_heads, n_init + k + n_local] in ascending order."""
-        slots, size = view.keys.shape[2], self.n_init + self.k + self.n_local
+        slots, size = view.positions.shape[2], self.n_init + self.k + self.n_local
         if slots <= size:
             return Selected()
         voted, scanned = self._voted(view)
         tokens = self._tokens(view, voted)
-        shape = (-1, view.keys.shape[1], -1)
+        shape = (-1, view.positions.shape[1], -1)
         if view.valid is None:  # each token is in the slot of its position
-            return Selected(tokens[:, None].expand(shape), None, scanned)
+            return Selected(tokens[:, None].expand(shape), scanned=scanned)
         index = _slots_by_token(view).gather(1, tokens.clamp(min=0))
-        return Selected(index[:, None].expand(shape), (tokens >= 0)[:, None].expand(shape), scanned)
+        return Selected(index[:, None].expand(shape), (tokens >= 0)[:, None].expand(shape), scanned=scanned)
 
     def plan(self, view: View) -> Pattern | None:
         """The tokens that a chunk of a prompt reads, by a vote of its own."""
@@ -152,9 +152,9 @@ class TokenSelect(SelectionPolicy, PrefillPolicy):
             chosen = torch.where(seen > size, chosen, last[:, : self.n_init + self.k])
         return torch.cat((chosen, last[:, self.n_init + self.k :]), dim=1)
 
-    def _voted(self, view: View) -> tuple[Tensor, float]:
+    def _voted(self, view: View) -> tuple[Tensor, float | Tensor]:
         """The tokens voted for, int64 [batch, k] ascending, from a new vote or the last one; entries scanned for it."""
-        batch, device = len(view.seen), view.keys.device
+        batch, device = len(view.seen), view.query.device
         if self.k == 0:
             return torch.zeros(batch, 0, dtype=torch.int64, device=device), 0.0
         query, state = view.query.mean(dim=2).flatten(1), view.state
@@ -164,12 +164,16 @@ class TokenSelect(SelectionPolicy, PrefillPolicy):
         stale = ~(torch.cosine_similarity(query, state["query"], dim=1) >= self.theta)
         if view.valid is not None:  # a short sequence is read whole and casts no vote
             stale &= view.seen > self.n_init + self.k + self.n_local
+        scan = (view.length - self.n_init - self.n_local) / 2  # it reads keys and no values
+        if not view.waits:
+            view.keep("query", torch.where(stale[:, None], query, state["query"]))
+            view.keep("voted", torch.where(stale[:, None], self._vote(view, slice(None)), state["voted"]))
+            return state["voted"], scan * stale.float().mean()
         rows = stale.nonzero().flatten().tolist()
         for only in [slice(None)] if len(rows) == batch else [slice(row, row + 1) for row in rows]:
             state["query"][only] = query[only]
             state["voted"][only] = self._vote(view, only)
-        candidates = view.keys.shape[2] - self.n_init - self.n_local
-        return state["voted"], candidates / 2 * len(rows) / batch  # a scan reads keys and no values
+        return state["voted"], scan * len(rows) / batch
 
     def _vote(self, view: View, only: slice) -> Tensor:
         """A new vote of some sequences: int64 [sequences, k], ascending."""

@@ -3,8 +3,8 @@
     python scripts/sweep_families.py --write docs/models.md   # all of them: about 15 minutes on 2 cores
     python scripts/sweep_families.py llama qwen3              # some, to the screen
 
-Each family is a tiny random model (tests/tiny_families.py), run plain, padded and with its prompt in two passes, against
-itself before it was patched (tests/family_checks.py). Each has a process and a time limit of its own.
+Each family is a tiny random model (tests/support/tiny_families.py), run plain, padded and with its prompt in two passes, against
+itself before it was patched (tests/support/family_checks.py). Each has a process and a time limit of its own.
 """
 
 import argparse
@@ -29,7 +29,7 @@ Row = dict[str, Any]  # kind of policy -> what became of the family under it
 
 def in_process(name: str) -> Row:
     """`check_family` in a process of its own."""
-    from family_checks import ROOMY, Verdict
+    from support.family_checks import ROOMY, Verdict
 
     context = multiprocessing.get_context("fork")
     ours, theirs = context.Pipe(duplex=False)
@@ -52,7 +52,7 @@ def in_process(name: str) -> Row:
 def _check(name: str, result: Any) -> None:
     import torch
 
-    from family_checks import check_family
+    from support.family_checks import check_family
 
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -104,8 +104,8 @@ def main() -> int:
     """Sweep, print a line per family, and write the table if asked to. 1 if a family is wrong or crashes."""
     import transformers
 
-    from family_checks import check_family
-    from tiny_families import family_names
+    from support.family_checks import check_family
+    from support.tiny_families import family_names
 
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("families", nargs="*", help="model types; all if none is given")

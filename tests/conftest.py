@@ -35,7 +35,7 @@ VERSIONS = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in VERSIONS; of one that runs over the cases of tests/matrix.py, one case of each policy."""
+    """Mark the tests in VERSIONS; of one that runs over the cases of tests/support/matrix.py, one case of each policy."""
     files = {Path(__file__).parent / file for file in VERSIONS}
     seen = set()
     for item in items:

@@ -10,7 +10,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.patching import handle_of
 from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
-from models import tiny_llama, token_ids
+from support.models import tiny_llama, token_ids
 
 OPTIONS = {"max_new_tokens": 5, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 ADAPTED = ["q_proj", "v_proj", "up_proj", "down_proj"]

@@ -19,13 +19,13 @@ from transformers import (
 from transformers.cache_utils import Cache, DynamicLayer
 
 import kvpress
-import refusals
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.layer import KVLayer
 from kvpress.policies import H2O, TOVA, Full, Quest, RecycledAttention, SnapKV, StreamingLLM, TidalDecode, TokenSelect
 from kvpress.policy import Quota, Sinks
-from models import (
+from support import refusals
+from support.models import (
     tiny_bloom,
     tiny_deepseek_v3,
     tiny_falcon,

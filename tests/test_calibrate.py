@@ -13,7 +13,7 @@ from kvpress.calibrate import TAIL, Example, Trial, best, calibrate, write_polic
 from kvpress.cli import app
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, TidalDecode
-from matrix import prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 
 LAYERS = 5
 
@@ -81,7 +81,7 @@ def test_what_cannot_be_calibrated(model, policy, question, word):
 
 def test_command(model, tmp_path, monkeypatch):
     """From the options to the file, on a small model."""
-    from demo.tiny import byte_tokenizer, tiny_model
+    from support.tiny_saved import byte_tokenizer, tiny_model
 
     tokenizer = byte_tokenizer()
     small = tiny_model(tokenizer)

@@ -7,8 +7,8 @@ import pytest
 from typer.testing import CliRunner
 
 import kvpress
-from demo.tiny import byte_tokenizer, save_tiny_model
 from kvpress.cli import app, encode, number
+from support.tiny_saved import byte_tokenizer, save_tiny_model
 
 
 @pytest.fixture(scope="module")

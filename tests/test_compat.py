@@ -15,7 +15,7 @@ from kvpress import UnsupportedModelError, compat
 from kvpress.compat import CACHE, cache_argument
 from kvpress.layer import KVLayer
 from kvpress.policies import H2O, Full
-from matrix import prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ import kvpress
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full, SnapKV
-from matrix import CASES
-from models import tiny_llama, token_ids
+from support.matrix import CASES
+from support.models import tiny_llama, token_ids
 from test_families import FAMILIES, batch, build
 
 STEPS = 12

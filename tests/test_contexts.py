@@ -13,8 +13,8 @@ import kvpress
 from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full
-from matrix import CASES, check, conversation, expect, prompt, sharp_llama
-from models import tiny_llama, tiny_opt
+from support.matrix import CASES, check, conversation, expect, prompt, sharp_llama
+from support.models import tiny_llama, tiny_opt
 from test_families import FAMILIES, build
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -455,13 +455,13 @@ def test_linear_layers_and_mlps_give_autocasts_dtype():
 @pytest.mark.parametrize("name", ["full", "h2o", "snapkv", "quest", "ada_kv"])
 def test_a_padded_first_prompt_is_attended_without_a_mask(model, name, monkeypatch):
     """So each sequence can take the fastest kernel, which knows none."""
-    masks, attend = [], kvpress.attention.prompt_attention
+    masks, attend = [], kvpress.prompt.prompt_attention
 
     def spy(query, key, value, valid=None, **options):
         masks.append(valid)
         return attend(query, key, value, valid, **options)
 
-    monkeypatch.setattr(kvpress.attention, "prompt_attention", spy)
+    monkeypatch.setattr(kvpress.prompt, "prompt_attention", spy)
     ids, mask = padded()
     case = next(case for case in CASES if case.policy.name == name)
     with kvpress.patch(model, case.policy), torch.no_grad():

@@ -9,13 +9,13 @@ from torch import Tensor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
 import kvpress
-from family_checks import check_family
 from kvpress import UnsupportedModelError
 from kvpress.compat import CACHE, NEWEST_TESTED
 from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
-from models import tiny_llama
-from refusals import refused
-from tiny_families import family_names, tiny_family
+from support.family_checks import check_family
+from support.models import tiny_llama
+from support.refusals import refused
+from support.tiny_families import family_names, tiny_family
 
 COMMON: dict = dict(
     hidden_size=64,

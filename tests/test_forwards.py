@@ -9,10 +9,10 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpress
-from kernel_calls import Largest
 from kvpress import forwards
 from kvpress.compat import CACHE
-from models import tiny_llama, token_ids
+from support.kernel_calls import Largest
+from support.models import tiny_llama, token_ids
 from test_families import FAMILIES, build
 
 HIDDEN, INTERMEDIATE = 64, 2048

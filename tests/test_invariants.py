@@ -11,7 +11,8 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.kernels import gumbel_noise
 from kvpress.policy import Mass
-from matrix import CASES, EVICTING, Case, conversation, prompt, run, sharp_llama
+from support.matrix import CASES, EVICTING, Case, conversation, prompt, run, sharp_llama
+from support.spies import replace_decode_attention
 
 every_policy = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 every_eviction = pytest.mark.parametrize("case", EVICTING, ids=lambda case: case.id)
@@ -85,13 +86,14 @@ def test_u4_the_newest_token_is_attended_by_its_own_query(model: Any, case: Case
     It is found by its value: where a policy selects, what is attended are copies of some slots. A step that is part of a
     pass that corrects earlier ones is a row of a prompt, which is exact.
     """
-    from kvpress import paged
     from kvpress.kernels import decode_attention as module
     from kvpress.kernels.gather_slots import gather_slots
+    from kvpress.layer import KVLayer
+    from kvpress.storage import pages
 
     passes = [prompt(24), *([token] for token in prompt(4, 1))]
     original, weights, rows = module.decode_attention, [], set()
-    in_pages = paged.paged_attention
+    in_pages = pages.paged_attention
 
     def spy(query: Any, key: Any, value: Any, valid: Any = None, **options: Any) -> Any:
         # The entry whose key is the one just stored must have weight: a huge value there must show in the output.
@@ -111,26 +113,24 @@ def test_u4_the_newest_token_is_attended_by_its_own_query(model: Any, case: Case
     def spy_pages(query: Any, key: Any, value: Any, owner: Any, valid: Any, **options: Any) -> Any:
         output, mass = in_pages(query, key, value, owner, valid, **options)
         layer = layer_now[0]
-        newest = layer.pages.positions == layer.pages.positions.max()
+        newest = layer.storage.paged_positions == layer.storage.paged_positions.max()
         assert newest.sum() == options["kv_heads"]
         marked = value + 1e4 * newest[..., None]
         weights.append((in_pages(query, key, marked, owner, valid, **options)[0] - output).abs().amax(-1).min().item())
-        rows.add((layer.index, int(layer.pages.positions.max())))
+        rows.add((layer.index, int(layer.storage.paged_positions.max())))
         return output, mass
 
-    import kvpress.attention as attention
-
     layer_now: list[Any] = [None]
-    append = attention.KVLayer.append
+    write = KVLayer.write
 
     def watch(self: Any, *args: Any) -> None:
         layer_now[0] = self
-        append(self, *args)
+        write(self, *args)
 
     patcher = pytest.MonkeyPatch()
-    patcher.setattr(attention, "decode_attention", spy)
-    patcher.setattr(paged, "paged_attention", spy_pages)
-    patcher.setattr(attention.KVLayer, "append", watch)
+    replace_decode_attention(patcher, spy)
+    patcher.setattr(pages, "paged_attention", spy_pages)
+    patcher.setattr(KVLayer, "write", watch)
     try:
         run(model, case.policy, passes)
     finally:

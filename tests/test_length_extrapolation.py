@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from demo.tiny import byte_tokenizer, save_tiny_model
+from support.tiny_saved import byte_tokenizer, save_tiny_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "length_extrapolation.py"
 

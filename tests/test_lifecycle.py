@@ -16,7 +16,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.passes import active_pass
 from kvpress.policies import H2O, Full, Keyformer, SnapKV, StreamingLLM, TidalDecode
-from matrix import prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 
 OPTIONS = {"max_new_tokens": 4, "do_sample": False}
 

@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.policies import EMS, H2O, Full, Quest, RecycledAttention, SnapKV, TidalDecode
-from matrix import CASES, prompt
-from models import tiny_llama
+from support.matrix import CASES, prompt
+from support.models import tiny_llama
 
 PROMPT = 300
 TOGETHER = [

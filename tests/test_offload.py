@@ -8,7 +8,7 @@ import torch
 import kvpress
 from kvpress import UnsupportedModelError
 from kvpress.policies import H2O, AdaKV, Full, SnapKV, StreamingLLM, TidalDecode, TokenSelect
-from models import tiny_llama, token_ids
+from support.models import tiny_llama, token_ids
 
 accelerate = pytest.importorskip("accelerate")
 

@@ -12,14 +12,14 @@ import yaml
 from typer.testing import CliRunner
 
 import kvpress
-from demo.tiny import save_tiny_model
 from kvpress import outside
 from kvpress.cli import app
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, SnapKV
 from kvpress.registry import find_policy, import_all, origin, path_of, to_import
-from matrix import prompt, sharp_llama
-from refusals import refused
+from support.matrix import prompt, sharp_llama
+from support.refusals import refused
+from support.tiny_saved import save_tiny_model
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -18,7 +18,7 @@ from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.policies import H2O, AdaKV, Full, SnapKV, StreamingLLM, TidalDecode
 from kvpress.registry import policy_spec
-from matrix import prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 
 
 @pytest.fixture

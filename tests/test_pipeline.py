@@ -11,8 +11,8 @@ import torch
 from transformers import pipeline
 
 import kvpress
-from demo.tiny import byte_tokenizer, tiny_model
 from kvpress.policies import SnapKV
+from support.tiny_saved import byte_tokenizer, tiny_model
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "pipeline.py"
 

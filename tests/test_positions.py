@@ -15,7 +15,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.policies import H2O, StreamingLLM, TokenSelect
-from models import SPECIAL, VOCAB, build, tiny_llama, tiny_opt, token_ids
+from support.models import SPECIAL, VOCAB, build, tiny_llama, tiny_opt, token_ids
 
 SINK, RECENT = 2, 8
 REINDEXING = [

@@ -9,8 +9,8 @@ import torch
 import kvpress
 from kvpress import patching
 from kvpress.policies import H2O, Full
-from matrix import CASES
-from models import tiny_llama, token_ids
+from support.matrix import CASES
+from support.models import tiny_llama, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 OPTIONS = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}

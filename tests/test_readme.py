@@ -8,7 +8,7 @@ import torch
 
 import kvpress
 from kvpress.compat import CACHE
-from matrix import prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 
 README = Path(__file__).parent.parent / "README.md"
 

@@ -10,8 +10,8 @@ import torch
 import kvpress
 from kvpress.errors import PolicyError
 from kvpress.policies import H2O, SnapKV, StreamingLLM, TokenSelect
-from matrix import CASES, VOCAB, Case, expect, prompt, sharp_llama
-from models import tiny_opt
+from support.matrix import CASES, VOCAB, Case, expect, prompt, sharp_llama
+from support.models import tiny_opt
 
 CONTEXT, TEXT = prompt(20), prompt(7, 1)
 MODES = ["decode", "sequential"]

@@ -7,8 +7,8 @@ from transformers import DynamicCache
 import kvpress
 from kvpress import PolicyError
 from kvpress.compat import CACHE
-from matrix import CASES, check, expect, kept, prompt, sharp_llama
-from models import token_ids
+from support.matrix import CASES, check, expect, kept, prompt, sharp_llama
+from support.models import token_ids
 from test_families import build
 
 every_policy = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)

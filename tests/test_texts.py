@@ -15,7 +15,7 @@ from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full, TidalDecode
 from kvpress.policy import Feed, RoutePolicy, Texts
 from kvpress.registry import make_policies
-from matrix import prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 
 
 @pytest.fixture(scope="module")

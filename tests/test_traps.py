@@ -14,7 +14,7 @@ from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 
 import kvpress
 from kvpress.compat import CACHE
-from matrix import CASES, EVICTING, VOCAB, Case, check, expect, kept, prompt, sharp_llama
+from support.matrix import CASES, EVICTING, VOCAB, Case, check, expect, kept, prompt, sharp_llama
 
 NEW = 5  # tokens generated
 

@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpress
 from kvpress.compat import CACHE
-from matrix import CASES
-from models import tiny_llama, token_ids
+from support.matrix import CASES
+from support.models import tiny_llama, token_ids
 
 # What hands a number of the device, or a shape that depends on one, to the host.
 WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.repeat_interleave.Tensor"}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import shipped_policies
+from support.models import shipped_policies
 
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 

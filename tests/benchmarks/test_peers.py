@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from demo.tiny import save_tiny_model
+from support.tiny_saved import save_tiny_model
 
 PEERS = Path(__file__).resolve().parents[2] / "benchmarks" / "peers"
 PLAIN, SNAPKV, OURS = "transformers DynamicCache", "NVIDIA SnapKV", "ours snapkv"

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers.utils import logging
 
-from demo.tiny import save_tiny_model
 from kvpress import models
 from kvpress.models import ModelLoadError, best_cpu_dtype, cache_folder, load_model
+from support.tiny_saved import save_tiny_model
 
 
 @pytest.fixture

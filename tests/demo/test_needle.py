@@ -2,8 +2,8 @@
 
 import pytest
 
-from demo.tiny import byte_tokenizer
 from kvpress.demo.needle import Haystack, PromptError, is_found
+from support.tiny_saved import byte_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 
 import kvpress
-from demo.tiny import byte_tokenizer, tiny_model
 from kvpress.demo.needle import Haystack, PromptError, is_found
 from kvpress.demo.plots import draw_heat_map, draw_memory_accuracy
 from kvpress.demo.results import summarise
@@ -18,6 +17,7 @@ from kvpress.demo.run import Plan, make_needles, run_demo
 from kvpress.demo.runner import ANSWER_STEPS, Answer, Comparison, make_variants
 from kvpress.models import load_model
 from kvpress.policies import TokenSelect
+from support.tiny_saved import byte_tokenizer, tiny_model
 
 
 @pytest.fixture(scope="module")

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from demo.tiny import byte_tokenizer
 from kvpress.models import load_model
-from plans import tiny_folder
+from support.plans import tiny_folder
+from support.tiny_saved import byte_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from kvpress.evals.locations import ConfigError
 from kvpress.evals.results import load_results, settings
 from kvpress.evals.runner import run_plan
 from kvpress.policies import H2O
-from plans import plan
+from support.plans import plan
 
 CHUNKED = {"name": "token_select", "n_init": 4, "n_local": 32, "chunk": 32, "k": 16}
 WHAT = ("index", "score", "kl", "answer", "kept", "seen", "bytes")

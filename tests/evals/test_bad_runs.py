@@ -12,7 +12,7 @@ from kvpress.cli import app
 from kvpress.evals import executor, runner
 from kvpress.evals.cluster import run_on_ray
 from kvpress.evals.runner import RunError
-from plans import plan, tree, write
+from support.plans import plan, tree, write
 
 ROW = {"input": "Who?", "context": "Ann said so. " * 20, "answers": ["Ann"], "length": 60, "dataset": "hotpotqa"}
 

@@ -12,8 +12,8 @@ from kvpress.evals import executor
 from kvpress.evals.runner import run_plan
 from kvpress.evals.store import read_rows
 from kvpress.models import load_model
-from models import shipped_policies
-from plans import plan
+from support.models import shipped_policies
+from support.plans import plan
 
 POLICIES = [
     "full",

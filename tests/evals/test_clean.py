@@ -10,7 +10,7 @@ from kvpress.cli import app
 from kvpress.evals import environment, runner
 from kvpress.evals.cluster import run_on_ray
 from kvpress.evals.runner import RunError, check_clean, run_plan
-from plans import plan, tree, write
+from support.plans import plan, tree, write
 
 
 def git(folder, *arguments):

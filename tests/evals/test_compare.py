@@ -7,7 +7,7 @@ from kvpress.cli import app
 from kvpress.evals.pairs import compare_runs
 from kvpress.evals.statistics import difference
 from kvpress.evals.store import StoreError, pack
-from saved import row, save
+from support.saved import row, save
 
 NEEDLE = {"task": "needle", "length": 1000}
 

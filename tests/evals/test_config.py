@@ -9,8 +9,8 @@ from kvpress.cli import app
 from kvpress.evals.config import make_plan, read_plan
 from kvpress.evals.locations import ConfigError
 from kvpress.models import ModelLoadError
-from models import shipped_policies
-from plans import tree, write
+from support.models import shipped_policies
+from support.plans import tree, write
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -12,7 +12,7 @@ from kvpress.evals import make_task
 from kvpress.evals.answer import end_tokens
 from kvpress.evals.runner import RunError, run_plan
 from kvpress.evals.task import TaskError
-from plans import plan
+from support.plans import plan
 
 TEXT = "The grass is green. The sky is blue. "
 ROW = {"context": TEXT, "question": "What is blue?", "answers": ["sky", "the sky"]}

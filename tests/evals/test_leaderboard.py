@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from kvpress.cli import app
 from kvpress.evals.leaderboard import write_leaderboard
 from kvpress.evals.store import StoreError
-from plans import tree, write
-from saved import MIB, row, save
+from support.plans import tree, write
+from support.saved import MIB, row, save
 
 
 def ruler(task, length=4096, **fields):

@@ -11,10 +11,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kvpress
-from demo.tiny import byte_tokenizer
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError, UnsupportedModelError
-from models import build, tiny_bloom
+from support.models import build, tiny_bloom
+from support.tiny_saved import byte_tokenizer
 
 pytest.importorskip("lm_eval", reason="the model is one for lm-eval; pip install 'kvpress-toolkit[lm-eval]'")
 

@@ -10,7 +10,7 @@ from kvpress.evals import TaskError, make_task
 from kvpress.evals.config import read_plan
 from kvpress.evals.runner import run_plan
 from kvpress.evals.tasks import find_task, import_tasks, task_origin, tasks_to_import
-from plans import tree, write
+from support.plans import tree, write
 
 pytestmark = pytest.mark.usefixtures("without_traces")
 

@@ -14,8 +14,8 @@ from kvpress.evals.leaderboard import write_leaderboard
 from kvpress.evals.results import load_results
 from kvpress.evals.runner import run_plan
 from kvpress.evals.store import RunStore, StoreError, append, pack
-from plans import plan, tree, write
-from saved import SESSION, row, save
+from support.plans import plan, tree, write
+from support.saved import SESSION, row, save
 
 TASK = {"name": "needle", "lengths": [1000], "depths": [0.1, 0.5, 0.9]}
 FAILED = row(1, None, error="OutOfMemoryError: no", shared_prompt=None)

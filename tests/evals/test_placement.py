@@ -19,7 +19,7 @@ from kvpress.evals.config import make_plan
 from kvpress.evals.runner import Outcome, RunError, run_plan
 from kvpress.evals.store import read_rows
 from kvpress.models import ModelLoadError, load_model
-from plans import plan, tree, write
+from support.plans import plan, tree, write
 
 SWEEP = {"policy": ["full", "h2o", "snapkv"], "budget": [0.25]}
 
@@ -114,7 +114,7 @@ def test_device_map_runs_an_evaluation(folder, tmp_path):
 
 def test_a_split_model_has_the_logits_of_the_whole_one(folder):
     """Two processes with half of the heads each; a policy that decides over all heads together is refused."""
-    done = torchrun(Path(__file__).parents[1] / "split_logits.py", folder)
+    done = torchrun(Path(__file__).parents[1] / "support" / "split_logits.py", folder)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
     refused = found.pop("tova()")

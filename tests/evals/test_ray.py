@@ -16,7 +16,7 @@ from kvpress.evals.config import RayOptions, read_plan
 from kvpress.evals.runner import RunError, run_plan
 from kvpress.evals.store import read_rows
 from kvpress.models import load_model
-from plans import plan, tree, write
+from support.plans import plan, tree, write
 
 ray = pytest.importorskip("ray", reason="needs the extra ray")
 cluster_utils = pytest.importorskip("ray.cluster_utils")

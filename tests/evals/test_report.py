@@ -17,8 +17,8 @@ from kvpress.evals.config import read_plan
 from kvpress.evals.report import write_report
 from kvpress.evals.results import load_results, settings
 from kvpress.evals.store import StoreError
-from plans import tree, write
-from saved import MIB, SESSION, row, save
+from support.plans import tree, write
+from support.saved import MIB, SESSION, row, save
 
 
 @pytest.fixture

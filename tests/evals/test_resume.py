@@ -15,7 +15,7 @@ from rich.console import Console
 import kvpress
 from kvpress.evals.runner import run_plan
 from kvpress.evals.store import RunStore, StoreError, append, find_runs, is_locked, read_rows, write_whole
-from plans import plan, tree, write
+from support.plans import plan, tree, write
 
 SWEEP = {"policy": ["full", "h2o"], "budget": [0.5]}
 MANY = {"name": "needle", "lengths": [400], "depths": [0.1, 0.3, 0.5, 0.7, 0.9], "repeats": 8}

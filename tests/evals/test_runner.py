@@ -14,7 +14,7 @@ from kvpress.evals import answer as answering
 from kvpress.evals import executor
 from kvpress.evals.runner import RunError, run_plan
 from kvpress.evals.store import StoreError
-from plans import plan
+from support.plans import plan
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import sys
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from demo.tiny import byte_tokenizer
 from kvpress.evals import TASKS, Sample, TaskError, make_task
 from kvpress.evals.tasks import LongBench, Needle, Perplexity, Ruler
+from support.tiny_saved import byte_tokenizer
 
 SPECS = {
     "needle": {"lengths": [600], "depths": [0.2, 0.9]},

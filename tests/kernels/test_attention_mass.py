@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from brute import attend
 from kvpress.kernels import attention_mass as module
 from kvpress.kernels.attention_mass import attention_mass, attention_mass_reference
 from kvpress.kernels.prompt_attention import prompt_attention
+from support.brute import attend
 
 BATCH, KV_HEADS = 2, 2
 FEATURES = [(), ("softcap",), ("sinks",), ("softcap", "sinks")]

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from attention_inputs import BATCH, KV_HEADS
-from attention_inputs import prompt_inputs as inputs
 from kvpress.kernels import block_lists, block_sparse_attention
 from kvpress.kernels.block_sparse_attention import block_sparse_attention as attend
 from kvpress.kernels.block_sparse_attention import block_sparse_attention_reference, listed_keys
+from support.attention_inputs import BATCH, KV_HEADS
+from support.attention_inputs import prompt_inputs as inputs
 
 SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}

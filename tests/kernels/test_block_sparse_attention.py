@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from attention_inputs import BATCH, KV_HEADS
-from attention_inputs import prompt_inputs as inputs
-from brute import attend, causal, eager
 from kvpress.kernels.block_sparse_attention import (
     block_sparse_attention,
     block_sparse_attention_reference,
     listed_keys,
 )
 from kvpress.kernels.prompt_attention import prompt_attention
+from support.attention_inputs import BATCH, KV_HEADS
+from support.attention_inputs import prompt_inputs as inputs
+from support.brute import attend, causal, eager
 
 GROUPS = pytest.mark.parametrize("group", [1, 3], ids="group-{}".format)
 SHAPES = pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 62), (63, 0), (37, 74)], ids=str)

@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from attention_inputs import BATCH, KV_HEADS, options
-from attention_inputs import step_inputs as inputs
-from brute import attend, eager
 from kvpress.kernels import decode_attention as module
 from kvpress.kernels import decode_scores as scores_module
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
-from tolerances import tolerance
+from support.attention_inputs import BATCH, KV_HEADS, options
+from support.attention_inputs import step_inputs as inputs
+from support.brute import attend, eager
+from support.tolerances import tolerance
 
 SIZES = pytest.mark.parametrize("slots", [1, 63, 111], ids="{}-slots".format)
 GROUPS = pytest.mark.parametrize("group", [1, 3, 4], ids="group-{}".format)

@@ -7,7 +7,6 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kvpress
-from kernel_calls import HEAD_DIM, HEADS, KV_HEADS, LINEAR, Largest, places, qkv
 from kvpress.kernels import attention_mass as mass_module
 from kvpress.kernels import block_lists
 from kvpress.kernels import nearest_centre as centre_module
@@ -18,6 +17,7 @@ from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gumbel_noise import gumbel_noise
 from kvpress.kernels.nearest_centre import nearest_centre
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
+from support.kernel_calls import HEAD_DIM, HEADS, KV_HEADS, LINEAR, Largest, places, qkv
 
 
 def fake_qkv(rows, entries, dtype=torch.float32):

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from brute import attend
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.paged_attention import paged_attention, paged_attention_reference
+from support.brute import attend
 
 BATCH, KV_HEADS, PAGES = 2, 3, 7
 PAGE_SIZES = pytest.mark.parametrize("page", [1, 5, 32], ids="page-{}".format)

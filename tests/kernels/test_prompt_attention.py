@@ -6,13 +6,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from attention_inputs import BATCH, KV_HEADS, options
-from attention_inputs import prompt_inputs as inputs
-from brute import attend, causal, eager
 from kvpress.kernels import backend
 from kvpress.kernels import prompt_attention as module
 from kvpress.kernels.backend import use_flash_attn
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
+from support.attention_inputs import BATCH, KV_HEADS, options
+from support.attention_inputs import prompt_inputs as inputs
+from support.brute import attend, causal, eager
 
 ROWS = pytest.mark.parametrize("rows", [1, 63, 111], ids="{}-rows".format)
 PAST = pytest.mark.parametrize("past", [0, 1, 47], ids="{}-past".format)

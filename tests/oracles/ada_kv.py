@@ -4,9 +4,14 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
 
-from oracles.accumulated import A2SFPrefill, Fading, H2OPrefill, ObservedAttention, PyramidKV
-from oracles.llama import Oracle
-from oracles.policies import SnapKV, column_sums, pool, resolve
+from oracles.a2sf import Fading
+from oracles.a2sf_prefill import A2SFPrefill
+from oracles.common.llama import Oracle
+from oracles.common.rules import column_sums, pool, resolve
+from oracles.h2o_prefill import H2OPrefill
+from oracles.observed_attention import ObservedAttention
+from oracles.pyramid_kv import PyramidKV
+from oracles.snapkv import SnapKV
 
 
 def budget_of(inner, layer, layers, seen):

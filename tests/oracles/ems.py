@@ -3,8 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from oracles.llama import Oracle, rotate
-from oracles.policies import resolve, top
+from oracles.common.llama import Oracle, rotate
+from oracles.common.rules import Rules, resolve, top
 
 
 def over_mean(numbers):
@@ -77,7 +77,7 @@ class EMSOracle(Oracle):
 
 
 @dataclass(frozen=True)
-class EMS:
+class EMS(Rules):
     """Spec section 6.3."""
 
     budget: int | float = 256
@@ -90,9 +90,6 @@ class EMS:
     value_norms: bool = False
     keep_centre_score: bool = False
     evict_every: int = 32
-    evict: str = "each_pass"
-    rope = "original"
-    prompt_only = False
     runner = EMSOracle
 
     def split(self, scores, positions, total):

@@ -1,6 +1,5 @@
 """Keyformer in plain Python: H2O's rule on the sums of a noisy softmax."""
 
-import math
 from dataclasses import dataclass
 from fractions import Fraction
 from math import floor
@@ -8,15 +7,15 @@ from math import floor
 import torch
 
 from kvpress.kernels.gumbel_noise import gumbel_noise  # the noise is an input; everything else is computed here
-from oracles.llama import Oracle
-from oracles.policies import heavy_and_recent, resolve
+from oracles.common.llama import Oracle
+from oracles.common.numbers import softmax
+from oracles.common.rules import Rules, heavy_and_recent, resolve
 
 
 def noisy_softmax(logits, noise, temperature):
     """softmax((logits + noise) / temperature) of a list."""
     exponents = [(logit + extra) / temperature for logit, extra in zip(logits, noise, strict=True)]
-    powers = [math.exp(exponent - max(exponents)) for exponent in exponents]
-    return [power / sum(powers) for power in powers]
+    return softmax(exponents)
 
 
 class KeyformerOracle(Oracle):
@@ -50,7 +49,7 @@ class KeyformerOracle(Oracle):
 
 
 @dataclass(frozen=True)
-class Keyformer:
+class Keyformer(Rules):
     """The last `recent` share of the budget, and of the others those with the largest noisy sums (spec section 3.3)."""
 
     budget: int | float = 0.6
@@ -61,9 +60,6 @@ class Keyformer:
     noise: str = "fresh"
     seed: int = 0
     evict_every: int = 1
-    evict: str = "each_pass"
-    rope = "original"
-    prompt_only = False
     runner = KeyformerOracle
 
     def temperature(self, step):

@@ -1,30 +1,23 @@
 """The oracle against Hugging Face's own Llama, the spec's hand values, and torch one-liners."""
 
 from itertools import chain
+from pathlib import Path
 
 import pytest
 import torch
 
-import models
 from kvpress.compat import CACHE
-from oracles.llama import Oracle
-from oracles.policies import (
-    H2O,
-    Full,
-    SnapKV,
-    StreamingLLM,
-    column_sums,
-    heavy_and_recent,
-    pool,
-    resolve,
-    rope_positions,
-    share,
-    sink_and_recent,
-    top,
-)
+from oracles import oracle_of
+from oracles.common.llama import Oracle, rope_positions
+from oracles.common.rules import column_sums, heavy_and_recent, pool, resolve, share, sink_and_recent, top
+from oracles.full import Full
+from oracles.h2o import H2O
+from oracles.snapkv import SnapKV
+from oracles.streaming_llm import StreamingLLM
+from support import models
 
 
-def tiny_llama(tied=False, attention="eager", **sizes):
+def eager_llama(tied=False, attention="eager", **sizes):
     """A random GQA Llama whose attention is far from uniform; its norms are not ones."""
     return models.tiny_llama(seed=1, attention=attention, tie_word_embeddings=tied, **sizes)
 
@@ -62,6 +55,14 @@ EVICTING = {
 policy_cases = pytest.mark.parametrize("policy", EVICTING.values(), ids=EVICTING.keys())
 
 
+def test_every_policy_has_its_oracle_in_a_file_of_its_name():
+    shipped = models.shipped_policies()
+    files = {file.stem for file in Path(__file__).parent.glob("*.py")}
+    assert set(shipped) == files - {"__init__", "test_oracles"}
+    for policy in shipped.values():
+        assert oracle_of(policy).__module__ == f"oracles.{policy.name}"
+
+
 # --- without eviction: Hugging Face's own forward -------------------------------------------------------------
 
 
@@ -73,7 +74,7 @@ policy_cases = pytest.mark.parametrize("policy", EVICTING.values(), ids=EVICTING
 )
 @passes_cases
 def test_full_equals_transformers(sizes, options, attention):
-    model = tiny_llama(attention=attention, **options)
+    model = eager_llama(attention=attention, **options)
     passes = split(tokens(sum(sizes)), sizes)
     steps = Oracle(model, Full()).run(passes)
     cache = None
@@ -88,7 +89,7 @@ def test_full_equals_transformers(sizes, options, attention):
 
 def test_the_tiny_model_distinguishes_heads():
     """Else the tests here would prove little: kv heads and layers keep different entries."""
-    model = tiny_llama(layers=3)
+    model = eager_llama(layers=3)
     [step] = Oracle(model, H2O(budget=6)).run([tokens(20)])
     assert len({tuple(head) for layer in step.kept for head in layer}) >= 5
 
@@ -100,7 +101,7 @@ def test_a_large_budget_is_full_attention(policy):
         H2O: H2O(budget=100),
         SnapKV: SnapKV(budget=100),
     }[type(policy)]
-    model, passes = tiny_llama(), split(tokens(12), [6, 4, 1, 1])
+    model, passes = eager_llama(), split(tokens(12), [6, 4, 1, 1])
     for step, full in zip(Oracle(model, large).run(passes), Oracle(model, Full()).run(passes), strict=True):
         assert step.kept == full.kept
         torch.testing.assert_close(step.logits, full.logits, atol=1e-5, rtol=0)
@@ -143,7 +144,7 @@ def masked_replay(model, passes, steps):
 )
 @pytest.mark.parametrize("sizes", [[10, 1, 1, 1], [6, 5, 1, 1, 4, 1]], ids=["prompt_decode", "turns"])
 def test_logits_are_those_of_the_kept_entries(policy, sizes):
-    model, passes = tiny_llama(layers=3), split(tokens(sum(sizes)), sizes)
+    model, passes = eager_llama(layers=3), split(tokens(sum(sizes)), sizes)
     steps = Oracle(model, policy).run(passes)
     logits, _ = masked_replay(model, passes, steps)
     torch.testing.assert_close(torch.cat([step.logits for step in steps]), logits, atol=1e-4, rtol=0)
@@ -155,7 +156,7 @@ def test_logits_are_those_of_the_kept_entries(policy, sizes):
 def test_h2o_keeps_by_transformers_attention(sizes):
     """H8 and spec 1.2: scores summed from the masked replay's own attention weights."""
     heavy, recent = 3, 2
-    model, passes = tiny_llama(layers=2), split(tokens(sum(sizes)), sizes)
+    model, passes = eager_llama(layers=2), split(tokens(sum(sizes)), sizes)
     steps = Oracle(model, H2O(heavy=heavy, recent=recent)).run(passes)
     _, attentions = masked_replay(model, passes, steps)
     for layer, attention in enumerate(attentions):
@@ -175,7 +176,7 @@ def test_h2o_keeps_by_transformers_attention(sizes):
 @pytest.mark.parametrize("budget, window", [(8, 3), (8, 6), (3, 6), (9, 40)])
 def test_snapkv_keeps_by_transformers_attention(pooling, kernel_size, budget, window):
     """Spec 7.2, also with a window larger than the budget (only the last entries stay) or than a turn."""
-    model, passes = tiny_llama(layers=2), split(tokens(28), [18, 1, 1, 5, 3])
+    model, passes = eager_llama(layers=2), split(tokens(28), [18, 1, 1, 5, 3])
     steps = Oracle(model, SnapKV(budget, window, kernel_size, pooling)).run(passes)
     _, attentions = masked_replay(model, passes, steps)
     pool1d = {
@@ -200,7 +201,7 @@ def test_snapkv_keeps_by_transformers_attention(pooling, kernel_size, budget, wi
 
 def test_streaming_reindex_is_a_fresh_prompt_of_what_is_kept():
     """In one layer keys and values depend on their token only, so the kept tokens alone give the logits."""
-    model, ids = tiny_llama(layers=1), tokens(12)
+    model, ids = eager_llama(layers=1), tokens(12)
     steps = Oracle(model, StreamingLLM(sink=2, recent=3)).run(split(ids, [6, 3, 1, 1, 1]))
     position = 6
     for before, step, size in zip(steps, steps[1:], [3, 1, 1, 1], strict=False):
@@ -214,7 +215,7 @@ def test_streaming_reindex_is_a_fresh_prompt_of_what_is_kept():
 
 def test_streaming_rope_modes_differ_only_with_sinks():
     """Without sinks the kept entries are consecutive, and RoPE sees distances only."""
-    model, passes = tiny_llama(), split(tokens(12), [8, 1, 1, 2])
+    model, passes = eager_llama(), split(tokens(12), [8, 1, 1, 2])
     for sink, same in [(0, True), (2, False)]:
         a, b = (
             torch.cat([s.logits for s in Oracle(model, StreamingLLM(sink, 4, rope=rope)).run(passes)])
@@ -241,7 +242,7 @@ def test_h2_accumulated_rows():
 
 
 def test_h4_no_heavy_is_a_sliding_window():
-    model, passes = tiny_llama(), split(tokens(12), [7, 1, 1, 2, 1])
+    model, passes = eager_llama(), split(tokens(12), [7, 1, 1, 2, 1])
     h2o = Oracle(model, H2O(heavy=0, recent=4)).run(passes)
     window = Oracle(model, StreamingLLM(sink=0, recent=4, rope="original")).run(passes)
     for a, b in zip(h2o, window, strict=True):
@@ -250,9 +251,9 @@ def test_h4_no_heavy_is_a_sliding_window():
 
 
 def test_h5_no_recent_is_a_pure_score_cache():
-    oracle = Oracle(tiny_llama(), H2O(heavy=5, recent=0))
+    oracle = Oracle(eager_llama(), H2O(heavy=5, recent=0))
     [step] = oracle.run([tokens(12)])
-    reference = Oracle(tiny_llama(), Full())
+    reference = Oracle(eager_llama(), Full())
     reference.run([tokens(12)])
     for layer, kept in enumerate(step.kept):
         for kv_head, positions in enumerate(kept):
@@ -261,7 +262,7 @@ def test_h5_no_recent_is_a_pure_score_cache():
 
 
 def test_h6_every_row_gives_one_per_query_head():
-    oracle = Oracle(tiny_llama(heads=4, kv_heads=2), Full())
+    oracle = Oracle(eager_llama(heads=4, kv_heads=2), Full())
     oracle.run(split(tokens(9), [6, 1, 2]))
     for layer in oracle.heads:
         for head in layer:
@@ -270,7 +271,7 @@ def test_h6_every_row_gives_one_per_query_head():
 
 @pytest.mark.parametrize("sizes", [[9, 1, 1, 1, 1, 1], [4, 5, 1, 1, 6, 1]], ids=["prompt_decode", "turns"])
 def test_h7_the_recent_are_always_the_last(sizes):
-    steps = Oracle(tiny_llama(), H2O(heavy=2, recent=3)).run(split(tokens(sum(sizes)), sizes))
+    steps = Oracle(eager_llama(), H2O(heavy=2, recent=3)).run(split(tokens(sum(sizes)), sizes))
     seen = 0
     for step, size in zip(steps, sizes, strict=True):
         seen += size
@@ -284,7 +285,7 @@ def test_streaming_hand_values():
     assert sink_and_recent(7, sink=2, recent=3) == [0, 1, 4, 5, 6]
     assert rope_positions([0, 1, 4, 5, 6], "reindex") == [0, 1, 2, 3, 4]
     assert rope_positions([0, 1, 4, 5, 6], "original") == [0, 1, 4, 5, 6]
-    [step] = Oracle(tiny_llama(), StreamingLLM(sink=2, recent=3)).run([tokens(7)])
+    [step] = Oracle(eager_llama(), StreamingLLM(sink=2, recent=3)).run([tokens(7)])
     assert step.kept == [[[0, 1, 4, 5, 6]] * 2] * 2
 
 
@@ -335,7 +336,7 @@ def test_parts_of_a_budget(policy, seen, parts):
 def test_lengths_after_each_pass(policy):
     """A share follows the prompt passes, not the decode steps; prompt-only policies grow in decode."""
     sizes = [10, 1, 1, 8, 1]
-    steps = Oracle(tiny_llama(), policy).run(split(tokens(sum(sizes)), sizes))
+    steps = Oracle(eager_llama(), policy).run(split(tokens(sum(sizes)), sizes))
     totals = {
         "streaming": [5] * 5,
         "streaming_original": [5] * 5,
@@ -353,7 +354,7 @@ def test_lengths_after_each_pass(policy):
 @policy_cases
 def test_what_is_evicted_never_returns(policy):
     sizes = [6, 3, 1, 1, 4, 1]
-    steps = Oracle(tiny_llama(), policy).run(split(tokens(sum(sizes)), sizes))
+    steps = Oracle(eager_llama(), policy).run(split(tokens(sum(sizes)), sizes))
     seen, before = 0, [[[], []], [[], []]]
     for step, size in zip(steps, sizes, strict=True):
         new = set(range(seen, seen + size))
@@ -381,7 +382,7 @@ AFTER_PROMPT = {
 @pytest.mark.parametrize("chunks", [[14], [7, 7], [2, 3, 4, 5], [12, 2]], ids=str)
 def test_chunks_after_prompt_equal_one_prompt(policy, options, chunks):
     """U7: the same entries stay and the same logits follow, however the prompt is cut."""
-    model, ids, decode = tiny_llama(), tokens(17), [1, 1, 1]
+    model, ids, decode = eager_llama(), tokens(17), [1, 1, 1]
     once = Oracle(model, policy(**options)).run(split(ids, [14, *decode]))
     late = Oracle(model, policy(**options, evict="after_prompt")).run(split(ids, chunks + decode))
     everything = list(range(14))
@@ -395,7 +396,7 @@ def test_chunks_after_prompt_equal_one_prompt(policy, options, chunks):
 
 def test_chunks_that_evict_at_once_differ():
     """The reason for after_prompt: with each_pass the first chunk's choice is final."""
-    model, ids = tiny_llama(), tokens(14)
+    model, ids = eager_llama(), tokens(14)
     once = Oracle(model, H2O(budget=4)).run([ids])
     chunked = Oracle(model, H2O(budget=4)).run(split(ids, [7, 7]))
     assert once[-1].kept != chunked[-1].kept
@@ -404,7 +405,9 @@ def test_chunks_that_evict_at_once_differ():
 def test_snapkv_after_prompt_waits_and_evicts_once():
     """Turn, answer, turn, answer: the cache grows in a turn, shrinks at its first decode step, then grows."""
     sizes = [8, 1, 1, 3, 4, 1, 1]
-    steps = Oracle(tiny_llama(), SnapKV(budget=5, window=2, evict="after_prompt")).run(split(tokens(sum(sizes)), sizes))
+    steps = Oracle(eager_llama(), SnapKV(budget=5, window=2, evict="after_prompt")).run(
+        split(tokens(sum(sizes)), sizes)
+    )
     lengths = [len(step.kept[0][0]) for step in steps]
     assert lengths == [8, 6, 7, 10, 14, 6, 7]
 
@@ -412,7 +415,7 @@ def test_snapkv_after_prompt_waits_and_evicts_once():
 @pytest.mark.parametrize("seed", range(4))
 def test_snapkv_after_prompt_forgets_the_rows_of_an_earlier_turn(seed):
     """A window longer than the turn scores with the turn's rows only, as each_pass does."""
-    model, ids, sizes = tiny_llama(), tokens(19, seed), [14, 1, 1, 2, 1]
+    model, ids, sizes = eager_llama(), tokens(19, seed), [14, 1, 1, 2, 1]
     options = {"budget": 12, "window": 6, "kernel_size": 1}
     now = Oracle(model, SnapKV(**options)).run(split(ids, sizes))
     late = Oracle(model, SnapKV(**options, evict="after_prompt")).run(split(ids, sizes))

@@ -1,24 +1,11 @@
 """TokenSelect in plain Python: which tokens a row of a layer reads, one product and one exponential at a time."""
 
 from dataclasses import dataclass
-from math import exp, inf, sqrt
+from math import inf
 
-from oracles.llama import Oracle, rotate
-from oracles.policies import top
-
-
-def dot(a, b):
-    return sum(x * y for x, y in zip(a.tolist(), b.tolist(), strict=True))
-
-
-def cosine(a, b):
-    return dot(a, b) / sqrt(dot(a, a) * dot(b, b))
-
-
-def softmax(numbers):
-    top_number = max(numbers)
-    exponentials = [exp(number - top_number) for number in numbers]
-    return [exponential / sum(exponentials) for exponential in exponentials]
+from oracles.common.llama import Oracle, rotate
+from oracles.common.numbers import cosine, dot, softmax
+from oracles.common.rules import Rules, top
 
 
 def widest(votes, width):
@@ -65,7 +52,7 @@ class Voting(Oracle):
         rules = self.policy
         if not rules.k:
             return []
-        whole = queries[rows[0]].flatten()
+        whole = queries[rows[0]].flatten().tolist()
         if decode and layer in self.chosen and cosine(whole, self.chosen[layer][0]) >= rules.theta:
             return self.chosen[layer][1]
         candidates = range(rules.n_init, seen - rules.n_local)
@@ -90,12 +77,12 @@ class Voting(Oracle):
         for i, row in enumerate(rows):
             query = queries[row, query_head]
             mean = mean + (rotate(query, rules.n_local + i, self.theta) if rules.rotate_query else query)
-        mean = mean / len(rows)
-        return softmax([dot(mean, entries[token].key) * rules.vote_scale for token in candidates])
+        mean = (mean / len(rows)).tolist()
+        return softmax([dot(mean, entries[token].key.tolist()) * rules.vote_scale for token in candidates])
 
 
 @dataclass(frozen=True)
-class TokenSelect:
+class TokenSelect(Rules):
     """The rules' numbers; everything is kept."""
 
     n_init: int = 128
@@ -107,10 +94,4 @@ class TokenSelect:
     pool: int = 0
     vote_scale: float = 1.0
     gqa_map: str = "group"
-    evict = "each_pass"
-    rope = "original"
-    prompt_only = False
     runner = Voting
-
-    def keep(self, entries, rows, seen):
-        return [entry.position for entry in entries]

@@ -1,15 +1,12 @@
 """XAttention in plain Python: which blocks of entries a block of rows reads, one product and one exponential at a time."""
 
 from dataclasses import dataclass, field
-from math import exp, sqrt
+from math import sqrt
 from typing import Any
 
-from oracles.llama import Oracle, rotate
-from oracles.policies import Full
-
-
-def dot(a, b):
-    return sum(x * y for x, y in zip(a, b, strict=True))
+from oracles.common.llama import Oracle, rotate
+from oracles.common.numbers import dot, softmax
+from oracles.full import Full
 
 
 def estimate(queries, keys, scale, stride, block_size):
@@ -30,11 +27,10 @@ def estimate(queries, keys, scale, stride, block_size):
                 if entry < n:
                     total += dot(queries[row], keys[entry])
             scores.append(total * scale / stride)
-        weights = [exp(score - max(scores)) for score in scores]
         block = cell * stride // block_size
         of_block = mass.setdefault(block, [0.0] * (block + 1))
-        for other, weight in enumerate(weights):
-            of_block[other * stride // block_size] += weight / sum(weights)
+        for other, weight in enumerate(softmax(scores)):
+            of_block[other * stride // block_size] += weight
     return mass
 
 

@@ -5,15 +5,15 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
-from brute import attend
 from kvpress.compat import CACHE
 from kvpress.policies import A2SF, H2O, TOVA
 from kvpress.policy import Mass, Quota
-from layers import attended, kept, prompt, random_mass, rows_that_give
-from matrix import kept as held
-from matrix import prompt as text
-from matrix import run, sharp_llama
-from refusals import refused
+from support.brute import attend
+from support.layers import attended, kept, prompt, random_mass, rows_that_give
+from support.matrix import kept as held
+from support.matrix import prompt as text
+from support.matrix import run, sharp_llama
+from support.refusals import refused
 
 H2_ROWS = [1, 0, 0], [0.6, 0.4, 0], [0.1, 0.6, 0.3]
 ALPHAS = pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 0.95, 1.0], ids="alpha-{}".format)

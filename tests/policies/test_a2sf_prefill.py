@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from brute import attend
 from kvpress.policies import A2SFPrefill
 from kvpress.policy import Mass, Quota
-from layers import attended, kept, rows_that_give
-from refusals import refused
+from support.brute import attend
+from support.layers import attended, kept, rows_that_give
+from support.refusals import refused
 
 
 def weighted_sums(query, key, alpha):

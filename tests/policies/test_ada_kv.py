@@ -9,9 +9,8 @@ import yaml
 from transformers import DynamicCache
 
 import kvpress
-from kvpress import PolicyError, paged
+from kvpress import PolicyError
 from kvpress.compat import CACHE
-from kvpress.paged import PagedLayer
 from kvpress.policies import (
     H2O,
     TOVA,
@@ -28,9 +27,11 @@ from kvpress.policies import (
 )
 from kvpress.policy import Quota
 from kvpress.registry import make_policies
-from matrix import CASES, check, expect, kept, prompt, sharp_llama
+from kvpress.storage import Pages
+from kvpress.storage import pages as storage_pages
 from oracles.ada_kv import share_out
-from refusals import refused
+from support.matrix import CASES, check, expect, kept, prompt, sharp_llama
+from support.refusals import refused
 
 SHARED = [case for case in CASES if case.policy.name == "ada_kv"]
 INNER = [
@@ -205,7 +206,7 @@ def test_pages_of_even_heads_are_the_inner_policy(model, inner, monkeypatch):
                 logits.append(feed(model, rows, cache))
                 sets.append([kept(cache, row) for row in range(2)])
         results.append((logits, sets))
-    assert isinstance(cache.layers[0], PagedLayer) and cache.layers[0].pages is not None
+    assert isinstance(cache.layers[0].storage, Pages)
     assert results[0][1] == results[1][1]
     for a, b in zip(results[0][0], results[1][0], strict=True):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
@@ -216,8 +217,8 @@ def test_pages_of_even_heads_are_the_inner_policy(model, inner, monkeypatch):
 
 def page_bytes(layer, dtype_bytes):
     """Bytes of a page: K, V, positions, statistics, and its owner."""
-    slot = 2 * layer.keys.shape[-1] * dtype_bytes + 4 + 4 * len(layer.pages.stats)
-    return paged.PAGE * slot + 8
+    slot = 2 * layer.keys.shape[-1] * dtype_bytes + 4 + 4 * len(layer.storage.stats)
+    return storage_pages.PAGE * slot + 8
 
 
 @every_inner
@@ -225,7 +226,7 @@ def page_bytes(layer, dtype_bytes):
 def test_bytes_are_those_of_the_heads_pages(inner, dtype, monkeypatch):
     """After a prompt each kv head has the pages that its entries and one more need, and small tables; nothing else."""
     page = 4
-    monkeypatch.setattr(paged, "PAGE", page)
+    monkeypatch.setattr(storage_pages, "PAGE", page)
     model = sharp_llama().to(dtype)
     policy = AdaKV(dataclasses.replace(inner, budget=100, evict="each_pass"))
     with kvpress.patch(model, policy) as handle:
@@ -255,9 +256,9 @@ def test_growing_takes_a_page_for_each_head(model):
             for layer, before in zip(cache.layers, start, strict=True):
                 now = layer.positions.shape[2]
                 assert now == max(before) + step
-                slots = layer.pages.positions.shape[1]
-                assert sum(before) + 2 * step <= slots <= sum(before) + 2 * step + 2 * 2 * paged.PAGE
-                assert layer.pages.keys.untyped_storage().nbytes() == slots * 8 * 4
+                slots = layer.storage.paged_positions.shape[1]
+                assert sum(before) + 2 * step <= slots <= sum(before) + 2 * step + 2 * 2 * storage_pages.PAGE
+                assert layer.storage.paged_keys.untyped_storage().nbytes() == slots * 8 * 4
         figures = handle.report().to_dict()["layers"]
         for layer, one in zip(cache.layers, figures, strict=True):
             assert abs(one["bytes"] - layer.nbytes) == 0
@@ -266,14 +267,14 @@ def test_growing_takes_a_page_for_each_head(model):
 
 def test_what_steps_read_is_counted(model, monkeypatch):
     """The report's share is the slots whose K and V the attention was given."""
-    read, original = [], paged.paged_attention
+    read, original = [], storage_pages.paged_attention
 
     def count(query, key, value, owner, valid, **options):
         read.append(key.shape[1] / options["kv_heads"])
         assert key.shape == value.shape and key.untyped_storage().nbytes() == key.nbytes
         return original(query, key, value, owner, valid, **options)
 
-    monkeypatch.setattr(paged, "paged_attention", count)
+    monkeypatch.setattr(storage_pages, "paged_attention", count)
     with kvpress.patch(model, AdaKV(SnapKV(budget=40, window=4))) as handle:
         cache = DynamicCache(config=model.config)
         feed(model, [prompt(200)], cache)
@@ -295,7 +296,7 @@ def test_keys_and_values_shown_are_those_of_the_positions(model):
         cache = DynamicCache(config=model.config)
         feed(model, rows, cache)
     layer, dense = cache.layers[0], plain.layers[0]
-    assert layer.pages is not None
+    assert isinstance(layer.storage, Pages)
     seen = 0
     for b in range(2):
         for head in range(2):
@@ -314,13 +315,13 @@ def test_keys_and_values_shown_are_those_of_the_positions(model):
 @every_case
 def test_small_pages_over_turns(model, case, page, monkeypatch):
     """Pages that fill and grow at every few steps, packed and unpacked again and again, against the oracle."""
-    monkeypatch.setattr(paged, "PAGE", page)
+    monkeypatch.setattr(storage_pages, "PAGE", page)
     steps = [[token] for token in prompt(14, 8)]
     passes = [prompt(20, 0), *steps, prompt(6, 1), *steps[:6], prompt(2, 2), *steps[:3]]
     with kvpress.patch(model, case.policy):
         cache = DynamicCache(config=model.config)
         logits = [feed(model, [ids], cache)[0, -1] for ids in passes]
-    assert cache.layers[0].pages.owner.shape[1] > 2
+    assert cache.layers[0].storage.owner.shape[1] > 2
     check(expect(model, case, passes), logits, cache)
 
 
@@ -328,7 +329,7 @@ def test_small_pages_over_turns(model, case, page, monkeypatch):
 @every_case
 def test_padded_batch_over_turns(model, case, page, monkeypatch):
     """Sequences of different lengths have different numbers of pages; reordered and forked in between."""
-    monkeypatch.setattr(paged, "PAGE", page)
+    monkeypatch.setattr(storage_pages, "PAGE", page)
     first, second = [prompt(7, 0), prompt(30, 1)], [prompt(5, 2), prompt(2, 3)]
     mask = torch.tensor([[0] * 23 + [1] * 7, [1] * 30])
     ids = torch.tensor([[0] * 23 + first[0], first[1]])

@@ -11,10 +11,9 @@ from kvpress import PolicyError
 from kvpress.policies import A2SF, H2O, Quest, RecycledAttention, SnapKV, StreamingLLM, TidalDecode
 from kvpress.policy import Policy
 from kvpress.registry import make_policies
-from matrix import kept, prompt, sharp_llama
-from oracles import policies as evicting
-from oracles import selecting
-from reads import run, watch
+from oracles import oracle_of
+from support.matrix import kept, prompt, sharp_llama
+from support.reads import run, watch
 
 LAYERS = 5
 PASSES = [prompt(26), *([token] for token in prompt(6, 1)), prompt(6, 2), *([token] for token in prompt(4, 3))]
@@ -35,7 +34,7 @@ class Pair:
 
 
 def pair(one: type[Policy], fields: dict[str, Any], two: type[Policy], more: dict[str, Any]) -> Pair:
-    rules = getattr(selecting, two.__name__)(**more, over=getattr(evicting, one.__name__)(**fields))
+    rules = oracle_of(two)(**more, over=oracle_of(one)(**fields))
     return Pair(one(**fields), two(**more), rules)
 
 

@@ -23,30 +23,29 @@ from kvpress.policies import (
     StreamingLLM,
 )
 from kvpress.policy import Policy
-from matrix import EVICTING, Case, check, expect, kept, prompt, run, sharp_llama
-from oracles import accumulated, ems, keyformer
-from oracles import policies as oracle
-from refusals import refused
+from oracles import oracle_of
+from support.matrix import EVICTING, Case, check, expect, kept, prompt, run, sharp_llama
+from support.refusals import refused
 
 PLAIN_SOFTMAX = {"noise": "none", "tau_init": 1.0, "tau_end": 1.0}
-RULES: list[tuple[type[Policy], Any, dict[str, Any]]] = [
-    (H2O, oracle.H2O, {"heavy": 4, "recent": 3}),
-    (H2O, oracle.H2O, {"heavy": 4, "recent": 3, "rope": "reindex"}),
-    (TOVA, accumulated.TOVA, {"budget": 6}),
-    (TOVA, accumulated.TOVA, {"budget": 7, "recent": 2}),
-    (StreamingLLM, oracle.StreamingLLM, {"sink": 2, "recent": 5, "rope": "original"}),
-    (StreamingLLM, oracle.StreamingLLM, {"sink": 2, "recent": 5}),
-    (A2SF, accumulated.A2SF, {"budget": 7, "alpha": 0.5, "recent": 1}),
-    (Keyformer, keyformer.Keyformer, {"budget": 8, **PLAIN_SOFTMAX}),
-    (Keyformer, keyformer.Keyformer, {"budget": 8, "evict_every": 3, **PLAIN_SOFTMAX}),
-    (EMS, ems.EMS, {"budget": 9, "window": 3, "tau": 0.1, "evict_every": 1}),
-    (EMS, ems.EMS, {"budget": 9, "window": 3, "tau": 0.1, "evict_every": 4}),
+RULES: list[tuple[type[Policy], dict[str, Any]]] = [
+    (H2O, {"heavy": 4, "recent": 3}),
+    (H2O, {"heavy": 4, "recent": 3, "rope": "reindex"}),
+    (TOVA, {"budget": 6}),
+    (TOVA, {"budget": 7, "recent": 2}),
+    (StreamingLLM, {"sink": 2, "recent": 5, "rope": "original"}),
+    (StreamingLLM, {"sink": 2, "recent": 5}),
+    (A2SF, {"budget": 7, "alpha": 0.5, "recent": 1}),
+    (Keyformer, {"budget": 8, **PLAIN_SOFTMAX}),
+    (Keyformer, {"budget": 8, "evict_every": 3, **PLAIN_SOFTMAX}),
+    (EMS, {"budget": 9, "window": 3, "tau": 0.1, "evict_every": 1}),
+    (EMS, {"budget": 9, "window": 3, "tau": 0.1, "evict_every": 4}),
 ]
 PASSES = [prompt(20), [5], [6], prompt(7, 2), [8], [9]]
 
 
-def name(rule: tuple[type[Policy], Any, dict[str, Any]]) -> str:
-    return rule[0](**rule[2]).describe().replace(" ", "")
+def name(rule: tuple[type[Policy], dict[str, Any]]) -> str:
+    return rule[0](**rule[1]).describe().replace(" ", "")
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +54,9 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name)
-def test_a_prompt_is_its_tokens_fed_one_by_one(model: Any, rule: tuple[type[Policy], Any, dict[str, Any]]) -> None:
+def test_a_prompt_is_its_tokens_fed_one_by_one(model: Any, rule: tuple[type[Policy], dict[str, Any]]) -> None:
     """Logits of every row, and what is kept; decode steps and a second turn go on from there."""
-    kind, _, fields = rule
+    kind, fields = rule
     logits, sets = run(model, kind(**fields, evict="each_row"), PASSES)
     steps, step_sets = run(model, kind(**fields), [[token] for ids in PASSES for token in ids])
     torch.testing.assert_close(torch.cat(logits), torch.cat(steps), atol=1e-4, rtol=1e-4)
@@ -68,11 +67,11 @@ def test_a_prompt_is_its_tokens_fed_one_by_one(model: Any, rule: tuple[type[Poli
 
 
 @pytest.mark.parametrize("rule", RULES, ids=name)
-def test_the_oracle_says_the_same(model: Any, rule: tuple[type[Policy], Any, dict[str, Any]]) -> None:
-    kind, rules, fields = rule
+def test_the_oracle_says_the_same(model: Any, rule: tuple[type[Policy], dict[str, Any]]) -> None:
+    kind, fields = rule
     policy = kind(**fields, evict="each_row")
     logits, sets = run(model, policy, PASSES)
-    steps = expect(model, Case(policy, rules(**fields, evict="each_row"), policy), PASSES)
+    steps = expect(model, Case(policy, oracle_of(kind)(**fields, evict="each_row"), policy), PASSES)
     check(steps, [rows[-1] for rows in logits])
     assert sets == [step.kept for step in steps]
 
@@ -80,8 +79,8 @@ def test_the_oracle_says_the_same(model: Any, rule: tuple[type[Policy], Any, dic
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("rule", RULES, ids=name)
 @torch.no_grad()
-def test_padded_sequences_are_as_alone(model: Any, rule: tuple[type[Policy], Any, dict[str, Any]], side: str) -> None:
-    kind, _, fields = rule
+def test_padded_sequences_are_as_alone(model: Any, rule: tuple[type[Policy], dict[str, Any]], side: str) -> None:
+    kind, fields = rule
     policy, texts = kind(**fields, evict="each_row"), [prompt(20), prompt(13, 1)]
     padding = [0] * 7
     short = [*padding, *texts[1]] if side == "left" else [*texts[1], *padding]

@@ -15,11 +15,11 @@ from kvpress.passes import plain_tokens
 from kvpress.policies import EMS, H2O
 from kvpress.policies.ems import global_local_score
 from kvpress.policy import Dropped, Entries, Quota
-from layers import counted, new_layer
-from layers import kept as held
-from matrix import Case, check, conversation, expect, prompt, run, sharp_llama
 from oracles import ems as oracle
-from refusals import refused
+from support.layers import counted, new_layer
+from support.layers import kept as held
+from support.matrix import Case, check, conversation, expect, prompt, run, sharp_llama
+from support.refusals import refused
 
 BATCH, KV_HEADS, DIM = 2, 3, 8
 INF = math.inf

@@ -26,7 +26,7 @@ from kvpress.policies import (
     TokenSelect,
 )
 from kvpress.policy import Mass, Policy, Quota, Selected, View
-from matrix import kept, prompt, sharp_llama
+from support.matrix import kept, prompt, sharp_llama
 
 PROMPT = [24, 1, 1, 1, 1, 1]
 TURNS = [24, 1, 1, 1, 6, 1, 1, 5, 1]

@@ -9,12 +9,12 @@ from kvpress import UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, StreamingLLM
 from kvpress.policy import Consecutive, Own, Quota
-from layers import kept, prompt, random_mass, row, step
-from matrix import kept as held
-from matrix import prompt as text
-from matrix import run, sharp_llama
-from models import tiny_opt
-from refusals import refused
+from support.layers import kept, prompt, random_mass, row, step
+from support.matrix import kept as held
+from support.matrix import prompt as text
+from support.matrix import run, sharp_llama
+from support.models import tiny_opt
+from support.refusals import refused
 
 ROWS = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.4, 0.0], [0.1, 0.6, 0.3]])
 

@@ -5,8 +5,8 @@ import torch
 
 from kvpress.policies import H2OPrefill
 from kvpress.policy import Quota
-from layers import attended, kept, prompt, random_mass, row, rows_that_give, step
-from refusals import refused
+from support.layers import attended, kept, prompt, random_mass, row, rows_that_give, step
+from support.refusals import refused
 
 
 def oracle(scores, total, recent):

@@ -21,7 +21,7 @@ from kvpress.policy import (
     SelectionPolicy,
     View,
 )
-from matrix import kept, prompt, sharp_llama
+from support.matrix import kept, prompt, sharp_llama
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,12 +11,13 @@ from kvpress.compat import CACHE
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.policies import H2O, Keyformer
 from kvpress.policy import Mass, Noise, Quota
-from layers import kept as held
-from layers import prompt as prompt_pass
-from layers import row
-from matrix import Case, check, conversation, expect, prompt, run, sharp_llama
 from oracles import keyformer as oracle
-from refusals import refused
+from support.layers import kept as held
+from support.layers import prompt as prompt_pass
+from support.layers import row
+from support.matrix import Case, check, conversation, expect, prompt, run, sharp_llama
+from support.refusals import refused
+from support.spies import replace_decode_attention
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +28,11 @@ def model():
 @pytest.fixture
 def temperatures(monkeypatch):
     """The temperature of each pass, as the statistics of the first layer were made with, in prompts and decode steps."""
-    from kvpress import attention, observe
+    from kvpress import observe
+    from kvpress.kernels.decode_attention import decode_attention
 
     seen: list[float] = []
-    of_prompts, of_steps = observe.attention_mass, attention.decode_attention
+    of_prompts, of_steps = observe.attention_mass, decode_attention
 
     def note(perturbation: Perturbation) -> None:
         if perturbation.layer == 0:
@@ -45,7 +47,7 @@ def temperatures(monkeypatch):
         return of_steps(*args, **options)
 
     monkeypatch.setattr(observe, "attention_mass", prompt_spy)
-    monkeypatch.setattr(attention, "decode_attention", step_spy)
+    replace_decode_attention(monkeypatch, step_spy)
     return seen
 
 

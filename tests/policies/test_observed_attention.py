@@ -6,7 +6,7 @@ import torch
 from kvpress import PolicyError
 from kvpress.policies import ObservedAttention
 from kvpress.policy import Entries, Quota
-from layers import attended, kept, prompt, random_mass, row, rows_that_give, step
+from support.layers import attended, kept, prompt, random_mass, row, rows_that_give, step
 
 
 def score(mass, tokens):

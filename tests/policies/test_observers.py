@@ -13,7 +13,7 @@ from kvpress.compat import CACHE
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.policies import AdaKV
 from kvpress.policy import Consecutive, EvictionPolicy, Observer, Own, Quota
-from matrix import kept, prompt, sharp_llama
+from support.matrix import kept, prompt, sharp_llama
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 import kvpress
 from kvpress import PolicyError
-from kvpress.passes import masked_tokens
+from kvpress.passes import masked_tokens, plain_tokens
 from kvpress.policies import H2O, AdaKV, Full, Keyformer, PyramidKV, SnapKV, StreamingLLM
 from kvpress.policy import (
     Budget,
@@ -25,9 +25,9 @@ from kvpress.policy import (
     entries_for,
     pool_scores,
 )
-from layers import feed, kept, new_layer, observe, prompt, random_mass, row, step
-from matrix import EVICTING, sharp_llama
-from matrix import prompt as text
+from support.layers import feed, in_use, kept, new_layer, observe, prompt, random_mass, row, step, stepping
+from support.matrix import EVICTING, sharp_llama
+from support.matrix import prompt as text
 
 LIMIT = torch.finfo(torch.float32).max
 
@@ -254,11 +254,10 @@ class TestSelection:
         recent = policy.quota(9, 0, 1).recent
         before = {(b, h): set(kept(layer, b, h)) for b in range(2) for h in range(2)}
         for seen in range(10, 25):
-            layer.settle()
-            feed(layer, 1, batch=2, kv_heads=2, seed=seen)
-            if isinstance(policy.observes, Mass):
-                layer.add_mass(random_mass(2, 2, layer.length, seed=seen))
-            layer.evict_step()
+            mass = (
+                (lambda shape, seed=seen: random_mass(*shape, seed=seed)) if isinstance(policy.observes, Mass) else None
+            )
+            step(layer, mass, batch=2, kv_heads=2, seed=seen)
             for place, held in before.items():
                 now = set(kept(layer, *place))
                 assert len(now) == 5 and now <= held | {seen - 1}
@@ -320,7 +319,7 @@ class TestSelection:
         stored = {}
 
         def remember(before):
-            for slot, at in enumerate(layer.positions[0, 0, : layer.length].tolist()):
+            for slot, at in enumerate(in_use(layer)[0, 0].tolist()):
                 if at >= before:
                     stored[at] = layer.keys[0, 0, slot].clone(), layer.values[0, 0, slot].clone()
 
@@ -330,9 +329,9 @@ class TestSelection:
             observe(layer, torch.randn(1, 2, 9, 4, generator=torch.Generator().manual_seed(0)), tokens)
         layer.close_prompt(tokens)
         for seen in range(9, 20):
-            feed(layer, 1, seed=seen)
-            remember(seen)
-            layer.evict_step()
+            key, value = torch.randn(2, 1, 1, 1, 4, generator=torch.Generator().manual_seed(seen))
+            with stepping(layer, key, value, plain_tokens(1, 1, [seen], layer.texts.seen_tensor, "cpu")):
+                remember(seen)
             for slot, at in enumerate(layer.positions[0, 0, : layer.length].tolist()):
                 if at >= 0:
                     assert torch.equal(layer.keys[0, 0, slot], stored[at][0])
@@ -359,8 +358,8 @@ class TestSelection:
             tokens = masked_tokens(
                 torch.ones(3, 1, dtype=torch.bool), layer.texts.seen, layer.texts.seen_tensor, prompt=False
             )
-            layer.append(*torch.randn(2, 3, 1, 1, 4, generator=generator), tokens)
-            layer.evict_step()
+            with stepping(layer, *torch.randn(2, 3, 1, 1, 4, generator=generator), tokens):
+                pass
             for b, length in enumerate(lengths):
                 assert len(kept(layer, b)) == length // 2 and kept(layer, b)[-1] == length + step_index
 
@@ -379,8 +378,8 @@ class TestSelection:
             tokens = masked_tokens(
                 torch.ones(2, 1, dtype=torch.bool), layer.texts.seen, layer.texts.seen_tensor, prompt=False
             )
-            layer.append(*torch.randn(2, 2, 1, 1, 4, generator=generator), tokens)
-            layer.evict_step()
+            with stepping(layer, *torch.randn(2, 2, 1, 1, 4, generator=generator), tokens):
+                pass
 
     def test_share_per_layer_and_prompt(self):
         """A share is of the tokens seen when the latest prompt pass ended; steps do not change it."""

@@ -10,9 +10,9 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.policies import PyramidKV, SnapKV
 from kvpress.policy import Entries, Quota, Window
-from layers import random_mass
-from matrix import kept, prompt, sharp_llama
-from refusals import refused
+from support.layers import random_mass
+from support.matrix import kept, prompt, sharp_llama
+from support.refusals import refused
 
 
 def totals(policy, tokens, layers):

@@ -10,9 +10,9 @@ from kvpress.compat import CACHE
 from kvpress.kernels.page_bounds import page_bounds
 from kvpress.policies import Quest, SnapKV
 from kvpress.registry import make_policies
-from matrix import prompt, sharp_llama
-from oracles import selecting
-from reads import check_oracle, dense, run, watch
+from oracles import quest
+from support.matrix import prompt, sharp_llama
+from support.reads import check_oracle, dense, run, watch
 
 PASSES = [prompt(26), *([token] for token in prompt(7, 1)), prompt(5, 2), *([token] for token in prompt(4, 3))]
 STEPS = [*range(26, 33), *range(38, 42)]
@@ -38,7 +38,7 @@ def model():
 def test_reads_and_logits_are_the_oracles(model, fields, monkeypatch):
     log = watch(monkeypatch, Quest)
     logits, _, _ = run(model, Quest(**fields), PASSES)
-    check_oracle(selecting.Pages(model, selecting.Quest(**fields)), PASSES, logits, log)
+    check_oracle(quest.Pages(model, quest.Quest(**fields)), PASSES, logits, log)
     assert {at for at, _ in log} == set(STEPS)
 
 

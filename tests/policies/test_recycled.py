@@ -9,9 +9,9 @@ from kvpress.compat import CACHE
 from kvpress.policies import RecycledAttention, SnapKV
 from kvpress.policy import Selected, View
 from kvpress.registry import make_policies
-from matrix import prompt, sharp_llama
-from oracles import selecting
-from reads import check_oracle, dense, positions_read, run, watch
+from oracles import recycled
+from support.matrix import prompt, sharp_llama
+from support.reads import check_oracle, dense, positions_read, run, watch
 
 PASSES = [prompt(24), *([token] for token in prompt(9, 1)), prompt(5, 2), *([token] for token in prompt(4, 3))]
 STEPS = [*range(24, 33), *range(38, 42)]
@@ -27,13 +27,31 @@ class Layer:
 
     def __init__(self, policy, count, heads=1, kv_heads=1):
         self.policy, self.count, self.heads, self.kv_heads, self.state = policy, count, heads, kv_heads, {}
+        self.steps = 0  # since the prompt
 
     def view(self, query):
         query = torch.tensor([1.0, 0.0] if query is None else query).expand(1, self.heads, 1, -1)
         positions = torch.arange(self.count, dtype=torch.int32).expand(1, self.kv_heads, -1)
         keys = torch.zeros(1, self.kv_heads, self.count, 2)
         seen = torch.tensor([self.count])
-        return View(0, 1, query, keys, positions, None, seen, 1.0, None, None, self.state, {}, slice(None))
+        return View(
+            layer=0,
+            layers=1,
+            query=query,
+            positions=positions,
+            valid=None,
+            seen=seen,
+            scale=1.0,
+            softcap=None,
+            turn=None,
+            state=self.state,
+            shared={},
+            fetch=lambda: keys,
+            length=self.count,
+            newest=self.count - 1,
+            places=self.count,
+            phase=self.policy.phase(self.steps),
+        )
 
     def prompt(self, *weights, query=None):
         self.policy.after_read(self.view(query), Selected(), torch.tensor([weights]))
@@ -42,6 +60,7 @@ class Layer:
     def step(self, weights, query=None):
         """A step that gives the positions these weights; what it reads, per kv head."""
         self.count += 1
+        self.steps += 1
         view = self.view(query)
         selected = self.policy.select(view)
         read = positions_read(view, selected)
@@ -116,7 +135,7 @@ SETTINGS = [
 def test_reads_and_logits_are_the_oracles(model, fields, monkeypatch):
     log = watch(monkeypatch, RecycledAttention)
     logits, _, _ = run(model, RecycledAttention(**fields), PASSES)
-    check_oracle(selecting.Recycling(model, selecting.RecycledAttention(**fields)), PASSES, logits, log)
+    check_oracle(recycled.Recycling(model, recycled.RecycledAttention(**fields)), PASSES, logits, log)
     assert {at for at, _ in log} == set(STEPS)
 
 

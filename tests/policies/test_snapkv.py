@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from brute import attend
 from kvpress.policies import SnapKV
 from kvpress.policy import Entries, Quota
-from layers import HEAD_DIM, counted, feed, kept, new_layer, observe, row, step
+from support.brute import attend
+from support.layers import HEAD_DIM, counted, feed, kept, new_layer, observe, row, step
 
 
 def score(policy, mass, candidates):

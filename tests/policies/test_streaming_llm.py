@@ -4,7 +4,7 @@ import pytest
 
 from kvpress.policies import StreamingLLM
 from kvpress.policy import Own, Quota, Sinks
-from layers import feed, kept, new_layer, prompt, step
+from support.layers import feed, kept, new_layer, prompt, step
 
 
 def test_spec_s2_r3_n7():

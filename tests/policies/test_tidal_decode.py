@@ -6,11 +6,13 @@ import torch
 import kvpress
 from kvpress import PolicyError
 from kvpress.compat import CACHE
+from kvpress.kernels.decode_attention import decode_attention
 from kvpress.policies import Full, TidalDecode
 from kvpress.registry import make_policies
-from matrix import prompt, sharp_llama
-from oracles import selecting
-from reads import check_oracle, dense, run, watch
+from oracles import tidal_decode
+from support.matrix import prompt, sharp_llama
+from support.reads import check_oracle, dense, run, watch
+from support.spies import replace_decode_attention
 
 LAYERS = 7
 PASSES = [prompt(24), *([token] for token in prompt(6, 1)), prompt(5, 2), *([token] for token in prompt(3, 3))]
@@ -40,7 +42,7 @@ SETTINGS = [
 def test_reads_and_logits_are_the_oracles(model, fields, monkeypatch):
     log = watch(monkeypatch, TidalDecode)
     logits, _, _ = run(model, TidalDecode(**fields), PASSES)
-    check_oracle(selecting.Tidal(model, selecting.TidalDecode(**fields)), PASSES, logits, log)
+    check_oracle(tidal_decode.Tidal(model, tidal_decode.TidalDecode(**fields)), PASSES, logits, log)
     assert {at for at, _ in log} == set(STEPS if "correct_every" not in fields else (24, 25, 27, 28, 35, 36))
 
 
@@ -99,16 +101,14 @@ def test_heads_of_a_group_have_their_own_sets(model, monkeypatch):
 
 def test_d5_what_comes_before_the_first_sparse_layer_is_dense(model, exact, monkeypatch):
     """K and V of layers up to l0 + 1 and attention outputs up to l0, at every step; the next ones are not."""
-    import kvpress.attention as attention
-
-    start, original, outputs = 2, attention.decode_attention, {}
+    start, original, outputs = 2, decode_attention, {}
 
     def spy(*args, **options):
         result = original(*args, **options)
         outputs.setdefault(policy_name[0], []).append(result[0].clone())
         return result
 
-    monkeypatch.setattr(attention, "decode_attention", spy)
+    replace_decode_attention(monkeypatch, spy)
     policy_name = ["full"]
     run(model, Full(), PASSES)
     policy_name[0] = "tidal"
@@ -133,17 +133,17 @@ def test_d5_what_comes_before_the_first_sparse_layer_is_dense(model, exact, monk
 
 
 def test_d6_a_sparse_layer_is_dense_attention_with_the_rest_masked(model, monkeypatch):
-    import kvpress.attention as attention
+    from kvpress import step
 
-    seen, original = [], attention._read_selected
+    seen, original = [], step._attend_selected
 
     def spy(layer, view, scores, observed=False):
-        keys, values = (x.clone() for x in layer.used())
+        keys, values = (x.clone() for x in layer.storage.read(stop=layer.step.stop))
         result = original(layer, view, scores, observed)
         seen.append((int(view.seen[0]) - 1, view.layer, view.query.clone(), keys, values, result[0].clone()))
         return result
 
-    monkeypatch.setattr(attention, "_read_selected", spy)
+    monkeypatch.setattr(step, "_attend_selected", spy)
     log = watch(monkeypatch, TidalDecode)
     run(model, TidalDecode(k=4, sparse_layer_start=1, correction_layer=4), PASSES)
     sparse = 0
@@ -160,9 +160,7 @@ def test_d6_a_sparse_layer_is_dense_attention_with_the_rest_masked(model, monkey
 
 def test_sparse_layers_do_not_touch_other_keys(model, monkeypatch):
     """With the keys and values that a sparse layer did not select replaced by NaN, its output is the same."""
-    import kvpress.attention as attention
-
-    original, poisoned = attention.decode_attention, []
+    original, poisoned = decode_attention, []
 
     def spy(query, key, value, valid=None, index=None, **options):
         if index is not None:
@@ -172,7 +170,7 @@ def test_sparse_layers_do_not_touch_other_keys(model, monkeypatch):
         return original(query, key, value, valid, index=index, **options)
 
     expected, _, _ = run(model, TidalDecode(k=3), PASSES)
-    monkeypatch.setattr(attention, "decode_attention", spy)
+    replace_decode_attention(monkeypatch, spy)
     found, _, _ = run(model, TidalDecode(k=3), PASSES)
     assert len(poisoned) == (LAYERS - 4) * len(STEPS) and min(poisoned) > 0
     for a, b in zip(found, expected, strict=True):

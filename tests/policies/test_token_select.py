@@ -8,8 +8,8 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
-import kvpress.attention as attention
-import reads
+from kvpress import prompt as prompt_pass
+from kvpress import reindex, step
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.kernels.rope_shift import rope_shift
@@ -18,8 +18,9 @@ from kvpress.policies import H2O, Full, TokenSelect
 from kvpress.policies import token_select as module
 from kvpress.policy import Consecutive, Roles, Selected, View
 from kvpress.rotary import Rotary
-from matrix import CASES, prompt, sharp_llama
 from oracles.token_select import TokenSelect as Rules
+from support import reads
+from support.matrix import CASES, prompt, sharp_llama
 
 SMALL: dict[str, Any] = {"n_init": 2, "n_local": 5, "k": 4, "chunk": 4}
 ROOM = 11
@@ -41,7 +42,7 @@ def view(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor | None
         "layer": 0,
         "layers": 1,
         "query": query,
-        "keys": keys,
+        "fetch": lambda: keys,
         "positions": places[:, None].expand(batch, kv_heads, slots).to(torch.int32),
         "valid": valid,
         "seen": (places.amax(1) + 1).to(torch.int32),
@@ -50,7 +51,9 @@ def view(query: torch.Tensor, keys: torch.Tensor, positions: torch.Tensor | None
         "turn": lambda x, shift: rope_shift(x, shift, torch.tensor([1.0, 0.3, 0.1, 0.01])),
         "state": {},
         "shared": {},
-        "rows": slice(None),
+        "length": slots,
+        "newest": slots - 1,
+        "places": slots,
     }
     return View(**{**options, **fields})
 
@@ -282,7 +285,7 @@ def test_t7_permuted_slots_of_a_running_cache(model: Any) -> None:
         for layer in cache.layers:
             for tensor in (layer.keys, layer.values, layer.positions):
                 tensor[:, :, :26] = tensor[:, :, :26][:, :, order]
-            layer.uniform = layer.ordered = False
+            layer.storage.uniform = layer.storage.ordered = False
         found = [model(torch.tensor([ids]), **{CACHE: cache}).logits[0] for ids in then]
     for a, b in zip(found, expected[2:], strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -295,7 +298,7 @@ def test_t6_places_never_exceed_the_room(model: Any, monkeypatch: pytest.MonkeyP
     """T6: keys are attended at 0 .. m-1 and the query at the last of these, however long the text."""
     places: list[list[int]] = []
     inside = [False]
-    original_turned, original_rotated = attention._turned, attention.rotated
+    original_turned, original_rotated = reindex.turned, reindex.rotated
 
     def turned(*args: Any) -> Any:
         inside[0] = True
@@ -309,8 +312,9 @@ def test_t6_places_never_exceed_the_room(model: Any, monkeypatch: pytest.MonkeyP
             places.append(positions.flatten().tolist())
         return original_rotated(x, positions, rotary)
 
-    monkeypatch.setattr(attention, "_turned", turned)
-    monkeypatch.setattr(attention, "rotated", rotated)
+    for caller in (prompt_pass, step):
+        monkeypatch.setattr(caller, "turned", turned)
+    monkeypatch.setattr(reindex, "rotated", rotated)
     for length in (30, 90):
         places.clear()
         run(model, TokenSelect(**SMALL), [prompt(length), [5], [6]])
@@ -339,7 +343,7 @@ def test_a_far_query_is_moved_exactly() -> None:
     seen = torch.tensor([1_000_003, 700_001])
     places = seen[:, None, None] - 3 + torch.arange(3)
     rotated = rope_shift(query, places, rotary.inv_freq)
-    torch.testing.assert_close(attention._unrotated(layer, rotated, seen), query, atol=2e-6, rtol=0)
+    torch.testing.assert_close(reindex.unrotated(layer, rotated, seen), query, atol=2e-6, rtol=0)
 
 
 def test_bfloat16_is_near_float32(model: Any) -> None:

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from brute import attend
 from kvpress.policies import TOVA
 from kvpress.policy import Quota
-from layers import attended, kept, prompt, rows_that_give, step
-from refusals import refused
+from support.brute import attend
+from support.layers import attended, kept, prompt, rows_that_give, step
+from support.refusals import refused
 
 MASS = torch.tensor([[[0.5, 0.1, 0.3, 0.1], [0.0, 0.6, 0.1, 0.3]]])  # sums to [.5, .7, .4, .4] over the heads
 

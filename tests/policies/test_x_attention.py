@@ -11,10 +11,9 @@ from kvpress import PolicyError
 from kvpress.policies import A2SF, H2O, AdaKV, Full, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect, XAttention
 from kvpress.policies.x_attention import best_blocks, block_mass
 from kvpress.registry import make_policies
-from matrix import kept, prompt, sharp_llama
-from oracles import policies as evicting
-from oracles import x_attention
-from reads import run
+from oracles import h2o, snapkv, streaming_llm, x_attention
+from support.matrix import kept, prompt, sharp_llama
+from support.reads import run
 
 SMALL: dict[str, Any] = {"stride": 2, "threshold": 0.5, "block_size": 4}
 PASSES = [prompt(26), *([token] for token in prompt(5, 1)), prompt(13, 2), *([token] for token in prompt(3, 3))]
@@ -192,11 +191,11 @@ def test_chunks(model, cuts):
     ("evicts", "over"),
     [
         (None, None),
-        (SnapKV(budget=14, window=4, kernel_size=3), evicting.SnapKV(budget=14, window=4, kernel_size=3)),
-        (H2O(heavy=8, recent=6), evicting.H2O(heavy=8, recent=6)),
+        (SnapKV(budget=14, window=4, kernel_size=3), snapkv.SnapKV(budget=14, window=4, kernel_size=3)),
+        (H2O(heavy=8, recent=6), h2o.H2O(heavy=8, recent=6)),
         (
             StreamingLLM(sink=2, recent=12, rope="original"),
-            evicting.StreamingLLM(sink=2, recent=12, rope="original"),
+            streaming_llm.StreamingLLM(sink=2, recent=12, rope="original"),
         ),
     ],
     ids=str,

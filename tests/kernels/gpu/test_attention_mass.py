@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from accelerator import DEVICE, DTYPES
-from brute import attend
 from kvpress.kernels.attention_mass import Perturbation, attention_mass, attention_mass_reference
 from kvpress.kernels.gpu import attention_mass as gpu
+from support.accelerator import DEVICE, DTYPES
+from support.brute import attend
 
 BATCH, KV_HEADS = 2, 2
 NOISE = {

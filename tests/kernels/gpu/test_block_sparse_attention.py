@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from accelerator import DEVICE, DTYPES
 from kvpress.kernels.block_sparse_attention import (
     block_sparse_attention,
     block_sparse_attention_reference,
     listed_keys,
 )
 from kvpress.kernels.gpu import block_sparse_attention as gpu
+from support.accelerator import DEVICE, DTYPES
 
 BATCH, KV_HEADS = 2, 2
 FORMS = [("blocks",), ("columns",), ("diagonals",), ("columns", "diagonals"), ("blocks", "columns", "diagonals")]

@@ -9,7 +9,7 @@ from itertools import product
 import pytest
 import torch
 
-import gpu_launches as launches
+from support import gpu_launches as launches
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch.utils._pytree import tree_map
 
-from accelerator import DEVICE, DTYPES
-from attention_inputs import BATCH, KV_HEADS
-from attention_inputs import step_inputs as inputs
-from brute import attend, eager
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
 from kvpress.kernels.gpu import decode_attention as gpu
+from support.accelerator import DEVICE, DTYPES
+from support.attention_inputs import BATCH, KV_HEADS
+from support.attention_inputs import step_inputs as inputs
+from support.brute import attend, eager
 
 # NumPy, in the interpreter, says so where a logarithm of zero or an overflow to infinity is what is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")

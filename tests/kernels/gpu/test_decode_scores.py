@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from accelerator import DEVICE, DTYPES
 from kvpress.kernels.decode_scores import decode_scores, decode_scores_reference
 from kvpress.kernels.gpu import decode_attention as launch
 from kvpress.kernels.gpu import decode_scores as gpu
 from kvpress.kernels.page_bounds import page_bounds
 from kvpress.kernels.page_scores import page_scores, page_scores_reference
 from kvpress.kernels.soft_vote import soft_vote, soft_vote_reference
+from support.accelerator import DEVICE, DTYPES
 
 # NumPy, in the interpreter, says so where a logarithm of zero is what is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")

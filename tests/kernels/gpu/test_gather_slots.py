@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from accelerator import DEVICE
 from kvpress.kernels.compact_slots import compact_slots, compact_slots_reference
 from kvpress.kernels.gather_slots import gather_slots
+from support.accelerator import DEVICE
 
 BATCH, KV_HEADS = 2, 3
 # The kernel moves integers, so bfloat16 is right in the interpreter too.

@@ -5,13 +5,13 @@ import json
 import pytest
 import torch
 
-from accelerator import DEVICE
 from kvpress.kernels import launch_shapes
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gpu import topk_select as topk_module
 from kvpress.kernels.topk_select import topk_select
+from support.accelerator import DEVICE
 
 SHAPES = {
     "decode_attention 16x16x4": {"block_n": 16, "num_warps": 2, "num_stages": 2},

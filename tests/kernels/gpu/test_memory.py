@@ -2,9 +2,9 @@
 
 import pytest
 
-from accelerator import DEVICE
-from kernel_calls import LINEAR, Largest, qkv
 from kvpress.kernels.gpu import topk_select as topk_module
+from support.accelerator import DEVICE
+from support.kernel_calls import LINEAR, Largest, qkv
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero")
 

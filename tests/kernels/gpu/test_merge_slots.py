@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from accelerator import DEVICE
 from kvpress.kernels.gpu import merge_slots as gpu
 from kvpress.kernels.merge_slots import merge_slots, merge_slots_reference
+from support.accelerator import DEVICE
 
 BATCH, KV_HEADS = 2, 3
 VALUE_NORMS = pytest.mark.parametrize("value_norms", [False, True], ids=["mean-values", "value-norms"])

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
-import gpu_launches as launches
+from support import gpu_launches as launches
 
 HEAD_DIM = 80
 ENTRIES = {"chunk", "per_split"}

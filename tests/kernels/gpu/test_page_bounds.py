@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from accelerator import DEVICE
 from kvpress.kernels.gpu import page_bounds as gpu
 from kvpress.kernels.page_bounds import add_to_page_bounds, page_bounds, page_bounds_reference
+from support.accelerator import DEVICE
 
 BATCH, KV_HEADS = 2, 3
 # Numbers are compared and copied, never rounded, so that bfloat16 is right in the interpreter too.

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from accelerator import DEVICE, DTYPES
-from brute import attend, eager
 from kvpress.kernels.gpu import paged_attention as gpu
 from kvpress.kernels.paged_attention import paged_attention, paged_attention_reference
+from support.accelerator import DEVICE, DTYPES
+from support.brute import attend, eager
 
 # NumPy, in the interpreter, says so where a logarithm of zero or an overflow to infinity is what is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import accelerator
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.kernels import backend
@@ -23,7 +22,8 @@ from kvpress.policies import (
     TidalDecode,
     TokenSelect,
 )
-from models import tiny_llama, token_ids
+from support import accelerator
+from support.models import tiny_llama, token_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from accelerator import DEVICE, DTYPES
 from kvpress.kernels.rope_shift import rope_shift
+from support.accelerator import DEVICE, DTYPES
 
 BATCH, HEADS = 2, 3
 LAYOUTS = pytest.mark.parametrize("interleaved", [False, True], ids=["halves", "interleaved"])

@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from accelerator import DEVICE
 from kvpress.kernels.gpu import topk_select as gpu
 from kvpress.kernels.topk_select import topk_select
+from support.accelerator import DEVICE
 
 NAN, INF = float("nan"), float("inf")
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from accelerator import DEVICE
 from kvpress.kernels.gpu import union_select as gpu
 from kvpress.kernels.union_select import union_select, union_select_reference
+from support.accelerator import DEVICE
 
 
 def check(reads, kv_heads):

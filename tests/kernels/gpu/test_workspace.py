@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
-import gpu_launches as launches
 from kvpress.kernels.gpu import topk_select as topk
+from support import gpu_launches as launches
 
 N, HEADS, KV_HEADS, HEAD_DIM = 131072, 32, 8, 128
 SPLITS = 33  # two waves of programs on 132 multiprocessors

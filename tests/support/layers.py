@@ -1,6 +1,7 @@
 """Run a policy on one cache layer, without a model: random keys and values, attention mass as given."""
 
 import math
+from contextlib import contextmanager
 
 import torch
 
@@ -31,7 +32,7 @@ def counted(layer):
 
 
 def feed(layer, count, mass=None, batch=1, kv_heads=1, seed=0):
-    """Append a pass of `count` tokens to the layer and observe `mass` [batch, kv_heads, entries held]."""
+    """Append a prompt pass of `count` tokens to the layer and observe `mass` [batch, kv_heads, entries held]."""
     generator = torch.Generator().manual_seed(seed)
     keys, values = torch.randn(2, batch, kv_heads, count, HEAD_DIM, generator=generator)
     tokens = plain_tokens(batch, count, layer.texts.seen, layer.texts.seen_tensor, "cpu")
@@ -48,14 +49,33 @@ def prompt(policy, count, mass=None, layer=None, **shape):
     return layer
 
 
-def step(layer, mass=None, **shape):
-    """A decode step; `mass` maps positions to what each entry gets in it, the same in all heads."""
+@contextmanager
+def stepping(layer, key, value, tokens):
+    """A decode step of key and value [batch, kv_heads, 1, head_dim]: in the block they are stored, and evicted after it."""
     layer.settle()
-    feed(layer, 1, **shape)
-    if mass is not None:
-        held = layer.positions[:, :, : layer.length]
-        layer.add_mass(torch.tensor([mass.get(at, 0.0) for at in held.flatten().tolist()]).view(held.shape))
-    layer.evict_step()
+    layer.open_step(tokens)
+    layer.write(key, value, tokens)
+    yield
+    layer.evict_step(tokens)
+    layer.close_step(tokens)
+    layer.texts.advance(1, tokens.seen, tokens.seen_tensor)
+
+
+def in_use(layer):
+    """Positions of the slots in use, that of a step in progress included."""
+    return layer.positions[:, :, : layer.length if layer.step is None else layer.step.stop]
+
+
+def step(layer, mass=None, batch=1, kv_heads=1, seed=0):
+    """A decode step; `mass` maps positions to what each entry gets in it, the same in all heads, or says it for each slot."""
+    key, value = torch.randn(2, batch, kv_heads, 1, HEAD_DIM, generator=torch.Generator().manual_seed(seed))
+    tokens = plain_tokens(batch, 1, layer.texts.seen, layer.texts.seen_tensor, "cpu")
+    with stepping(layer, key, value, tokens):
+        if isinstance(mass, dict):
+            held = in_use(layer)
+            layer.add_mass(torch.tensor([mass.get(at, 0.0) for at in held.flatten().tolist()]).view(held.shape))
+        elif mass is not None:
+            layer.add_mass(mass(in_use(layer).shape))
 
 
 def attended(policy, query, key, passes):
@@ -69,12 +89,10 @@ def attended(policy, query, key, passes):
         rows, decode, past = slice(seen, seen + count), seen > 0 and count == 1, layer.length
         tokens = plain_tokens(key.shape[0], count, layer.texts.seen, layer.texts.seen_tensor, "cpu")
         if decode:
-            layer.settle()
-        layer.append(key[:, :, rows], key[:, :, rows], tokens)
-        if decode:
-            layer.observe_step(query[:, :, rows], tokens, layer.scores, None, mass=None)
-            layer.evict_step()
+            with stepping(layer, key[:, :, rows], key[:, :, rows], tokens):
+                layer.observe_step(query[:, :, rows], tokens, layer.scores, layer.steps, None, mass=None)
         else:
+            layer.append(key[:, :, rows], key[:, :, rows], tokens)
             observe(layer, query[:, :, rows], tokens, past)
             layer.close_prompt(tokens)
         seen += count

@@ -31,10 +31,9 @@ from kvpress.policies import (
     XAttention,
 )
 from kvpress.policy import EvictionPolicy, Policy
-from models import VOCAB, tiny_llama
-from oracles import accumulated, ada_kv, ems, keyformer, keys, selecting, token_select, x_attention
-from oracles import policies as oracle
-from oracles.llama import Oracle
+from oracles import oracle_of
+from oracles.common.llama import Oracle
+from support.models import VOCAB, tiny_llama
 
 
 @dataclass(frozen=True)
@@ -50,34 +49,33 @@ class Case:
         return self.policy.describe().replace(" ", "")
 
 
-def both(product: type[Policy], reference: type, roomy: dict[str, Any], **fields: Any) -> Case:
-    return Case(product(**fields), reference(**fields), product(**roomy))
+def both(policy: type[Policy], roomy: dict[str, Any], **fields: Any) -> Case:
+    """A policy with `fields`, as it is and as its oracle, and the same class with `roomy`."""
+    return Case(policy(**fields), oracle_of(policy)(**fields), policy(**roomy))
 
 
-def shared(product: type[EvictionPolicy], reference: type, inner: dict[str, Any], **fields: Any) -> Case:
+def shared(policy: type[EvictionPolicy], inner: dict[str, Any], **fields: Any) -> Case:
     """Ada-KV over a policy with the fields `inner`."""
-    roomy = AdaKV(product(**{**inner, "budget": 500, "evict": "each_pass"}), **fields)
-    return Case(AdaKV(product(**inner), **fields), ada_kv.AdaKV(reference(**inner), **fields), roomy)
+    roomy = AdaKV(policy(**{**inner, "budget": 500, "evict": "each_pass"}), **fields)
+    return Case(AdaKV(policy(**inner), **fields), oracle_of(AdaKV)(oracle_of(policy)(**inner), **fields), roomy)
 
 
 CASES = [
-    Case(Full(), oracle.Full(), Full()),
-    both(StreamingLLM, oracle.StreamingLLM, {"recent": 500}, sink=2, recent=6),
-    both(StreamingLLM, oracle.StreamingLLM, {"budget": 500, "rope": "original"}, budget=0.4, rope="original"),
+    both(Full, {}),
+    both(StreamingLLM, {"recent": 500}, sink=2, recent=6),
+    both(StreamingLLM, {"budget": 500, "rope": "original"}, budget=0.4, rope="original"),
     both(
         StreamingLLM,
-        oracle.StreamingLLM,
         {"recent": 500, "evict": "after_prompt"},
         budget=0.3,
         evict="after_prompt",
     ),
-    both(H2O, oracle.H2O, {"budget": 500}, budget=0.4),
-    both(H2O, oracle.H2O, {"heavy": 300, "recent": 300}, heavy=3, recent=5),
-    both(H2O, oracle.H2O, {"budget": 500, "evict": "after_prompt"}, budget=0.3, evict="after_prompt"),
-    both(SnapKV, oracle.SnapKV, {"budget": 500}, budget=0.5, window=4, kernel_size=3),
+    both(H2O, {"budget": 500}, budget=0.4),
+    both(H2O, {"heavy": 300, "recent": 300}, heavy=3, recent=5),
+    both(H2O, {"budget": 500, "evict": "after_prompt"}, budget=0.3, evict="after_prompt"),
+    both(SnapKV, {"budget": 500}, budget=0.5, window=4, kernel_size=3),
     both(
         SnapKV,
-        oracle.SnapKV,
         {"budget": 500, "pooling": "max"},
         budget=12,
         window=5,
@@ -86,44 +84,39 @@ CASES = [
     ),
     both(
         SnapKV,
-        oracle.SnapKV,
         {"budget": 500, "evict": "after_prompt"},
         budget=0.5,
         window=4,
         kernel_size=1,
         evict="after_prompt",
     ),
-    both(H2O, oracle.H2O, {"budget": 500, "rope": "reindex"}, budget=0.4, rope="reindex"),
+    both(H2O, {"budget": 500, "rope": "reindex"}, budget=0.4, rope="reindex"),
     both(
         H2O,
-        oracle.H2O,
         {"budget": 500, "rope": "reindex", "evict": "after_prompt"},
         heavy=4,
         recent=2,
         rope="reindex",
         evict="after_prompt",
     ),
-    both(H2OPrefill, accumulated.H2OPrefill, {"budget": 500}, budget=0.5, recent=3),
+    both(H2OPrefill, {"budget": 500}, budget=0.5, recent=3),
     both(
         H2OPrefill,
-        accumulated.H2OPrefill,
         {"budget": 500, "evict": "after_prompt"},
         budget=9,
         recent=4,
         evict="after_prompt",
     ),
-    both(ObservedAttention, accumulated.ObservedAttention, {"budget": 500}, budget=0.4),
+    both(ObservedAttention, {"budget": 500}, budget=0.4),
     both(
         ObservedAttention,
-        accumulated.ObservedAttention,
         {"budget": 500, "evict": "after_prompt"},
         budget=7,
         evict="after_prompt",
     ),
-    both(A2SF, accumulated.A2SF, {"budget": 500, "alpha": 0.3}, budget=0.4, alpha=0.3),
+    both(A2SF, {"budget": 500, "alpha": 0.3}, budget=0.4, alpha=0.3),
     both(
         A2SF,
-        accumulated.A2SF,
         {"budget": 500, "alpha": 0.95, "recent": 3, "evict": "after_prompt"},
         budget=8,
         alpha=0.95,
@@ -132,7 +125,6 @@ CASES = [
     ),
     both(
         A2SF,
-        accumulated.A2SF,
         {"budget": 500, "alpha": 0.5, "evict": "each_row"},
         budget=7,
         alpha=0.5,
@@ -140,52 +132,47 @@ CASES = [
     ),
     both(
         A2SF,
-        accumulated.A2SF,
         {"budget": 500, "alpha": 0.0, "evict": "each_row"},
         budget=0.4,
         alpha=0.0,
         recent=0.1,
         evict="each_row",
     ),
-    both(A2SFPrefill, accumulated.A2SFPrefill, {"budget": 500}, budget=0.5, alpha=0.9, recent=3),
+    both(A2SFPrefill, {"budget": 500}, budget=0.5, alpha=0.9, recent=3),
     both(
         A2SFPrefill,
-        accumulated.A2SFPrefill,
         {"budget": 500, "evict": "after_prompt"},
         budget=9,
         alpha=0.6,
         recent=2,
         evict="after_prompt",
     ),
-    both(TOVA, accumulated.TOVA, {"budget": 500}, budget=0.4),
-    both(TOVA, accumulated.TOVA, {"budget": 500, "evict": "after_prompt"}, budget=6, recent=1, evict="after_prompt"),
-    both(PyramidKV, accumulated.PyramidKV, {"budget": 500}, budget=9, window=3, kernel_size=3, beta=4),
-    both(PyramidKV, accumulated.PyramidKV, {"budget": 500}, budget=0.3, window=2, kernel_size=5, pooling="avg"),
+    both(TOVA, {"budget": 500}, budget=0.4),
+    both(TOVA, {"budget": 500, "evict": "after_prompt"}, budget=6, recent=1, evict="after_prompt"),
+    both(PyramidKV, {"budget": 500}, budget=9, window=3, kernel_size=3, beta=4),
+    both(PyramidKV, {"budget": 500}, budget=0.3, window=2, kernel_size=5, pooling="avg"),
     both(
         PyramidKV,
-        accumulated.PyramidKV,
         {"budget": 500, "evict": "after_prompt"},
         budget=0.4,
         window=3,
         kernel_size=1,
         evict="after_prompt",
     ),
-    shared(SnapKV, oracle.SnapKV, {"budget": 12, "window": 4, "kernel_size": 3}),
-    shared(SnapKV, oracle.SnapKV, {"budget": 0.5, "window": 3, "kernel_size": 1, "evict": "after_prompt"}, alpha=0.5),
+    shared(SnapKV, {"budget": 12, "window": 4, "kernel_size": 3}),
+    shared(SnapKV, {"budget": 0.5, "window": 3, "kernel_size": 1, "evict": "after_prompt"}, alpha=0.5),
     shared(
         PyramidKV,
-        accumulated.PyramidKV,
         {"budget": 9, "window": 3, "kernel_size": 3, "beta": 4},
         alpha=0.0,
         normalize=False,
     ),
-    shared(H2OPrefill, accumulated.H2OPrefill, {"budget": 0.4, "recent": 3}, alpha=0.3),
-    shared(A2SFPrefill, accumulated.A2SFPrefill, {"budget": 9, "alpha": 0.9, "recent": 2}, normalize=False),
-    shared(ObservedAttention, accumulated.ObservedAttention, {"budget": 7}),
-    both(TokenSelect, token_select.TokenSelect, {"k": 500}, n_init=2, n_local=5, k=4, chunk=4, theta=0.3),
+    shared(H2OPrefill, {"budget": 0.4, "recent": 3}, alpha=0.3),
+    shared(A2SFPrefill, {"budget": 9, "alpha": 0.9, "recent": 2}, normalize=False),
+    shared(ObservedAttention, {"budget": 7}),
+    both(TokenSelect, {"k": 500}, n_init=2, n_local=5, k=4, chunk=4, theta=0.3),
     both(
         TokenSelect,
-        token_select.TokenSelect,
         {"k": 500, "n_local": 3, "chunk": 3},
         n_init=1,
         n_local=3,
@@ -197,11 +184,10 @@ CASES = [
         vote_scale=0.4,
         gqa_map="mod",
     ),
-    both(TokenSelect, token_select.TokenSelect, {"n_init": 400}, n_init=3, n_local=6, k=0, chunk=6),
-    both(Keyformer, keyformer.Keyformer, {"budget": 500}, budget=0.4, new_tokens=4),
+    both(TokenSelect, {"n_init": 400}, n_init=3, n_local=6, k=0, chunk=6),
+    both(Keyformer, {"budget": 500}, budget=0.4, new_tokens=4),
     both(
         Keyformer,
-        keyformer.Keyformer,
         {"budget": 500, "noise": "per_token"},
         budget=9,
         recent=0.2,
@@ -214,7 +200,6 @@ CASES = [
     ),
     both(
         Keyformer,
-        keyformer.Keyformer,
         {"budget": 500, "evict": "after_prompt"},
         budget=0.5,
         new_tokens=4,
@@ -222,14 +207,13 @@ CASES = [
         evict="after_prompt",
     ),
     # In entries: of two keys neither is less like their mean, and rounding alone would choose in a prompt of two tokens.
-    both(KeyDiff, keys.KeyDiff, {"budget": 500}, budget=5),
-    both(KeyDiff, keys.KeyDiff, {"budget": 500, "evict": "after_prompt"}, budget=7, evict="after_prompt"),
-    both(Knorm, keys.Knorm, {"budget": 500}, budget=0.3),
-    both(Knorm, keys.Knorm, {"budget": 500, "skip_layers": 1}, budget=6, skip_layers=1, evict="after_prompt"),
-    both(EMS, ems.EMS, {"budget": 500}, budget=0.4, window=3, tau=0.1, evict_every=2),
+    both(KeyDiff, {"budget": 500}, budget=5),
+    both(KeyDiff, {"budget": 500, "evict": "after_prompt"}, budget=7, evict="after_prompt"),
+    both(Knorm, {"budget": 500}, budget=0.3),
+    both(Knorm, {"budget": 500, "skip_layers": 1}, budget=6, skip_layers=1, evict="after_prompt"),
+    both(EMS, {"budget": 500}, budget=0.4, window=3, tau=0.1, evict_every=2),
     both(
         EMS,
-        ems.EMS,
         {"budget": 500, "window": 4},
         budget=9,
         window=4,
@@ -242,7 +226,6 @@ CASES = [
     ),
     both(
         EMS,
-        ems.EMS,
         {"budget": 500, "evict": "after_prompt"},
         budget=0.5,
         window=2,
@@ -252,10 +235,9 @@ CASES = [
         evict_every=4,
         evict="after_prompt",
     ),
-    both(TidalDecode, selecting.TidalDecode, {"k": 500, "sparse_layer_start": 0}, k=5, sparse_layer_start=0),
+    both(TidalDecode, {"k": 500, "sparse_layer_start": 0}, k=5, sparse_layer_start=0),
     both(
         TidalDecode,
-        selecting.TidalDecode,
         {"k": 500, "sparse_layer_start": 0, "correct_every": 2},
         k=0.3,
         sparse_layer_start=0,
@@ -263,7 +245,6 @@ CASES = [
     ),
     both(
         Quest,
-        selecting.Quest,
         {"budget": 500, "dense_layers": 0},
         budget=8,
         page_size=4,
@@ -271,16 +252,14 @@ CASES = [
     ),
     both(
         Quest,
-        selecting.Quest,
         {"budget": 500, "dense_layers": 1},
         budget=0.4,
         page_size=3,
         dense_layers=1,
     ),
-    both(RecycledAttention, selecting.RecycledAttention, {"budget": 500}, budget=6, stride=3),
+    both(RecycledAttention, {"budget": 500}, budget=6, stride=3),
     both(
         RecycledAttention,
-        selecting.RecycledAttention,
         {"budget": 500, "stride": 2},
         budget=0.3,
         stride=100,
@@ -288,14 +267,13 @@ CASES = [
     ),
     both(
         RecycledAttention,
-        selecting.RecycledAttention,
         {"budget": 500, "query_stride": 1, "similarity": 0.5},
         budget=5,
         query_stride=2,
         similarity=0.3,
     ),
-    both(XAttention, x_attention.XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
-    both(XAttention, x_attention.XAttention, {"min_len": 500}, stride=1, threshold=0.3, block_size=2, norm=0.5),
+    both(XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
+    both(XAttention, {"min_len": 500}, stride=1, threshold=0.3, block_size=2, norm=0.5),
 ]
 EVICTING = [case for case in CASES if "eviction" in case.policy.roles]
 

@@ -2,8 +2,8 @@
 
 import yaml
 
-from demo.tiny import save_tiny_model
 from kvpress.evals.config import make_plan
+from support.tiny_saved import save_tiny_model
 
 TASK = {"name": "needle", "lengths": [400], "depths": [0.2, 0.8]}
 

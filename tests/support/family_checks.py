@@ -11,7 +11,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.policies import H2O, Full, StreamingLLM, TokenSelect
-from tiny_families import tiny_family
+from support.tiny_families import tiny_family
 
 ROOMY = {
     "exact": [Full()],

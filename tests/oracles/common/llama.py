@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 import torch
 
-from oracles.policies import rope_positions
-
 
 @dataclass
 class Entry:
@@ -49,6 +47,11 @@ def rotate(vector, position, theta):
     angle = position * theta ** (-torch.arange(half, dtype=torch.float64) / half)
     first, second = vector[:half], vector[half:]
     return torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()])
+
+
+def rope_positions(positions, rope):
+    """Where entries held at `positions` are rotated: there ("original") or at 0..m-1 ("reindex")."""
+    return list(range(len(positions))) if rope == "reindex" else list(positions)
 
 
 class Oracle:

@@ -1,0 +1,216 @@
+"""A prompt pass of one layer: store the entries, attend, observe, evict. Padded sequences are attended alone."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kvpress.evict import in_position_order
+from kvpress.kernels.block_sparse_attention import block_sparse_attention
+from kvpress.kernels.decode_attention import decode_attention
+from kvpress.kernels.gather_slots import gather_both
+from kvpress.kernels.prompt_attention import prompt_attention
+from kvpress.layer import KVLayer
+from kvpress.observe import Scores
+from kvpress.passes import Pass, Tokens, one_row
+from kvpress.places import rotated
+from kvpress.policy import Pattern, View
+from kvpress.reindex import moved_query, moved_rows, turned, unrotated
+from kvpress.step import StepInputs, attend_row
+
+
+def exact_pass(query: Tensor, key: Tensor, value: Tensor, tokens: Tokens, scores: Scores) -> Tensor:
+    """Causal attention of one pass without a cache; each padded sequence alone."""
+    if tokens.columns is None:
+        return prompt_attention(query, key, value, **vars(scores))[0]
+    output = torch.zeros_like(query[..., : value.shape[-1]])
+    for row, columns in enumerate(tokens.columns):
+        only, columns = slice(row, row + 1), columns.to(query.device)
+        if len(columns):
+            row_query, row_key, row_value = (x[only, :, columns] for x in (query, key, value))
+            output[only, :, columns] = prompt_attention(row_query, row_key, row_value, **vars(scores))[0]
+    return output
+
+
+def prompt_pass(
+    layer: KVLayer, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass
+) -> Tensor:
+    """A layer's part of a prompt pass with a cache: its output, [batch, heads, count, head_dim].
+
+    Args:
+        query: [batch, heads, count, head_dim], in the layer's dtype.
+        key, value: [batch, kv_heads, count, head_dim].
+        scores: how the model scores.
+        current: the pass.
+    """
+    layer.scores = scores
+    arrived, query = query, layer.own_query(query, tokens)
+    if layer.eviction.evict == "each_row":
+        return _row_by_row(layer, tokens, query, key, value, scores, current)
+    past = layer.length
+    if layer is current.layers[0]:
+        for one in current.layers:
+            one.prepare(key, value, tokens)
+    layer.state.clear()
+    layer.append(key, value, tokens)
+    if layer.roles.plans and not current.exact:
+        output = _planned(layer, tokens, query, value, scores, current, past)
+    elif tokens.columns is None:
+        output = _attend_rows(layer, query, scores, current, past, slice(None), layer.length)
+    else:  # each padded sequence alone: nothing is computed for padding, and no mask is needed
+        output = torch.zeros_like(query[..., : value.shape[-1]])
+        for row, columns in enumerate(tokens.columns):
+            only, columns = slice(row, row + 1), columns.to(query.device)
+            if len(columns):
+                stop = past + len(columns)
+                output[only, :, columns] = _attend_rows(
+                    layer, query[only, :, columns], scores, current, past, only, stop
+                )
+    if current.record is not None:
+        current.record.append((tokens, arrived, key, value, scores))
+    layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.takes_prompt_mass)
+    return output
+
+
+def _attend_rows(
+    layer: KVLayer, query: Tensor, scores: Scores, current: Pass, past: int, only: slice, stop: int
+) -> Tensor:
+    """The rows of a prompt pass (of one sequence, or of all) over the first `stop` slots, the rows' own ones last."""
+    keys, values = layer.storage.read(only, stop)
+    valid = layer.valid(past)
+    valid = None if valid is None else valid[only]
+    moved = moved_rows(layer, query, current.tokens, past, only)
+    if layer.raw_keys:
+        positions = layer.storage.positions[only, :, :stop]
+        raw = unrotated(layer, query, positions.amax(dim=(1, 2)) + 1)
+        query, keys = turned(layer, raw, keys, positions)
+    output, mass, _ = prompt_attention(
+        query, keys, values, valid, **vars(scores), moved=moved, with_mass=layer.takes_prompt_mass
+    )
+    if mass is not None:
+        layer.add_mass(mass, only)
+    return output
+
+
+def _row_by_row(
+    layer: KVLayer, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass
+) -> Tensor:
+    """A prompt pass whose every row is attended and evicted as a decode step is."""
+    layer.set_quotas(tokens)
+    layer.start(key, value)
+    output = torch.empty_like(query[..., : value.shape[-1]])
+    before = tokens.seen_tensor - (tokens.positions >= 0).sum(1, dtype=torch.int32)
+    for row in range(tokens.count):
+        one, step = slice(row, row + 1), one_row(tokens, row, before)
+        inputs = StepInputs(step, 0, current.new_tokens)
+        layer.open_step(step)
+        layer.write(key[:, :, one], value[:, :, one], step)
+        output[:, :, one] = attend_row(layer, query[:, :, one], scores, inputs, 0, selects=False)
+        layer.close_step(step, counts=False)
+        before = step.seen_tensor
+    if layer.index == 0:
+        layer.texts.advance(tokens.count, tokens.seen, tokens.seen_tensor)
+    layer.steps = 0
+    return output
+
+
+def _planned(
+    layer: KVLayer, tokens: Tokens, query: Tensor, value: Tensor, scores: Scores, current: Pass, past: int
+) -> Tensor:
+    """A prompt pass whose rows read what the prefill policy plans, each sequence alone unless all hold as many entries."""
+    output = torch.zeros_like(query[..., : value.shape[-1]])
+    sequences: list[tuple[slice, Tensor | None, int]] = [(slice(None), None, tokens.count)]
+    if tokens.columns is not None:
+        columns = [one.to(query.device) for one in tokens.columns]
+        sequences = [(slice(row, row + 1), one, len(one)) for row, one in enumerate(columns)]
+    elif not layer.uniform:
+        sequences = [(slice(row, row + 1), None, tokens.count) for row in range(len(query))]
+    places = tokens.positions.expand(len(query), -1)
+    for only, own, count in sequences:
+        held = _in_order(layer, only, past, past + count)
+        if past and moved_query(layer, query[only, :, :1], tokens, layer.length, only) is not None:
+            held = None
+        for start in range(0, count, layer.prefill.chunk or max(1, count)):
+            chunk = slice(start, min(count, start + (layer.prefill.chunk or count)))
+            rows = chunk if own is None else own[chunk]
+            part, stop = query[only, :, rows], past + chunk.stop
+            pattern = None
+            if held is not None:
+                keys, values, positions = (x[:, :, : x.shape[2] - count + chunk.stop] for x in held)
+                seen = places[only][:, rows][:, -1].to(keys.device) + 1
+                view = _view(layer, part, keys, positions, seen, scores)
+                pattern = layer.prefill.plan(view)
+            if pattern is None:
+                output[only, :, rows] = _attend_rows(layer, part, scores, current, past + start, only, stop)
+            else:
+                output[only, :, rows] = _attend_pattern(layer, pattern, view.query, keys, values, scores)
+    return output
+
+
+def _in_order(layer: KVLayer, only: slice, past: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Keys, values and positions of what a sequence (or each of all) holds in the first `stop` slots, in position order.
+
+    None where kv heads hold different numbers of entries.
+
+    Args:
+        past: slots that were in use before the pass; what lies behind is in order.
+    """
+    held = layer.storage
+    (keys, values), positions = held.read(only, stop), held.positions[only, :, :stop]
+    if past == 0 or (held.ordered and layer.is_full):
+        return keys, values, positions
+    most = least = held.entries
+    if not layer.uniform:
+        counts = (positions >= 0).sum(-1)
+        most, least = int(counts.max()), int(counts.min())
+    if least < most:
+        return None
+    order = in_position_order(positions)[..., :most]
+    return *gather_both(keys, values, order), positions.gather(2, order)
+
+
+def _attend_pattern(
+    layer: KVLayer, pattern: Pattern, query: Tensor, keys: Tensor, values: Tensor, scores: Scores
+) -> Tensor:
+    """Rows of a prompt over what they read of the entries, which are in position order, the rows' own ones last."""
+    if pattern.index is not None:
+        keys, values = gather_both(keys, values, pattern.index)
+    if layer.raw_keys:
+        query, keys = turned(layer, query, keys, None)
+    if pattern.blocks is None:
+        attend = decode_attention if query.shape[2] == 1 else prompt_attention
+        return attend(query, keys, values, **vars(scores))[0]
+    # The rows' first block may begin before them.
+    before = (keys.shape[2] - query.shape[2]) % pattern.block_size
+    rows = functional.pad(query, (0, 0, before, 0))
+    output, _ = block_sparse_attention(
+        rows, keys, values, blocks=pattern.blocks, block_size=pattern.block_size, **vars(scores)
+    )
+    return output[:, :, before:]
+
+
+def _view(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor, seen: Tensor, scores: Scores) -> View:
+    """Rows of a prompt and the entries up to them, in position order, as a prefill policy sees them."""
+    turn = None
+    if layer.raw_keys:
+        assert layer.rotary is not None
+        turn = partial(rotated, rotary=layer.rotary)
+        query = unrotated(layer, query, seen)
+    return View(
+        layer=layer.index,
+        layers=layer.count,
+        query=query,
+        fetch=lambda: keys,
+        positions=positions,
+        valid=None,
+        seen=seen,
+        scale=scores.scale,
+        softcap=scores.softcap,
+        turn=turn,
+        state={},
+        shared={},
+        length=positions.shape[2],
+        newest=positions.shape[2] - 1,
+        places=layer.texts.columns,
+    )
