@@ -492,7 +492,10 @@ class Search:
         limit_loss = self.request.limits.max_loss
         sure = ""
         if limit_loss is not None and chosen.most_loss > limit_loss:
-            sure = f" Chance may have put it within {limit_loss:.2%}, up to {chosen.most_loss:.2%} is possible; more rows tell."
+            sure = (
+                f" Chance may have put it within {limit_loss:.2%}: up to {chosen.most_loss:.2%} is possible, and more rows would "
+                "tell."
+            )
         if self.request.prefer == "loss":
             tied = []
             for other in good:
