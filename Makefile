@@ -20,7 +20,7 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([^",]*\)",.*/\1/p' pyproject.tom
 # pip 25.3 and newer reads the second variable there, older versions the first.
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: install demo test test-versions test-oldest test-newest lock lint clean
+.PHONY: install demo test test-full test-versions test-oldest test-newest lock lint clean
 
 install: $(STAMP)
 
@@ -44,7 +44,11 @@ test:
 	$(call environment,$(TEST_VENV))
 	$(call check,$(CURDIR)/$(TEST_VENV)/bin,$(TEST_VENV))
 	@echo "== pytest"
-	$(TEST_VENV)/bin/pytest $(PYTEST_WORKERS) $(PYTEST_ARGS)
+	$(TEST_VENV)/bin/pytest $(PYTEST_WORKERS) $(COMBINATIONS) $(PYTEST_ARGS)
+
+# Every combination of the tests' parameters instead of every pair of values (docs/development.md).
+test-full: COMBINATIONS := --full
+test-full: test
 
 # The tests that a change in transformers can break, with the newest and the oldest supported one.
 test-versions: test-newest test-oldest

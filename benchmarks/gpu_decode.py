@@ -1,9 +1,12 @@
-"""Time per generated token of a whole model on a GPU, with random weights and random caches: for scripts/gpu_check.py.
+"""Time per generated token, and of prompts, of a whole model on a GPU, with random weights: for scripts/gpu_check.py.
 
 The model has the shape of Llama-3.1-8B. Its cache is filled with random keys and values, and policies that accumulate
 attention get random masses, because the time of a decode step depends on sizes. One thing that does depend on the numbers
 is how far a group's query heads agree: random heads agree on nothing, so that a policy that selects per query head reads up
 to a group's size times its budget (`read_share` says how much).
+
+Each row has `floor_ms`, the least time in which this device reads what the step reads (weights, and entries of the cache), or in
+which it computes what a prompt takes, and `of_limit`, that time over the measured one.
 """
 
 import gc
@@ -13,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from common import cache_bytes
+from gpu import Limits
 from gpu_kernels import first_line
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
@@ -24,24 +28,36 @@ from kvpress.passes import plain_tokens
 from kvpress.policy import EvictionPolicy, Policy
 
 PLAIN, FLOOR = "transformers", "floor"
-# Those that goals are about come first; then the rest of what there is.
-FIRST = ["full", "tidal_decode", "h2o", "snapkv", "streaming_llm"]
-# Those with compiled steps, too, at last: compiling takes a minute or more, and the time may be over.
-COMPILED = ["full", "tidal_decode", "h2o"]
+MEASURED = ["full", "tidal_decode", "h2o", "snapkv", "streaming_llm"]
+MASKED = ["full", "h2o"]  # also with a padding mask that is all ones, as `generate` passes it
+PROMPTED = ["full", "h2o"]  # also in a prompt pass and in a second turn
 WARM_UP = 3
+# Names of CUDA's functions in torch's profiler.
+LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx")
+WAITS = ("cudaStreamSynchronize", "cudaEventSynchronize")
+Row = dict[str, Any]
 
 
 class Settings(NamedTuple):
-    """What is measured; `TINY` is to try it out on a CPU."""
+    """What is measured; `TINY` is to try it out on a CPU.
+
+    Attributes:
+        shapes: contexts and batches.
+        step: a context that does not fit is shortened to a multiple of this.
+        steps: decode steps of a round; three rounds hold one of RecycledAttention's full steps.
+        selected, share: budgets of selecting policies, in entries, and of evicting ones.
+        prompt, turn: tokens of a prompt, and of a second turn behind a context.
+    """
 
     config: dict[str, int]
     dtype: torch.dtype
-    contexts: tuple[int, ...]
-    batches: tuple[int, ...]
-    step: int  # a context that does not fit is shortened to a multiple of this
-    steps: int  # decode steps of a round; three rounds hold one of RecycledAttention's full steps
+    shapes: tuple[tuple[int, int], ...]
+    step: int
+    steps: int
     selected: int
     share: float
+    prompt: int
+    turn: int
 
 
 LLAMA = {
@@ -64,8 +80,14 @@ SMALL = {
     "head_dim": 8,
     "max_position_embeddings": 512,
 }
-FULL_SIZE = Settings(LLAMA, torch.bfloat16, (131072, 32768), (1, 8), 16384, 17, 2048, 0.1)
-TINY = Settings(SMALL, torch.float32, (64,), (1, 2), 32, 1, 24, 0.25)
+FULL_SIZE = Settings(
+    LLAMA, torch.bfloat16, ((131072, 1), (98304, 8)), 16384, 17, selected=2048, share=0.1, prompt=32768, turn=2048
+)
+TINY = Settings(SMALL, torch.float32, ((64, 1), (48, 2)), 16, 1, selected=24, share=0.25, prompt=32, turn=8)
+# One layer more than TidalDecode needs, and the tiles of the full size: what is compiled for it is compiled for this.
+BUILD = FULL_SIZE._replace(
+    config={**LLAMA, "vocab_size": 1024, "num_hidden_layers": 4}, shapes=((16384, 1),), steps=1, prompt=512, turn=64
+)
 
 
 def random_model(settings: Settings, device: torch.device) -> Any:
@@ -78,10 +100,10 @@ def random_model(settings: Settings, device: torch.device) -> Any:
 
 
 def policies(settings: Settings) -> list[Policy]:
-    """Every policy, evicting ones at a share of the context, selecting ones at so many entries."""
+    """The measured ones, evicting at a share of the context, selecting so many entries."""
     classes = kvpress.available()
     made: list[Policy] = []
-    for name in [*FIRST, *(name for name in classes if name not in FIRST)]:
+    for name in MEASURED:
         cls = classes[name]
         budget = settings.selected if "selection" in cls.roles else settings.share
         made.append(cls.at_budget(budget) if cls.takes_budget else cls())
@@ -92,6 +114,7 @@ class Entries:
     """Random entries of one layer, the same for all layers: a cache copies what it gets.
 
     Attributes:
+        batch, context: how many sequences of how many tokens.
         key, value: [batch, kv_heads, context, head_dim].
         query: the last rows of a prompt, [batch, heads, rows, head_dim].
         mass: float32 [batch, kv_heads, context].
@@ -105,6 +128,7 @@ class Entries:
             made = torch.empty(batch, heads, rows, config.head_dim, dtype=model.dtype, device=device)
             return made.normal_(generator=generator)
 
+        self.batch, self.context = batch, context
         self.key, self.value = (normal(config.num_key_value_heads, context) for _ in range(2))
         self.query = normal(config.num_attention_heads, min(512, context))
         self.mass = torch.rand(self.key.shape[:3], device=device, generator=generator)
@@ -155,56 +179,140 @@ def step_times(step: Callable[[], Any], device: torch.device, steps: int) -> lis
     return rounds
 
 
-def busy_ms(step: Callable[[], Any], device: torch.device) -> float:
-    """Milliseconds per step that the device computes, from torch's profiler: the rest of a step it waits for launches."""
+def profiled(step: Callable[[], Any], device: torch.device) -> Row:
+    """Per step, from torch's profiler: milliseconds that the device computes, launches, and waits of the host for the device."""
     from torch.profiler import ProfilerActivity, profile
 
     cuda = device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as record:
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
+    with profile(activities=activities) as record:
         for _ in range(2):
             step()
         finish(device)
+    events = record.key_averages()
     name = "self_device_time_total" if cuda else "self_cpu_time_total"
-    return sum(getattr(event, name) for event in record.key_averages()) / 2 * 1e-3
+    busy = sum(getattr(event, name) for event in events) / 2 * 1e-3
+    return {"busy_ms": busy, **counted(events, 2)}
 
 
-def run_step(model: Any, cache: DynamicCache, batch: int) -> Callable[[], Any]:
-    """A decode step with this cache."""
-    inputs = torch.full((batch, 1), 5, device=model.device)
-    return lambda: model(input_ids=inputs, **{CACHE: cache}, use_cache=True)
-
-
-def measured(step: Callable[[], Any], cache: DynamicCache, device: torch.device, settings: Settings) -> dict[str, Any]:
-    """A row's figures."""
-    rounds = step_times(step, device, settings.steps)
+def counted(events: Any, steps: int) -> Row:
+    """Launches and waits per step, of the profiler's averages by name."""
+    found = {event.key: event.count for event in events}
     return {
-        "ms": sum(rounds) / len(rounds),
-        "low": min(rounds),
-        "high": max(rounds),
-        "busy_ms": busy_ms(step, device),
-        "cache_gib": cache_bytes(cache) / 2**30,
+        "launches": sum(found.get(name, 0) for name in LAUNCHES) / steps,
+        "waits": sum(found.get(name, 0) for name in WAITS) / steps,
     }
 
 
-@torch.no_grad()
-def one(
-    model: Any,
-    policy: Policy | str,
-    entries: Entries,
-    settings: Settings,
-    mode: str | None = None,
-) -> dict[str, Any]:
-    """Decode with one policy (in a mode of torch.compile, or not compiled), with transformers' cache, or with an empty one."""
-    batch, device = entries.key.shape[0], model.device
-    if isinstance(policy, str):
-        cache = plain_cache(model, entries if policy == PLAIN else None)
-        return measured(run_step(model, cache, batch), cache, device, settings)
-    with kvpress.patch(model, policy) as handle:
-        if mode is not None:
-            handle.compile(mode=mode)
-        cache = policy_cache(model, handle, entries)
-        figures = measured(run_step(model, cache, batch), cache, device, settings)
-        return {**figures, "read_share": handle.report().total.read_share}
+def run_step(model: Any, cache: DynamicCache, batch: int, masked: bool = False) -> Callable[[], Any]:
+    """A decode step with this cache; with a mask of ones over all that was seen if that is wanted."""
+    inputs = torch.full((batch, 1), 5, device=model.device)
+
+    def step() -> Any:
+        options = {}
+        if masked:
+            options["attention_mask"] = inputs.new_ones(batch, cache.get_seq_length() + 1)
+        return model(input_ids=inputs, **{CACHE: cache}, use_cache=True, **options)
+
+    return step
+
+
+def weight_numbers(model: Any) -> int:
+    """Weights that a token goes through: all but the table of embeddings, of which it takes a row."""
+    table = model.get_input_embeddings().weight
+    return sum(weight.numel() for weight in model.parameters() if weight is not table)
+
+
+def cache_numbers(model: Any, batch: int, context: int) -> int:
+    """Numbers of K and V of all layers."""
+    config = model.config
+    return 2 * batch * context * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+
+
+def against_floor(row: Row, floor: float) -> Row:
+    """The row with the least time, and which share of the measured one it is."""
+    return {**row, "floor_ms": floor, "of_limit": floor / row["ms"]}
+
+
+class Bench:
+    """A model on a device, what the device can do, and how its figures are made."""
+
+    def __init__(self, model: Any, settings: Settings, limits: Limits) -> None:
+        self.model, self.settings, self.limits, self.device = model, settings, limits, model.device
+
+    def step_floor(self, batch: int, context: int, read_share: float) -> float:
+        """Milliseconds for reading the weights and that share of a full cache."""
+        numbers = weight_numbers(self.model) + read_share * cache_numbers(self.model, batch, context)
+        return self.limits.milliseconds(numbers * self.model.dtype.itemsize, 0)
+
+    def prompt_floor(self, tokens: int, past: int) -> float:
+        """Milliseconds for the products of a prompt pass: with the weights, and causal attention."""
+        config = self.model.config
+        pairs = tokens * past + tokens * (tokens + 1) / 2
+        attention = 4 * pairs * config.num_attention_heads * config.head_dim * config.num_hidden_layers
+        # Of the rows behind the last layer only the last gets logits.
+        body = weight_numbers(self.model) - self.model.get_output_embeddings().weight.numel()
+        return self.limits.milliseconds(0, 2 * body * tokens + attention)
+
+    def steps(self, cache: DynamicCache, entries: "Entries", masked: bool = False) -> Row:
+        """Figures of decode steps."""
+        step = run_step(self.model, cache, entries.batch, masked)
+        rounds = step_times(step, self.device, self.settings.steps)
+        figures = {"ms": sum(rounds) / len(rounds), "low": min(rounds), "high": max(rounds)}
+        return {**figures, **profiled(step, self.device), "cache_gib": cache_bytes(cache) / 2**30}
+
+    def replayed(self, handle: kvpress.Handle, cache: DynamicCache, entries: "Entries") -> Row:
+        """Figures of steps that are recorded once and replayed as one CUDA graph."""
+        if self.device.type != "cuda":
+            return {"not_replayed": "no CUDA device"}
+        try:
+            handle.compile("replay")
+            return self.steps(cache, entries)
+        except Exception as error:
+            return {"failed": first_line(error)}
+
+    def plain(self, name: str, entries: "Entries") -> Iterator[Row]:
+        """transformers' cache, full or empty."""
+        cache = plain_cache(self.model, entries if name == PLAIN else None)
+        share = 1.0 if name == PLAIN else 0.0
+        yield against_floor(self.steps(cache, entries), self.step_floor(entries.batch, entries.context, share))
+
+    def patched(self, policy: Policy, entries: "Entries") -> Iterator[Row]:
+        """Our cache under a policy: launched, with a mask of ones, and replayed."""
+        with kvpress.patch(self.model, policy) as handle:
+            cache = policy_cache(self.model, handle, entries)
+            figures = self.steps(cache, entries)
+            share = handle.report().total.read_share
+            floor = self.step_floor(entries.batch, entries.context, share)
+            yield {**against_floor(figures, floor), "read_share": share}
+            if policy.name in MASKED:
+                yield {"how": "mask of ones", **against_floor(self.steps(cache, entries, masked=True), floor)}
+            replayed = {"how": "graph replay", **self.replayed(handle, cache, entries)}
+            yield against_floor(replayed, floor) if "ms" in replayed else replayed
+
+    def prompts(self, policy: Policy | None, entries: "Entries | None") -> Iterator[Row]:
+        """A prompt pass, or a second turn behind the entries of a context; transformers' cache without a policy."""
+        tokens = self.settings.turn if entries else self.settings.prompt
+        past = entries.context if entries else 0
+        ids = torch.full((1, tokens), 5, device=self.device)
+
+        def time_of(cache: DynamicCache) -> float:
+            finish(self.device)
+            start = time.perf_counter()
+            self.model(input_ids=ids, **{CACHE: cache}, use_cache=True, logits_to_keep=1)
+            finish(self.device)
+            return (time.perf_counter() - start) * 1e3
+
+        if policy is None:
+            made = [plain_cache(self.model, entries) for _ in range(1 if entries else 2)]
+            ms = [time_of(cache) for cache in made][-1]
+        else:
+            with kvpress.patch(self.model, policy) as handle:
+                if entries is not None:
+                    ms = time_of(policy_cache(self.model, handle, entries))
+                else:
+                    ms = [time_of(DynamicCache(config=self.model.config)) for _ in range(2)][-1]
+        yield {"tokens": tokens, **against_floor({"ms": ms}, self.prompt_floor(tokens, past))}
 
 
 def fitting_context(model: Any, context: int, batch: int, settings: Settings) -> int:
@@ -222,42 +330,67 @@ def fitting_context(model: Any, context: int, batch: int, settings: Settings) ->
     return context if context <= most else int(most) // settings.step * settings.step
 
 
-def rows(device: torch.device, tiny: bool) -> Iterator[dict[str, Any]]:
-    """Every setting and policy; one that fails is a row that says so."""
-    settings = TINY if tiny else FULL_SIZE
-    model = random_model(settings, device)
-    seen = set()
-    for wanted in settings.contexts:
-        for batch in settings.batches:
-            context = fitting_context(model, wanted, batch, settings)
-            if not context or (context, batch) in seen:
-                continue
-            seen.add((context, batch))
-            entries = Entries(model, batch, context)
-            todo: list[Policy | str] = [PLAIN, FLOOR, *policies(settings)]
-            for policy in todo:
-                name = policy if isinstance(policy, str) else policy.name
-                row: dict[str, Any] = {"context": context, "batch": batch, "policy": name}
-                if isinstance(policy, Policy):
-                    row |= {"as": policy.describe(), "evicts": isinstance(policy, EvictionPolicy)}
-                yield attempt(row, model, policy, entries, settings)
-            del entries
-    context, batch = min(seen)
-    entries = Entries(model, batch, context)
-    for policy in policies(settings):
-        if policy.name in COMPILED:
-            for mode, label in ("default", "compiled"), ("reduce-overhead", "compiled, CUDA graphs"):
-                row = {"context": context, "batch": batch, "policy": f"{policy.name} {label}", "as": policy.describe()}
-                yield attempt(row, model, policy, entries, settings, mode=mode)
+def rows(device: torch.device, limits: Limits, settings: Settings, in_time: Callable[[], bool]) -> Iterator[Row]:
+    """Every setting and policy; one that fails is a row that says so, and what there is no time for is left out."""
+    bench = Bench(random_model(settings, device), settings, limits)
+    model, first = bench.model, None
+    for wanted, batch in settings.shapes:
+        context = fitting_context(model, wanted, batch, settings)
+        if not context or not in_time():
+            continue
+        entries = Entries(model, batch, context)
+        todo: list[Policy | str] = [PLAIN, *policies(settings), FLOOR]
+        for policy in todo:
+            if in_time():
+                one = bench.plain if isinstance(policy, str) else bench.patched
+                yield from attempt({"context": context, "batch": batch, **named(policy)}, one, policy, entries)
+        first = context if batch == 1 else first
+        del entries
+    chosen = [None, *(policy for policy in policies(settings) if policy.name in PROMPTED)]
+    for policy in chosen:
+        if in_time():
+            yield from attempt({"how": "prompt", "batch": 1, **named(policy or PLAIN)}, bench.prompts, policy, None)
+    if first is not None and in_time():
+        entries = Entries(model, 1, first)
+        for policy in chosen:
+            if in_time():
+                row = {"how": "second turn", "context": first, "batch": 1, **named(policy or PLAIN)}
+                yield from attempt(row, bench.prompts, policy, entries)
+    if not in_time():
+        yield {"left_out": "no time for the rest"}
 
 
-def attempt(row: dict[str, Any], model: Any, *case: Any, **options: Any) -> dict[str, Any]:
-    """The row with what `one` measured, or with why it failed."""
+def named(policy: Policy | str) -> Row:
+    """What a row says about its policy."""
+    if isinstance(policy, str):
+        return {"policy": policy}
+    return {"policy": policy.name, "as": policy.describe(), "evicts": isinstance(policy, EvictionPolicy)}
+
+
+@torch.no_grad()
+def attempt(row: Row, one: Callable[..., Iterator[Row]], *case: Any) -> Iterator[Row]:
+    """The row with each of the figures that `one` gives, or with why it failed."""
     try:
-        figures = one(model, *case, **options)
+        for figures in one(*case):
+            yield {**row, **figures}
     except Exception as error:
-        figures = {"failed": first_line(error)}
+        yield {**row, "failed": first_line(error)}
     gc.collect()
-    if model.device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return {**row, **figures}
+
+
+def build(device: torch.device, settings: Settings, place: int, count: int) -> Iterator[str]:
+    """Run every `count`-th policy once in all ways, from number `place` on: so its kernels are compiled, and kept on disk."""
+    chosen = policies(settings)[place::count]
+    if not chosen:
+        return
+    bench = Bench(random_model(settings, device), settings, Limits(1.0, 1.0))
+    ((context, batch),) = settings.shapes[:1]
+    entries = Entries(bench.model, batch, context)
+    for policy in chosen:
+        for one, given in ((bench.patched, entries), (bench.prompts, None), (bench.prompts, entries)):
+            for row in attempt({}, one, policy, given):
+                if "failed" in row:
+                    raise RuntimeError(f"{policy.name}: {row['failed']}")
+        yield policy.name

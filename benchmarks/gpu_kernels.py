@@ -62,6 +62,8 @@ class Sizes:
         return self.head_dim**-0.5
 
 
+# What is compiled for `Sizes()` is compiled for these: lengths are never compiled in.
+BUILD = Sizes(n=16384, k=256, prompt=512, batches=(1,), most_variants=1)
 # The interpreter has no bfloat16.
 TINY = Sizes(4, 2, 16, torch.float16, n=64, k=16, prompt=48, block_size=16, window=4, batches=(1, 2), most_variants=2)
 
@@ -522,7 +524,7 @@ def measure(case: Case, limits: Limits, device: torch.device) -> Iterator[dict[s
         "ms": ours,
         "timed": how,
         "ratio": 1.0,
-        "limit_ms": limit,
+        "floor_ms": limit,
         "of_limit": limit / ours,
         "gigabytes_per_s": case.bytes_moved / ours * 1e-6,
         "error": case.error(),
@@ -532,7 +534,15 @@ def measure(case: Case, limits: Limits, device: torch.device) -> Iterator[dict[s
             continue
         try:
             ms, how = timing(calls, device, case.waits)
-            yield {**common, "implementation": name, "ms": ms, "timed": how, "ratio": ms / ours}
+            yield {
+                **common,
+                "implementation": name,
+                "ms": ms,
+                "timed": how,
+                "ratio": ms / ours,
+                "floor_ms": limit,
+                "of_limit": limit / ms,
+            }
         except Exception as error:  # a backend that does not take these tensors says so by raising
             yield {**common, "implementation": name, "failed": first_line(error)}
 
@@ -542,14 +552,29 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".strip().splitlines()[0][:200]
 
 
-def rows(device: torch.device, limits: Limits, tiny: bool) -> Iterator[dict[str, Any]]:
-    """All cases; one that fails is a row that says so."""
-    maker = Maker(TINY if tiny else Sizes(), device)
+def rows(
+    device: torch.device, limits: Limits, sizes: Sizes, in_time: Callable[[], bool] = lambda: True
+) -> Iterator[dict[str, Any]]:
+    """All cases; one that fails is a row that says so, and what there is no time for is left out."""
+    maker = Maker(sizes, device)
     for make in makers(maker):
         name = make.func.__name__  # type: ignore[attr-defined]
+        if not in_time():
+            yield {"left_out": f"no time for {name} and what comes after it"}
+            return
         try:
             yield from measure(make(), limits, device)
         except Exception as error:
             yield {"kernel": name, "batch": make.args[0], "failed": first_line(error)}  # type: ignore[attr-defined]
         if device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def build(device: torch.device, sizes: Sizes, place: int, count: int) -> Iterator[str]:
+    """Call what every `count`-th case calls of ours, from number `place` on: so its kernels are compiled, and kept on disk."""
+    for make in list(makers(Maker(sizes, device)))[place::count]:
+        case = make()
+        for name, calls in case.calls.items():
+            if name.startswith(OURS):
+                calls[0]()
+        yield case.kernel

@@ -3,6 +3,7 @@
     python benchmarks/tune.py                                     # all kernels, head dimensions 64 and 128, bfloat16
     python benchmarks/tune.py --only decode_attention --head-dims 128
     python benchmarks/tune.py --interpret --out try.json          # a tiny run on the CPU: shows that it runs
+    python benchmarks/tune.py --inspect                           # no GPU: shared memory, registers and spills of every launch
 
 For each kernel and size every candidate is timed by CUDA-graph replay on the cases of scripts/gpu_check.py. What beats the
 heuristic by at least 3 %, is slower in none of the cases and gives the right result goes into
@@ -41,7 +42,11 @@ MOST_ERROR = 0.02
 TRIED: dict[str, tuple[dict[str, list[int]], list[tuple[str, int]]]] = {
     "decode_attention": (
         {"block_n": [16, 32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [2, 3, 4]},
-        [("decode", 1), ("decode", 8), ("decode_selected", 1), ("decode_selected", 8), ("scores", 1)],
+        [("decode", 1), ("decode", 8), ("scores", 1)],
+    ),
+    "decode_attention.listed": (
+        {"block_n": [32, 64, 128], "num_warps": [2, 4, 8], "num_stages": [3, 5, 6, 7]},
+        [("decode_selected", 1), ("decode_selected", 8)],
     ),
     "decode_attention.split": (
         {"waves": [1, 2, 3, 4], "keys": [64, 128, 256, 512]},
@@ -169,6 +174,21 @@ def store_in(path: Path, gpu: str) -> Callable[[str, Shape], None]:
     return store
 
 
+def inspect(modules: list[str], architectures: list[int]) -> None:
+    """What every launch that is in use takes, by Triton's compiler: no GPU is needed."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from support import gpu_launches
+
+    for architecture in architectures:
+        rows = gpu_launches.compiled_for(architecture, *modules)
+        print(gpu_launches.heading(architecture))
+        for row in sorted(rows, key=gpu_launches.line):
+            print(gpu_launches.line(row))
+        largest = max(row["shared"] for row in rows)
+        spilling = sum(row["spilled"] > 0 for row in rows)
+        print(f"{len(rows)} launches; {largest} B of shared memory at most; {spilling} spill\n", flush=True)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -179,17 +199,24 @@ def main() -> None:
     parser.add_argument(
         "--interpret", action="store_true", help="tiny, on the CPU in Triton's interpreter; needs --out"
     )
+    parser.add_argument("--inspect", action="store_true", help="print what the compiler says of each launch, and stop")
+    parser.add_argument("--architectures", type=int, nargs="+", default=[80, 90], help="for --inspect")
     options = parser.parse_args()
+    if options.inspect:
+        chosen = [] if options.only == list(TRIED) else sorted({name.partition(".")[0] for name in options.only})
+        inspect(chosen, options.architectures)
+        return
     if options.interpret:
         if options.out is None:
             parser.error("--interpret needs --out: what it writes is of no use to any GPU")
         # Triton's interpreter does not get on with every NumPy; the tests know what to do about it.
-        runpy.run_path(str(ROOT / "tests" / "kernels" / "gpu" / "conftest.py"))
+        runpy.run_path(str(ROOT / "tests" / "kernels" / "conftest.py"))
     elif not torch.cuda.is_available():
         print("no CUDA device: nothing to tune (--interpret shows on a CPU that this runs)")
         return
-    path = options.out or tuned_file(gpu_name())
-    tune(options, torch.device("cpu" if options.interpret else "cuda"), store_in(path, gpu_name() or "interpreter"))
+    device = torch.device("cpu") if options.interpret else torch.device("cuda", torch.cuda.current_device())
+    path = options.out or tuned_file(gpu_name(device))
+    tune(options, device, store_in(path, gpu_name(device) or "interpreter"))
     print(f"{path} has what was found" if path.is_file() else "no shape beats the heuristics: nothing written")
 
 

@@ -55,6 +55,20 @@ def flash_attn_installed() -> bool:
 
 def use_flash_attn(query: Tensor, value: Tensor) -> bool:
     """Whether flash-attn attends these tensors: on a CUDA device, in half precision, with heads that it knows."""
+    return query.is_cuda and _flash_shaped(query, value) and flash_attn_installed()
+
+
+def use_torch_flash(query: Tensor, value: Tensor) -> bool:
+    """Whether PyTorch's own flash kernel attends these tensors on their CUDA device: from compute capability 8.0 on."""
+    if not query.is_cuda or not _flash_shaped(query, value):
+        return False
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(query.device) >= (
+        8,
+        0,
+    )
+
+
+def _flash_shaped(query: Tensor, value: Tensor) -> bool:
+    """Whether these are half precision, and heads that flash attention's kernels know."""
     half = query.dtype in (torch.float16, torch.bfloat16) and query.dtype == value.dtype
-    same_width = query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0
-    return query.is_cuda and half and same_width and flash_attn_installed()
+    return half and query.shape[-1] == value.shape[-1] <= 256 and query.shape[-1] % 8 == 0

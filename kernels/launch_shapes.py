@@ -4,20 +4,25 @@
 
     {"gpu": "NVIDIA H200", "triton": "3.6.0", "shapes": {"attention_mass.lse 128x2": {"block_n": 128, "num_warps": 8}}}
 
-Nothing is tried out when a kernel is launched: a shape depends on the kernel, its sizes and the GPU's name alone.
+Nothing is tried out when a kernel is launched: a shape depends on the kernel, its sizes and the name of the GPU where the tensors
+are. What is made of shapes is `planned`: made once for each, since a decode step asks for the same ones in every layer.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 TUNED = Path(__file__).parent / "gpu" / "tuned"
 
 Shape = dict[str, int]
+Made = TypeVar("Made")
+
+_plans: list[Any] = []  # functions with a cache
 
 # Set while `trying` runs: kernel -> the shape that is tried, and the keys that were asked for meanwhile.
 _tried: dict[str, tuple[Shape, set[str]]] = {}
@@ -28,10 +33,23 @@ def tuned_file(gpu: str) -> Path:
     return TUNED / ("".join(c if c.isalnum() else "_" for c in gpu) + ".json")
 
 
-@lru_cache(maxsize=1)
-def gpu_name() -> str:
-    """Name of the CUDA device in use, or "" without one."""
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+def planned(function: Callable[..., Made]) -> Callable[..., Made]:
+    """Keep what a function of sizes and a device makes of launch shapes, until `forget_plans`."""
+    kept = lru_cache(maxsize=4096)(function)
+    _plans.append(kept)
+    return kept
+
+
+def forget_plans() -> None:
+    """Make plans anew: a file of shapes has changed, or shapes are tried."""
+    for kept in _plans:
+        kept.cache_clear()
+
+
+@lru_cache
+def gpu_name(device: torch.device) -> str:
+    """Name of a CUDA device; "" of any other."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else ""
 
 
 @lru_cache
@@ -53,11 +71,12 @@ def read_shapes(path: Path) -> dict[str, Shape]:
     return shapes
 
 
-def launch_shape(kernel: str, *sizes: int, **heuristic: int) -> Shape:
+def launch_shape(kernel: str, device: torch.device, *sizes: int, **heuristic: int) -> Shape:
     """The heuristic's shape, or what was measured to be better for this kernel and these sizes on this GPU.
 
     Args:
         kernel: a name, the same for all launches whose shapes are tuned together.
+        device: where the tensors are, which need not be the current device.
         sizes: what the shape depends on and what does not change from token to token (head dimension, bytes of a number).
         heuristic: the shape by name, as `block_n=64, num_warps=4`.
     """
@@ -66,7 +85,7 @@ def launch_shape(kernel: str, *sizes: int, **heuristic: int) -> Shape:
         shape, asked = _tried[kernel]
         asked.add(key)
         return {**heuristic, **shape}
-    name = gpu_name()
+    name = gpu_name(device)
     return {**heuristic, **read_shapes(tuned_file(name)).get(key, {})} if name else heuristic
 
 
@@ -75,7 +94,9 @@ def trying(kernel: str, shape: Shape) -> Iterator[set[str]]:
     """Launch a kernel with this shape (of {}, the heuristic's) whatever its sizes; yields the keys it was asked for."""
     asked: set[str] = set()
     _tried[kernel] = shape, asked
+    forget_plans()
     try:
         yield asked
     finally:
         del _tried[kernel]
+        forget_plans()

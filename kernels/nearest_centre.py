@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
-# Similarities of one tile of leaving entries (16 MiB in float32).
+# Similarities of one tile of leaving entries, in float32 numbers: 16 MiB on a CPU, near the size of a last-level cache; 1 GiB on
+# other devices, where memory is fast and a launch is not. There are two such tiles, K's and V's.
 TILE_SIMILARITIES = 1 << 22
+LARGE_TILE = 1 << 28
 TINY = torch.finfo(torch.float32).tiny
 
 
@@ -66,7 +68,8 @@ def nearest_centre(
     directions = [(x, _directions(x, centres).transpose(2, 3)) for x in (keys, values)]
     place = torch.zeros_like(rest)
     similarity = torch.full(rest.shape, float("-inf"), device=keys.device)
-    tile = max(1, TILE_SIMILARITIES // (batch * kv_heads * centres.shape[2]))
+    most = TILE_SIMILARITIES if keys.device.type == "cpu" else LARGE_TILE
+    tile = max(1, most // (batch * kv_heads * max(1, centres.shape[2])))
     for start in range(0, m, tile):
         slots = rest[:, :, start : start + tile]
         cosines = [_directions(x, slots) @ columns for x, columns in directions]

@@ -42,6 +42,31 @@ def paged_attention_reference(
     return output, mass
 
 
+def list_pages(owner: Tensor, kv_heads: int, *, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+    """The pages of each kv head side by side: what `paged_attention` needs to know of the owners, and keeps as long as they do.
+
+    Args:
+        owner: int64 [batch, pages], the kv head of each page.
+        kv_heads: number of kv heads.
+        backend: "triton", and "auto" on CUDA, run the Triton kernel, with the same result.
+
+    Returns:
+        order: int32 [batch, pages], pages in ascending order of their owners, and of their numbers.
+        starts: int32 [batch, kv_heads + 1], where each head's begin in `order`; the last is the number of pages.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
+    """
+    if use_triton(backend, owner):
+        from kvpress.kernels.gpu import paged_attention as gpu
+
+        return gpu.list_pages(owner, kv_heads)
+    order = owner.argsort(dim=-1, stable=True).int()
+    heads = torch.arange(kv_heads + 1, device=owner.device)
+    starts = (owner[:, None] < heads[:, None]).sum(dim=-1, dtype=torch.int32)
+    return order, starts
+
+
 def paged_attention(
     query: Tensor,
     key: Tensor,
@@ -54,6 +79,7 @@ def paged_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     with_mass: bool = False,
+    lists: tuple[Tensor, Tensor] | None = None,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Softmax attention of one query row per head over the pages of its kv head.
@@ -70,6 +96,7 @@ def paged_attention(
         kv_heads: number of kv heads.
         scale, softcap, sinks: as in `decode_attention`.
         with_mass: also return the attention weights, summed over the group.
+        lists: what `list_pages` gives for `owner`, if it was kept; the Triton kernels make it otherwise, at each call.
         backend: "triton", and "auto" on CUDA, run the Triton kernels. Equal inputs give equal results.
 
     Returns:
@@ -93,6 +120,7 @@ def paged_attention(
             softcap=softcap,
             sinks=sinks,
             with_mass=with_mass,
+            lists=lists,
         )
     batch, heads, _, head_dim = query.shape
     pages, group = owner.shape[1], heads // kv_heads

@@ -2,12 +2,14 @@
 
 Two ways to the same result, neither with a q x n matrix:
 
-- parts: the entries held before and the new tokens are attended separately and merged by their log-sum-exp (LSE).
-  The first part needs no causal mask (all of it is older), the second is an ordinary square causal attention.
+- parts: the entries held before and the new tokens are attended separately by PyTorch's flash kernel and merged by their
+  log-sum-exp (LSE). The first part needs no causal mask (all of it is older), the second is an ordinary square causal attention.
 - tiles: a tile of query rows sees its whole row of scores at once. Costs more, and gives the attention mass of every
   entry (the column sums that H2O accumulates) from the same scores.
 
-On CUDA flash-attn takes the cases that it has, where it is installed.
+On CUDA flash-attn takes the cases that it has, where it is installed; the attention mass is made from the LSE by
+`attention_mass`, and tiles are for what no flash kernel there takes: float32, masks, second queries, and a softcap without
+flash-attn.
 """
 
 import torch
@@ -15,7 +17,8 @@ from einops import reduce, repeat
 from torch import Tensor
 from torch.nn import functional
 
-from kvpress.kernels.backend import use_flash_attn
+from kvpress.kernels.attention_mass import attention_mass
+from kvpress.kernels.backend import use_flash_attn, use_torch_flash
 
 # Scores of one tile of query rows, in float32 numbers: 4 Mi numbers are 16 MiB, near the size of a last-level cache.
 TILE_SCORES = 1 << 22
@@ -96,20 +99,22 @@ def prompt_attention(
     """
     past = key.shape[2] - query.shape[2]
     lse: Tensor | None
-    plain = not with_mass and valid is None and sinks is None and moved is None
-    if plain and use_flash_attn(query, value):
+    unmasked = past == 0 or (valid is None and moved is None)
+    if unmasked and sinks is None and use_flash_attn(query, value):
         output, lse = _flash(query, key, value, scale, softcap)
-        return output, None, lse if with_lse else None
-    if with_mass or softcap is not None:
-        output, mass, lse = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved, with_lse)
-        return output, mass if with_mass else None, lse
-    if past == 0 and sinks is None and not with_lse:
+    elif past == 0 and softcap is None and sinks is None and not with_mass and not with_lse:
         return _causal(query, key, value, scale), None, None
-    if query.device.type == "cpu":
+    elif softcap is None and _flash_takes_parts(query, value, unmasked, with_mass):
         output, lse = _in_parts(query, key, value, valid, scale, sinks, moved)
-        return output, None, lse if with_lse else None
-    output, _, lse = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved, with_lse)
-    return output, None, lse
+    else:
+        output, tiles_mass, lse = _in_tiles(query, key, value, valid, scale, softcap, sinks, moved, with_lse)
+        return output, tiles_mass if with_mass else None, lse
+    mass: Tensor | None = None
+    if with_mass:
+        at = torch.arange(past, key.shape[2], dtype=torch.int32, device=query.device).expand(query.shape[0], -1)
+        # Older entries are in any order, but each row sees all of them: as if they were in order.
+        mass = attention_mass(query, at, key, None, scale=scale, softcap=softcap, lse=lse)
+    return output, mass, lse if with_lse else None
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
@@ -122,6 +127,13 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scale: float, softcap: flo
         query, key, value, softmax_scale=scale, causal=True, softcap=capped, return_attn_probs=True
     )
     return output.transpose(1, 2), lse
+
+
+def _flash_takes_parts(query: Tensor, value: Tensor, unmasked: bool, with_mass: bool) -> bool:
+    """Whether parts are attended by PyTorch's flash kernel. On a CPU the mass costs less in tiles, which have the scores."""
+    if query.device.type == "cpu":
+        return not with_mass
+    return unmasked and use_torch_flash(query, value)
 
 
 def _causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -143,35 +155,17 @@ def _in_parts(
     sinks: Tensor | None,
     moved: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor]:
-    batch, heads, q, head_dim = query.shape
-    kv_heads = key.shape[1]
-    past = key.shape[2] - q
-
-    def part(rows: Tensor, start: int, stop: int, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        rows = rows.reshape(batch * kv_heads, heads // kv_heads, q, head_dim)
-        keys, values = (
-            x[:, :, start:stop].flatten(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for x in (key, value)
-        )
-        bias = None
-        if mask is not None:
-            bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
-            bias = bias.view(batch * kv_heads, 1, 1, stop - start)
-        output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, keys, values, 0.0, start == past, attn_mask=bias, scale=scale
-        )
-        output, lse = output.reshape(batch, heads, q, head_dim), lse.reshape(batch, heads, q)
-        if mask is not None:  # a part without entries has weight zero; the operator says LSE 0 for it
-            empty = ~mask.any(-1).repeat_interleave(heads // kv_heads, dim=1)
-            lse = lse.masked_fill(empty[..., None], float("-inf"))
-        return output, lse
-
-    parts = [part(query, past, past + q, None)]
+    heads, past = query.shape[1], key.shape[2] - query.shape[2]
+    (older_key, new_key), (older_value, new_value) = ((x[:, :, :past], x[:, :, past:]) for x in (key, value))
+    parts = [_part(query, new_key, new_value, None, scale, causal=True)]
     if past and moved is not None:
         filled = torch.ones_like(moved[1]) if valid is None else valid
-        parts.append(part(query, 0, past, filled & ~moved[1]))
-        parts.append(part(moved[0], 0, past, filled & moved[1]))
+        parts.append(_part(query, older_key, older_value, filled & ~moved[1], scale))
+        parts.append(_part(moved[0], older_key, older_value, filled & moved[1], scale))
     elif past:
-        parts.append(part(query, 0, past, valid))
+        parts.append(_part(query, older_key, older_value, valid, scale))
+    if len(parts) == 1 and sinks is None:
+        return parts[0]
 
     lses = torch.stack([lse for _, lse in parts])
     if sinks is not None:
@@ -181,6 +175,38 @@ def _in_parts(
     for weight, (part_output, _) in zip(weights, parts, strict=False):  # the sinks' weight has no part
         output += weight[..., None] * part_output
     return output.to(query.dtype), lses.float().logsumexp(dim=0)
+
+
+def _part(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, causal: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Attention over some entries by PyTorch's flash kernel: [batch, heads, q, head_dim], and LSE [batch, heads, q].
+
+    Args:
+        mask: bool [batch, kv_heads, n], which entries there are; on a CPU only.
+        causal: there are as many entries as rows, and a row sees those up to its own.
+    """
+    batch, heads, q, head_dim = query.shape
+    kv_heads = key.shape[1]
+    if query.device.type != "cpu":  # this kernel knows groups
+        output, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(
+            query, key, value, 0.0, causal, False, scale=scale
+        )
+        return output, lse
+    rows = query.reshape(batch * kv_heads, heads // kv_heads, q, head_dim)
+    keys, values = (x.flatten(0, 1)[:, None].expand(-1, rows.shape[1], -1, -1) for x in (key, value))
+    bias = None
+    if mask is not None:
+        bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill_(~mask, float("-inf"))
+        bias = bias.view(batch * kv_heads, 1, 1, -1)
+    output, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, keys, values, 0.0, causal, attn_mask=bias, scale=scale
+    )
+    output, lse = output.reshape(batch, heads, q, -1), lse.reshape(batch, heads, q)
+    if mask is not None:  # a part without entries has weight zero; the operator says LSE 0 for it
+        empty = ~mask.any(-1).repeat_interleave(heads // kv_heads, dim=1)
+        lse = lse.masked_fill(empty[..., None], float("-inf"))
+    return output, lse
 
 
 def _in_tiles(

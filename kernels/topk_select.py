@@ -29,6 +29,7 @@ def topk_select(scores: Tensor, counts: Tensor, k: int, backend: Backend = "auto
         return gpu.topk_select(scores, counts, k)
     n = scores.shape[-1]
     numbers = scores.float().nan_to_num(nan=torch.finfo(torch.float32).min, posinf=float("inf"), neginf=float("-inf"))
+    # On a CPU looking at numbers costs nothing; a graph cannot branch on them.
     waits = numbers.device.type == "cpu" and not torch.compiler.is_compiling()
     if waits and k and bool((counts == k).all()):
         least = numbers.topk(k, dim=-1, sorted=False).values.amin(-1, keepdim=True)

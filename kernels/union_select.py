@@ -6,7 +6,7 @@ from torch import Tensor
 from kvpress.kernels.backend import Backend, use_triton
 
 
-def union_select_reference(reads: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+def union_select_reference(reads: Tensor, kv_heads: int, width: int | None = None) -> tuple[Tensor, Tensor]:
     """The definition of `union_select`, entry by entry."""
     batch, heads, n = reads.shape
     group = heads // kv_heads
@@ -14,7 +14,9 @@ def union_select_reference(reads: Tensor, kv_heads: int) -> tuple[Tensor, Tensor
         [[j for j in range(n) if any(reads[b, h * group + g, j] for g in range(group))] for h in range(kv_heads)]
         for b in range(batch)
     ]
-    width = max(1, max(len(union) for row in unions for union in row))
+    if width is None:
+        width = max(1, max(len(union) for row in unions for union in row))
+    unions = [[union[:width] for union in row] for row in unions]
     index = torch.zeros(batch, kv_heads, width, dtype=torch.int64, device=reads.device)
     member = torch.zeros(batch, heads, width, dtype=torch.bool, device=reads.device)
     for b in range(batch):
@@ -33,29 +35,35 @@ def union_select(
     Args:
         reads: bool [batch, heads, n]; query head h belongs to kv head h // (heads / kv_heads).
         kv_heads: number of kv heads.
-        width: of the result, at least that of the largest union; None for that, which the host waits for.
+        width: of the result, where no union is larger: heads that read k entries each have a union of at most k times their
+            group's size. Of a larger one the last entries are left out. Nothing waits for the device then. None for the size of
+            the largest union, which the host waits for.
         backend: "triton" and "auto" on CUDA run the Triton kernels, with the same result.
 
     Returns:
-        index: int64 [batch, kv_heads, k], ascending; a smaller union is followed by zeros. k is at least 1.
+        index: int64 [batch, kv_heads, k], ascending; a smaller union is followed by zeros. k is `width`, or the largest union
+            and at least 1.
         member: bool [batch, heads, k], whether the query head reads that entry; False behind a union.
 
     Raises:
-        ValueError: the backend does not exist, or cannot run here.
+        ValueError: the backend does not exist, or cannot run here; a width below 1.
     """
+    if width is not None and width < 1:
+        raise ValueError(f"width={width} holds no entry; give 1 or more, or None for the largest union")
     if use_triton(backend, reads):
         from kvpress.kernels.gpu import union_select as gpu
 
-        return gpu.union_select(reads, kv_heads) if width is None else gpu.union_select(reads, kv_heads, width)
+        return gpu.union_select(reads, kv_heads, width)
     batch, heads, n = reads.shape
     union = reads.view(batch, kv_heads, heads // kv_heads, n).any(dim=2)
     rank = union.cumsum(dim=-1)  # of an entry in its union, from 1
     counts = rank[..., -1:]
-    width = max(1, int(counts.max())) if width is None else max(1, width)
-    # Entries outside of the union go to a place of their own behind it, which is cut off.
+    if width is None:
+        width = max(1, int(counts.max()))
+    # Entries outside of the union, and those beyond the width, go to a place of their own behind it, which is cut off.
     entries = torch.arange(n, device=reads.device).expand(batch, kv_heads, n)
     index = torch.zeros(batch, kv_heads, width + 1, dtype=torch.int64, device=reads.device)
-    index = index.scatter_(2, torch.where(union, rank - 1, width), entries)[..., :width]
+    index = index.scatter_(2, torch.where(union, rank - 1, width).clamp_(max=width), entries)[..., :width]
     filled = torch.arange(width, device=reads.device) < counts
     index = index * filled
     wide = index.repeat_interleave(heads // kv_heads, dim=1)

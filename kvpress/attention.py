@@ -16,14 +16,12 @@ from kvpress.prompt import exact_pass, prompt_pass
 from kvpress.step import StepInputs, decode_step
 
 NAME = "kvpress"
-COMPILED_LAYER = "_kvpress_layer"
-"""Attribute of an attention module in a compiled step: which of the layers that the policies act on it is."""
 
 
 class Tracing:
-    """What the attention of a step that is being compiled cannot get from its arguments; set within what is compiled."""
+    """What the attention of a layer that is being compiled cannot get from its arguments; set within what is compiled."""
 
-    layers: list[KVLayer] | None = None
+    layer: KVLayer | None = None
     inputs: StepInputs | None = None
 
 
@@ -146,8 +144,11 @@ def attention(
     Returns:
         [batch, q, heads, head_dim] and None.
     """
-    if torch.compiler.is_compiling() and TRACING.layers is not None:
-        return traced_attention(module, query, key, value, scaling, kwargs), None
+    if torch.compiler.is_compiling() and TRACING.layer is not None:
+        assert TRACING.inputs is not None
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
+        return decode_step(TRACING.layer, query, key, value, scores, TRACING.inputs).transpose(1, 2), None
     current = active_pass()
     index = None if current is None else current.modules.get(id(module))
     if current is None or index is None:
@@ -180,18 +181,6 @@ def attention(
     if query.requires_grad:
         output = _NoBackward.apply(output, query)
     return output.transpose(1, 2).contiguous(), None
-
-
-def traced_attention(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, kwargs: dict[str, Any]
-) -> Tensor:
-    """A layer's part of the decode step that is being compiled: [batch, 1, heads, head_dim]."""
-    layers, inputs = TRACING.layers, TRACING.inputs
-    assert layers is not None and inputs is not None
-    layer = layers[getattr(module, COMPILED_LAYER)]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    scores = Scores(scale, kwargs.get("softcap"), kwargs.get("s_aux"))
-    return decode_step(layer, query, key, value, scores, inputs).transpose(1, 2)
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass, index: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kvpress.attention import NAME, causal_padding
 from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argument, forward_parameters, rename_cache
-from kvpress.contexts import lasting_tensors
+from kvpress.contexts import lasting_tensors, no_autocast
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
 from kvpress.passes import (
@@ -340,10 +340,11 @@ def open_step(current: Pass, compiled: bool = False) -> None:
     Args:
         compiled: the step is to look at tensors alone: what the host counts is told by tensors, too.
     """
-    for layer in current.layers:
-        layer.settle()
-        show_last_row(layer)
-        layer.open_step(current.tokens, compiled)
+    with no_autocast(current.tokens.positions.device):
+        for layer in current.layers:
+            layer.settle()
+            show_last_row(layer)
+            layer.open_step(current.tokens, compiled)
     number, tokens = current.layers[0].steps, current.tokens
     if not compiled:
         current.step = StepInputs(tokens, number, current.new_tokens)
@@ -353,7 +354,7 @@ def open_step(current: Pass, compiled: bool = False) -> None:
     current.step = StepInputs(
         tokens=Tokens(1, tokens.padded, tokens.positions, None, None, tokens.seen_tensor),
         number=torch.tensor(number, device=device),
-        new_tokens=None if current.new_tokens is None else torch.tensor(current.new_tokens, device=device),
+        new_tokens=torch.tensor(current.new_tokens or 0, device=device),
         slots=torch.tensor(slots, device=device),
     )
 

@@ -1,6 +1,7 @@
 """The hooks that somebody has put on the modules inside a module."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -24,3 +25,16 @@ def watching(places: list[Mapping[int, Callable[..., Any]]]) -> list[Callable[..
         return []
     hooks = [hook for place in places for hook in place.values()]
     return [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith("transformers.")]
+
+
+@contextmanager
+def suspended(places: list[Mapping[int, Callable[..., Any]]]) -> Iterator[None]:
+    """Within the block there are no hooks in `places`."""
+    held = [(place, dict(place)) for place in places if place]
+    for place, _ in held:
+        place.clear()  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for place, hooks in held:
+            place.update(hooks)  # type: ignore[attr-defined]

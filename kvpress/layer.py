@@ -12,6 +12,7 @@ from kvpress.contexts import lasting_tensors
 from kvpress.errors import PolicyError
 from kvpress.evict import best, in_position_order, priorities, split_by, victims
 from kvpress.kernels.attention_mass import Perturbation
+from kvpress.kernels.evict_slot import evict_slot
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.merge_slots import merge_slots
 from kvpress.observe import Observed, Rows, Scores, newest_rows
@@ -358,12 +359,10 @@ class KVLayer(CacheLayerMixin):
         if tokens.padded:
             held.uniform = held.ordered = False
         held.entries += 1
-        self.has_freed = False
-        if step.evicts == "all":
-            every = self.eviction.evict_every
-            assert every is not None
+        every = self.eviction.evict_every
+        if step.evicts == "all" and every is not None:
             held.entries -= every
-            self.has_freed = every == 1
+        self.has_freed = step.evicts != "no" and every == 1 and not self.eviction.merges
         self.step = None
         self.facts.length = held.row_length
         if counts:
@@ -537,7 +536,8 @@ class KVLayer(CacheLayerMixin):
 
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
-        self.set_quotas(tokens)
+        if not isinstance(self.storage, Slots) or self.storage.made is None:  # else `prepare` has done it
+            self.set_quotas(tokens)
         self.pending = self.eviction.evict == "after_prompt"
         if not self.pending:
             self._evict_prompt()
@@ -584,9 +584,15 @@ class KVLayer(CacheLayerMixin):
         assert step is not None
         if step.evicts == "no":
             return
-        assert self.totals is not None and every is not None
+        assert self.totals is not None and self.recents is not None and every is not None
         positions = self.storage.positions[:, :, : step.stop]
-        priority = priorities(self.eviction, self._entries(tokens.seen_tensor, step.stop, step.full), step.full)
+        entries = self._entries(tokens.seen_tensor, step.stop, step.full)
+        if every == 1 and not self.eviction.merges:
+            scores, limits = self.eviction.score(entries), self.totals if step.evicts == "over" else None
+            freed = evict_slot(scores, positions, entries.tokens, self.recents, limits, full=step.full)
+            self.free = kept_in_place(self.free, freed)
+            return
+        priority = priorities(self.eviction, entries, step.full)
         if not step.full:
             priority.masked_fill_(positions < 0, float("inf"))
         going = victims(priority, positions, every)
@@ -599,8 +605,6 @@ class KVLayer(CacheLayerMixin):
             positions.scatter_(2, going, torch.where(over, -1, positions.gather(2, going)))
             return
         positions.scatter_(2, going, -1)
-        if every == 1:
-            self.free = kept_in_place(self.free, going.squeeze(-1))
 
     def _entries(self, seen: Tensor, stop: int | None, full: bool, order: Tensor | None = None) -> Entries:
         """The first slots as the policy sees them, in the order of int64 [batch, kv_heads, n] slots where that is given.

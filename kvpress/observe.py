@@ -151,7 +151,11 @@ class Noise:
 
     def at(self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None) -> Perturbation:
         """The noise of one pass."""
-        length = self.steps or (self.usual_steps if new_tokens is None else new_tokens)
+        length: int | Tensor = self.steps or self.usual_steps
+        if self.steps is None and isinstance(new_tokens, Tensor):
+            length = torch.where(new_tokens > 0, new_tokens, self.usual_steps)
+        elif self.steps is None and new_tokens is not None:
+            length = new_tokens
         done = (step.double() / length).clamp(max=1.0) if isinstance(step, Tensor) else min(1.0, step / length)
         return Perturbation(self.start + (self.end - self.start) * done, self.seed, layer, fresh=self.fresh)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvpress.attention import originals, register
 from kvpress.compat import DynamicCache, check_decoder, check_transformers
-from kvpress.compiled import CompiledSteps, check_compiles, mark_layers, unmark_layers
+from kvpress.compiled import CompiledSteps, check_compiles
 from kvpress.contexts import lasting_tensors, no_autocast
 from kvpress.decoder import PatchedForward
 from kvpress.errors import PolicyError, UnsupportedModelError
@@ -188,8 +188,9 @@ class Handle:
         model, decoder = self._model(), self._decoder()
         if model is not None:
             restore_forwards(model)
-        if decoder is not None:
-            unmark_layers(decoder)
+        forward = self._forward()
+        if decoder is not None and forward is not None and isinstance(forward.run, CompiledSteps):
+            forward.run.remove(decoder)
         for wrapper, owner in ((self._generate, model), (self._forward, decoder)):
             held = None if wrapper is None else wrapper()
             if held is not None and owner is not None:
@@ -231,11 +232,10 @@ class Handle:
             if forward.run is not forward.inner:
                 raise PolicyError(f"this handle ({self.describe()}) is compiled already")
             check_compiles(self._model(), decoder, backend, mode)
-            mark_layers(decoder)
             if backend == "replay":
                 forward.run = ReplayedSteps(forward.inner, forward.cache_argument)
             else:
-                forward.run = CompiledSteps(forward.inner, forward.cache_argument, backend, mode)
+                forward.run = CompiledSteps(decoder, forward.inner, backend, mode)
         return self
 
     def report(self, cache: Any = None) -> Report:

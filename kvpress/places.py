@@ -75,12 +75,15 @@ def at_own_positions(x: Tensor, tokens: Tokens, rotary: Rotary) -> Tensor:
     if not rotary.channels or (tokens.seen is not None and max(tokens.seen) <= EXACT):
         return x
     key = rotary, "own", x.shape[-1], x.device
-    turn: Turn | None = tokens.turns.get(key)
+    # What is compiled keeps nothing from layer to layer.
+    turn: Turn | None = None if torch.compiler.is_compiling() else tokens.turns.get(key)
     if turn is None:
         at = tokens.positions.to(x.device)
         if tokens.seen is not None and not tokens.padded and len(set(tokens.seen)) == 1:
             at = at[:1]
-        turn = tokens.turns[key] = turn_between(rotary, at, at, x.shape[-1])
+        turn = turn_between(rotary, at, at, x.shape[-1])
+        if not torch.compiler.is_compiling():
+            tokens.turns[key] = turn
     return turn(x)
 
 

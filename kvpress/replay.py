@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from kvpress.compat import CACHE
-from kvpress.compiled import step_inputs
 from kvpress.passes import Pass, active_pass
+
+# What a call may bring beside ids or embeddings and positions: none of it matters to a step.
+LEFT_OUT = {"attention_mask", "use_cache", "cache_position", "return_dict"}
 
 
 class Recording(Protocol):
@@ -59,18 +61,16 @@ class ReplayedSteps:
 
     def takes(self, current: Pass, kwargs: dict[str, Any]) -> bool:
         """Whether a decode step that is called so can be replayed."""
-        return step_inputs(current, self._others(kwargs)) is not None
-
-    def _others(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in kwargs.items() if name != self._cache}
+        return not torch.is_grad_enabled()
 
     def __call__(self, **kwargs: Any) -> Any:
         current, cache = active_pass(), kwargs.get(self._cache)
         if current is None or current.prompt or current.step is None or current.step.slots is None:
             return self.forward(**kwargs)
         layers, step = current.layers, current.step
-        inputs = step_inputs(current, self._others(kwargs))
-        assert inputs is not None
+        inputs = step_inputs(current, {name: value for name, value in kwargs.items() if name != self._cache})
+        if inputs is None:
+            return self.forward(**kwargs)
         first = layers[0]
         known = all(layer.step in layer.known for layer in layers)
         for layer in layers:
@@ -114,3 +114,21 @@ class ReplayedSteps:
             outputs.append(self.forward(**given, use_cache=False, **{self._cache: None}))
 
         return self._record(run), held, outputs[-1]
+
+
+def step_inputs(current: Pass, kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors that a step needs of a call's arguments; None for a call that is run as it is."""
+    if kwargs.get("return_dict") is False:
+        return None
+    given = {name: value for name, value in kwargs.items() if name not in LEFT_OUT}
+    inputs = {name: value for name, value in given.items() if value is not None and value is not False}
+    if any(not isinstance(value, Tensor) for value in inputs.values()):
+        return None
+    positions = current.tokens.positions
+    if "position_ids" not in inputs:
+        if kwargs.get("attention_mask") is not None:
+            return None  # a model may count positions by its mask
+        inputs["position_ids"] = torch.tensor([[current.layers[0].texts.columns]], device=positions.device)
+    # Without a mask transformers looks in the positions for sequences that are packed in one.
+    inputs["attention_mask"] = torch.ones(len(current.tokens.seen_tensor), 1, dtype=torch.bool, device=positions.device)
+    return inputs

@@ -28,8 +28,9 @@ class StepInputs:
     Attributes:
         tokens: the new tokens, one for each sequence.
         number: of the step since the latest prompt pass, from 1: an int, or int64 [] where the step is told by tensors.
-        new_tokens: how many tokens the `generate` that runs was asked for, likewise; None where that is not known.
-        slots: int64 [layers], where each layer's new entry goes, where the step is told by tensors.
+        new_tokens: how many tokens the `generate` that runs was asked for, likewise; None, or a tensor of 0, where that is
+            not known.
+        slots: int64 [layers], where each layer's new entry goes, where the step is told by tensors; or [1], of one layer.
         shared: what a selection policy hands from layer to layer.
     """
 
@@ -38,6 +39,16 @@ class StepInputs:
     new_tokens: int | Tensor | None = None
     slots: Tensor | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+
+    def slot(self, layer: int) -> Tensor | None:
+        """Where a layer's new entry goes, int64 [1]; None where the host knows."""
+        if self.slots is None:
+            return None
+        return self.slots if self.slots.shape[0] == 1 else self.slots[layer : layer + 1]
+
+    def of_layer(self, layer: int) -> "StepInputs":
+        """The same for one layer alone."""
+        return StepInputs(self.tokens, self.number, self.new_tokens, self.slot(layer), self.shared)
 
 
 def decode_step(
@@ -56,8 +67,7 @@ def decode_step(
     with torch.no_grad(), no_autocast(query.device):
         rows, key, value = (x if x.dtype == layer.dtype else x.to(layer.dtype) for x in (query, key, value))
         rows = layer.own_query(rows, inputs.tokens)
-        told = None if inputs.slots is None else inputs.slots[layer.index : layer.index + 1]
-        layer.write(key, value, inputs.tokens, told)
+        layer.write(key, value, inputs.tokens, inputs.slot(layer.index))
         return attend_row(layer, rows, scores, inputs, inputs.number, selects=layer.roles.selects).to(query.dtype)
 
 
@@ -136,9 +146,9 @@ def view_of(
     length: int | Tensor = positions.shape[2]
     newest: int | Tensor = length - 1
     step = layer.step
-    if step is not None and step.slot == "told" and inputs is not None and inputs.slots is not None:
-        newest = inputs.slots[layer.index : layer.index + 1]
-        length = newest[0] + 1
+    told = None if inputs is None else inputs.slot(layer.index)
+    if step is not None and step.slot == "told" and told is not None:
+        newest, length = told, told[0] + 1
     elif step is not None and isinstance(step.slot, int):
         newest = step.slot
     turn, moved = None, None

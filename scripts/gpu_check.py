@@ -1,15 +1,18 @@
-"""Everything that only a GPU can show, in one command: kernels right, kernels fast, models fast.
+"""Everything that only a GPU can show, in two calls: kernels fast and models fast, then kernels right.
 
-    python scripts/gpu_check.py --out gpu.json             # on a CUDA machine, under 8 minutes
+    python scripts/gpu_check.py --call A --out a.json      # on a CUDA machine, 4.7 minutes at most
+    python scripts/gpu_check.py --call B --out b.json      # and 3.7 minutes
     python scripts/gpu_check.py --interpret --out try.json # on any machine: a tiny run of every part, no figures worth keeping
 
-Parts, each in a process of its own with a share of the time, so that one that crashes or hangs takes nothing else along:
+Parts, each in a process of its own with a share of the call's time, so that one that crashes or hangs takes nothing else along:
 
-    tests    the Triton kernels against float64 and float32 references, in float32, float16 and bfloat16
-    kernels  time of each kernel by CUDA-graph replay, the share of what the device can do, torch's own kernels beside it
-    models   decode steps of a model of Llama-3.1-8B's shape with random weights, under every policy
+    A  build    compiles what the next two parts launch, in many processes at once
+       kernels  time of each kernel by CUDA-graph replay, the share of what the device can do, torch's own kernels beside it
+       models   decode steps and prompts of a model of Llama-3.1-8B's shape with random weights
+    B  tests    the Triton kernels against float64 and float32 references, in float32, float16 and bfloat16
 
-The JSON has every row measured and is written again after each part; the goals come last, each met, missed or not measured.
+Every row is in the JSON within seconds, goals and all, so that a run that is cut off keeps what it had. A part knows when its time
+is over, and ends before it is stopped. Each goal is met, missed or not measured.
 Needs this checkout (installed or not), torch, Triton, transformers, numpy, einops and pytest, and downloads nothing.
 """
 
@@ -23,12 +26,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-SHARES = {"tests": 3, "kernels": 3, "models": 5}  # of the time
+CALLS = {"A": ("build", "kernels", "models"), "B": ("tests",)}
+MINUTES = {"A": 4.7, "B": 3.7}
+SHARES = {"build": 2, "kernels": 3, "models": 4, "tests": 9}  # of the time
+WORKERS = 16  # processes that compile
+MARGIN = 0.1  # of a part's share, in which it ends by itself
+EVERY = 2.0  # seconds between two writings of the JSON
 MOST_ERROR = 0.02  # relative, of a result in bfloat16
 Row = dict[str, Any]
 
@@ -36,58 +45,155 @@ Row = dict[str, Any]
 # ---------------------------------------------------------------------- the parts, each in its own process
 
 
-def tests(interpret: bool) -> Iterator[Row]:
-    """The kernels' tests. Compiling for GPUs that are not here is another machine's work."""
+@dataclass(frozen=True)
+class Run:
+    """What a part is told.
+
+    Attributes:
+        rows: the file that takes a line of JSON for every row.
+        interpret: tiny, on the CPU.
+        ends: by `time.monotonic`, when the part ends by itself.
+        place, count: which of how many processes of the part this is; the first of one as a rule.
+    """
+
+    rows: Path
+    interpret: bool
+    ends: float
+    place: int = 0
+    count: int = 1
+
+    def in_time(self) -> bool:
+        """Whether there is time for more."""
+        return time.monotonic() < self.ends
+
+    def emit(self, row: Row) -> None:
+        """Write a row, and show it."""
+        with self.rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        print(table_line(row), flush=True)
+
+    @property
+    def device(self) -> Any:
+        """Where the part runs."""
+        import torch
+
+        return torch.device("cpu") if self.interpret else torch.device("cuda", torch.cuda.current_device())
+
+
+def build(run: Run) -> None:
+    """Compile in as many processes as there are cores, at small sizes: what is on disk then is found by the other parts."""
+    if run.count > 1 or run.interpret:
+        build_some(run)
+        return
+    workers = min(WORKERS, os.cpu_count() or 1)
+    command = part_command("build", run.rows, run.interpret, run.ends - time.monotonic())
+    started = [subprocess.Popen([*command, "--worker", str(place), str(workers)]) for place in range(workers)]
+    for place, worker in enumerate(started):
+        try:
+            code = worker.wait(max(0.1, run.ends - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            run.emit({"left_out": f"process {place} had more to compile"})
+            continue
+        if code:
+            run.emit({"failed": f"process {place} of {workers} ended with exit code {code}"})
+
+
+def build_some(run: Run) -> None:
+    """One process's share."""
+    import gpu_decode
+    import gpu_kernels
+
+    sizes = gpu_kernels.TINY if run.interpret else gpu_kernels.BUILD
+    settings = gpu_decode.TINY if run.interpret else gpu_decode.BUILD
+    start = time.perf_counter()
+    for made in (
+        gpu_kernels.build(run.device, sizes, run.place, run.count),
+        gpu_decode.build(run.device, settings, run.place, run.count),
+    ):
+        for name in made:
+            run.emit({"built": name, "process": run.place, "seconds": round(time.perf_counter() - start, 1)})
+            if not run.in_time():
+                run.emit({"left_out": f"process {run.place} had more to compile"})
+                return
+
+
+def kernels(run: Run) -> None:
+    """What the device can do, then each kernel and its rivals."""
+    import gpu
+    import gpu_kernels
+
+    limits = gpu.measure_limits(run.device, run.interpret)
+    run.emit({"bandwidth": limits.bandwidth, "rate": limits.rate})
+    for row in gpu_kernels.rows(
+        run.device, limits, gpu_kernels.TINY if run.interpret else gpu_kernels.Sizes(), run.in_time
+    ):
+        run.emit(row)
+
+
+def models(run: Run) -> None:
+    """Decode steps and prompts of a whole model."""
+    import gpu
+    import gpu_decode
+
+    limits = gpu.measure_limits(run.device, run.interpret)
+    settings = gpu_decode.TINY if run.interpret else gpu_decode.FULL_SIZE
+    for row in gpu_decode.rows(run.device, limits, settings, run.in_time):
+        run.emit(row)
+
+
+def tests(run: Run) -> None:
+    """The kernels' tests, a case for each value of each parameter. Compiling for GPUs that are not here is another machine's work.
+
+    A failure is a row at once, and so is every count that a multiple of ten changes.
+    """
     import pytest
 
-    failed: list[Row] = []
     counts = {"passed": 0, "failed": 0, "skipped": 0}
 
+    def told(complete: bool) -> Row:
+        return {
+            "passed": counts["passed"],
+            "failures": counts["failed"],
+            "skipped": counts["skipped"],
+            "complete": complete,
+        }
+
     class Results:
-        """Counts outcomes, and keeps what failed."""
+        """Counts outcomes, says what failed, and ends the session in time."""
+
+        def pytest_sessionstart(self, session: Any) -> None:
+            self.session = session
 
         def pytest_runtest_logreport(self, report: Any) -> None:
             if report.when == "call" or report.outcome != "passed":
                 counts[report.outcome] += 1
+                if sum(counts.values()) % 10 == 0:
+                    run.emit(told(complete=False))
             if report.failed:
-                text = str(report.longrepr).strip().splitlines()
-                failed.append({"test": report.nodeid, "failed": text[-1][:300] if text else ""})
+                crash = getattr(report.longrepr, "reprcrash", None)
+                text = str(report.longrepr) if crash is None else crash.message
+                run.emit({"test": report.nodeid, "failed": text[:300]})
+            if not run.in_time():
+                self.session.shouldstop = "no time for the rest"
 
-    folder = ROOT / "tests" / "kernels" / "gpu"
-    arguments = [str(folder), "-q", "-x" if interpret else "--maxfail=50", "-p", "no:cacheprovider"]
-    arguments += [f"--ignore={folder / name}" for name in ("test_compile.py", "test_offsets.py")]
-    if interpret:
-        arguments += ["-k", "settings or split_count"]
-    elif _has("xdist"):
-        arguments += ["-n", str(min(8, os.cpu_count() or 1))]  # most of the time goes into compiling
+    folder = ROOT / "tests" / "kernels"
+    arguments = [str(folder), "-q", "-x" if run.interpret else "--maxfail=50", "-p", "no:cacheprovider"]
+    arguments += [f"--ignore={folder / 'gpu' / name}" for name in ("test_compile.py", "test_offsets.py")]
+    # Those of Triton alone, and the others' runs with it.
+    arguments += ["-k", "settings or split_count" if run.interpret else "gpu or triton"]
+    if not run.interpret and _has("xdist"):
+        arguments += ["-n", str(min(WORKERS, os.cpu_count() or 1))]  # most of the time goes into compiling
+    os.environ["KVPRESS_FEWER_CASES"] = "1"  # for the folder's conftest.py
     code = pytest.main(arguments, plugins=[Results()])
-    if code and not failed:
-        failed.append({"test": "pytest", "failed": f"{pytest.ExitCode(code).name}, exit code {int(code)}"})
-    yield from failed
-    yield {"passed": counts["passed"], "failures": counts["failed"], "skipped": counts["skipped"]}
+    if not run.in_time():
+        run.emit({"left_out": "no time for the other tests"})
+    elif code and not counts["failed"]:
+        run.emit({"test": "pytest", "failed": f"{pytest.ExitCode(code).name}, exit code {int(code)}"})
+    run.emit(told(complete=run.in_time()))
 
 
-def kernels(interpret: bool) -> Iterator[Row]:
-    """What the device can do, then each kernel and its rivals."""
-    import gpu
-    import gpu_kernels
-    import torch
-
-    device = torch.device("cpu" if interpret else "cuda")
-    limits = gpu.measure_limits(device, interpret)
-    yield {"bandwidth": limits.bandwidth, "rate": limits.rate}
-    yield from gpu_kernels.rows(device, limits, interpret)
-
-
-def models(interpret: bool) -> Iterator[Row]:
-    """Decode steps of a whole model."""
-    import gpu_decode
-    import torch
-
-    yield from gpu_decode.rows(torch.device("cpu" if interpret else "cuda"), interpret)
-
-
-PARTS: dict[str, Callable[[bool], Iterator[Row]]] = {"tests": tests, "kernels": kernels, "models": models}
+PARTS: dict[str, Callable[[Run], None]] = {"build": build, "kernels": kernels, "models": models, "tests": tests}
 
 
 def _has(package: str) -> bool:
@@ -96,19 +202,15 @@ def _has(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
-def run_part(part: str, rows: Path, interpret: bool) -> None:
-    """In the part's own process: a line of JSON for every row, as it comes."""
+def run_part(part: str, run: Run) -> None:
+    """In the part's own process."""
     sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-    if interpret:
+    if run.interpret:
         import runpy
 
         # Triton's interpreter does not get on with every NumPy; the tests know what to do about it.
-        runpy.run_path(str(ROOT / "tests" / "kernels" / "gpu" / "conftest.py"))
-    with rows.open("a", encoding="utf-8") as file:
-        for row in PARTS[part](interpret):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            print(table_line(row), flush=True)
+        runpy.run_path(str(ROOT / "tests" / "kernels" / "conftest.py"))
+    PARTS[part](run)
 
 
 # ---------------------------------------------------------------------- the goals
@@ -139,26 +241,30 @@ def decode_goals(rows: list[Row]) -> Iterator[tuple[str, float | None, float, bo
 
 
 def model_goals(rows: list[Row]) -> Iterator[tuple[str, float | None, float, bool]]:
-    """Goals of whole models, at the longest context measured with each batch."""
-    for batch, tidal, evicting in ((1, 2.1, 2.5), (8, 3, 6)):
-        context = max((row["context"] for row in rows if row.get("batch") == batch and "ms" in row), default=0)
-        here = {
-            row["policy"]: row for row in rows if (row["batch"], row["context"]) == (batch, context) and "ms" in row
-        }
-        ours = here.get("full", {}).get("ms")
+    """Goals of whole models, at the context measured with each batch: of steps as launched, and as replayed."""
+    for batch, evicting, plainly, floors in ((1, 1.5, 3, 1.6), (8, 3, 6, 1.4)):
+        of_batch = [row for row in rows if row.get("batch") == batch and "ms" in row]
+        here = {row["policy"]: row for row in of_batch if "how" not in row}
+        replayed = {row["policy"]: row for row in of_batch if row.get("how") == "graph replay"}
+        context = max((row["context"] for row in here.values()), default=0)
         where = f"batch {batch}, {context or 'no'} tokens"
 
-        def faster(row: Row | None, ours: float | None = ours) -> float | None:
-            return None if row is None or ours is None else ours / row["ms"]
+        def times(name: str, other: Row, here: dict[str, Row] = here) -> float | None:
+            return here[name]["ms"] / other["ms"] if name in here else None
 
-        yield f"tidal_decode, {where}: full's time over its", faster(here.get("tidal_decode")), tidal, True
-        for name, row in here.items():
-            if row.get("evicts"):
-                yield f"{name}, {where}: full's time over its", faster(row), evicting, True
-        if not any(row.get("evicts") for row in here.values()):
+        evicted = [row for row in here.values() if row.get("evicts")]
+        for row in evicted:
+            yield f"{row['policy']}, {where}: full's time over its", times("full", row), evicting, True
+            yield f"{row['policy']}, {where}: transformers' time over its", times("transformers", row), plainly, True
+        if not evicted:
             yield f"evicting policies, {where}: full's time over theirs", None, evicting, True
-        plain = here.get("transformers", {}).get("ms")
-        yield f"full, {where}: transformers' time over its", plain / ours if plain and ours else None, 1.3, True
+        full = here.get("full")
+        yield f"full, {where}: transformers' time over its", times("transformers", full) if full else None, 1.3, True
+        slowest = max((row["ms"] / row["floor_ms"] for row in replayed.values()), default=None)
+        yield f"replayed steps, {where}: time over the floor, the largest", slowest, floors, False
+    prompts = {row["policy"]: row["ms"] for row in rows if row.get("how") == "prompt" and "ms" in row}
+    both = {"full", "h2o"} <= set(prompts)
+    yield "h2o, prompt: its time over full's", prompts["h2o"] / prompts["full"] if both else None, 1.5, False
 
 
 def _least(figures: list[float]) -> float | None:
@@ -213,8 +319,25 @@ def machine() -> Row:
     return found
 
 
-def run_in_process(part: str, seconds: float, interpret: bool) -> Row:
-    """Run a part for so long; its rows so far, and how it ended."""
+def part_command(part: str, rows: Path, interpret: bool, seconds: float) -> list[str]:
+    """The command of a part's process."""
+    command = [sys.executable, __file__, "--run-part", part, "--out", str(rows), "--seconds", str(seconds)]
+    return command + ["--interpret"] * interpret
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows that a part has written so far."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            found.append(json.loads(line))
+        except ValueError:  # the last line of a process that is writing, or was stopped
+            break
+    return found
+
+
+def run_in_process(part: str, seconds: float, interpret: bool, keep: Callable[[Row], None] = lambda part: None) -> Row:
+    """Run a part for so long; its rows, and how it ended. `keep` gets the same while it runs."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     environment["KINETO_LOG_LEVEL"] = "99"  # torch's profiler has nothing to say
     if interpret:
@@ -222,62 +345,75 @@ def run_in_process(part: str, seconds: float, interpret: bool) -> Row:
         environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
-        command = [sys.executable, __file__, "--run-part", part, "--out", str(rows)] + ["--interpret"] * interpret
+        command = part_command(part, rows, interpret, seconds * (1 - MARGIN))
         start = time.perf_counter()
         process = subprocess.Popen(command, env=environment, cwd=ROOT, start_new_session=True)
-        try:
-            code = process.wait(timeout=seconds)
-            ended = "done" if code == 0 else f"failed with exit code {code}"
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # pytest's workers too
-            process.wait()
-            ended = f"stopped after {seconds:.0f} s"
-        lines = rows.read_text(encoding="utf-8").splitlines() if rows.is_file() else []
-    found = []
-    for line in lines:
-        try:
-            found.append(json.loads(line))
-        except ValueError:  # the last line of a process that was stopped
-            break
-    return {"ended": ended, "seconds": round(time.perf_counter() - start, 1), "rows": found}
+        ended = ""
+        while not ended:
+            left = seconds - (time.perf_counter() - start)
+            try:
+                code = process.wait(timeout=max(0.01, min(EVERY, left)))
+                ended = "done" if code == 0 else f"failed with exit code {code}"
+            except subprocess.TimeoutExpired:
+                if left <= EVERY:
+                    os.killpg(process.pid, signal.SIGKILL)  # its own processes too
+                    process.wait()
+                    ended = f"stopped after {seconds:.0f} s"
+                else:
+                    keep({"ended": "running", "seconds": round(seconds - left, 1), "rows": read_rows(rows)})
+        return {"ended": ended, "seconds": round(time.perf_counter() - start, 1), "rows": read_rows(rows)}
 
 
 def main() -> int:
     """Command line. The exit code is 1 if a part did not end, or a kernel's result is wrong."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("gpu_check.json"), help="where the JSON goes")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument(
-        "--minutes", type=float, default=7.5, help="time for all of them; one that needs less leaves more"
-    )
+    parser.add_argument("--call", choices=CALLS, help="one of the two calls; both without it")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="some parts only")
+    parser.add_argument("--minutes", type=float, help="time for all parts; one that needs less leaves more")
     parser.add_argument(
         "--interpret", action="store_true", help="a tiny run on the CPU, kernels in Triton's interpreter"
     )
     parser.add_argument("--run-part", choices=PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--seconds", type=float, default=0.0, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run_part:
-        run_part(options.run_part, options.out, options.interpret)
+        ends = time.monotonic() + options.seconds
+        run_part(options.run_part, Run(options.out, options.interpret, ends, *options.worker))
         return 0
     started = time.perf_counter()
+    chosen = [options.call] if options.call else list(CALLS)
+    parts = options.parts or [part for call in chosen for part in CALLS[call]]
+    minutes = options.minutes or sum(MINUTES[call] for call in chosen)
     result: Row = {"machine": machine(), "interpret": options.interpret, "parts": {}}
     runs = options.interpret or result["machine"]["gpu"] is not None
     print(table_line(result["machine"]), flush=True)
-    for place, part in enumerate(options.parts):
+
+    def write(part: str, found: Row) -> None:
+        """What there is by now. A file is replaced whole: whoever copies it gets no half."""
+        result["parts"][part] = found
+        result["goals"], result["wrong"] = judged(result["parts"], options.interpret), wrong(result["parts"])
+        draft = options.out.with_suffix(".part")
+        draft.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        draft.replace(options.out)
+
+    for place, part in enumerate(parts):
         if not runs:
             print(f"skipped {part}: no CUDA device (--interpret runs a tiny version of it here)")
-            result["parts"][part] = {"ended": "skipped: no CUDA device", "seconds": 0.0, "rows": []}
+            write(part, {"ended": "skipped: no CUDA device", "seconds": 0.0, "rows": []})
             continue
-        left = options.minutes * 60 - (time.perf_counter() - started)
-        shares = sum(SHARES[other] for other in options.parts[place:])
+        left = minutes * 60 - (time.perf_counter() - started)
+        shares = sum(SHARES[other] for other in parts[place:])
         seconds = max(1.0, left * SHARES[part] / shares)
         print(f"\n== {part}, {seconds:.0f} s at most", flush=True)
-        result["parts"][part] = run_in_process(part, seconds, options.interpret)
-        print(f"== {part} {result['parts'][part]['ended']} ({result['parts'][part]['seconds']} s)", flush=True)
-        result["goals"] = judged(result["parts"], options.interpret)
-        options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    result["goals"] = judged(result["parts"], options.interpret)
-    result["wrong"] = wrong(result["parts"])
-    options.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+        def keep(found: Row, part: str = part) -> None:
+            write(part, found)
+
+        found = run_in_process(part, seconds, options.interpret, keep)
+        write(part, found)
+        print(f"== {part} {found['ended']} ({found['seconds']} s)", flush=True)
     print("\n== goals")
     for goal in result["goals"]:
         figure = "" if goal["figure"] is None else f": {goal['figure']:.3g}"

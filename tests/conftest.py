@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from support.pairwise import Pairwise
+
 # Before anything imports Triton (transformers does): without a CUDA device its kernels run in its interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -32,6 +34,17 @@ VERSIONS = (
     "test_sharing.py",
     "test_traps.py",
 )
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="every combination of parameters, not just every pair of values"
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not config.getoption("full"):
+        config.pluginmanager.register(Pairwise(), "pairwise")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -114,11 +114,11 @@ def test_a_compiled_run_that_is_interrupted(model, ids):
         handle.compile("eager")
         model.generate(ids, **OPTIONS)
         step = handle._forward().run
-        inner = step._step
-        step._step = lambda **_: raising(KeyboardInterrupt())()
+        inner = step._run
+        step._run = lambda *_: raising(KeyboardInterrupt())()
         with pytest.raises(KeyboardInterrupt):
             model.generate(ids, **OPTIONS)
-        step._step = inner
+        step._run = inner
         assert torch.equal(model.generate(ids, **OPTIONS), expected)
     torch.compiler.reset()
 

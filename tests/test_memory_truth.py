@@ -259,7 +259,7 @@ def soak(policy: Any) -> Watch:
     return watch
 
 
-@pytest.mark.parametrize("policy", [H2O(budget=40), EMS(budget=40, window=8)], ids=str)
+@pytest.mark.parametrize("policy", [H2O(budget=40), EMS(budget=40, recent=8)], ids=str)
 def test_an_evicting_policy_stays_flat(policy: Any) -> None:
     """2000 tokens later, not a byte and not a tensor more."""
     watch = soak(policy)

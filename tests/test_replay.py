@@ -93,9 +93,9 @@ def test_turns_copies_and_beams_are_recorded_anew(policy):
 
 
 def test_without_a_gpu_it_is_refused():
-    with kvpress.patch(sharp_llama(), H2O(budget=8)) as handle:
-        with pytest.raises(PolicyError, match="backend='replay' records CUDA graphs, and LlamaForCausalLM is on cpu"):
-            handle.compile("replay")
+    handle = kvpress.patch(sharp_llama(), H2O(budget=8))
+    with pytest.raises(PolicyError, match="backend='replay' records CUDA graphs, and LlamaForCausalLM is on cpu"):
+        handle.compile("replay")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -86,6 +86,7 @@ def test_batch(model: Any, case: Case) -> None:
         check_generated(model, case, text, output, row)
 
 
+@pytest.mark.every_case
 @every_policy
 def test_left_padded_batch(model: Any, case: Case) -> None:
     texts = [prompt(9, 0), prompt(24, 1), prompt(2, 2)]
@@ -267,6 +268,7 @@ def test_second_turn(model: Any, case: Case) -> None:
     check(expect(model, case, passes), [logits[0] for logits in two.logits], cache)
 
 
+@pytest.mark.every_case
 @every_policy
 def test_third_turn_after_decoding(model: Any, case: Case) -> None:
     """Turns after decode steps find slots in any order."""

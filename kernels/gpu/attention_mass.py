@@ -12,9 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress.kernels.gpu.decode_attention import capped, multiprocessors
+from kvpress.kernels.gpu.decode_attention import capped, temperature_parts
+from kvpress.kernels.gpu.launch import cdiv, launch, multiprocessors, power_of_two
 from kvpress.kernels.gumbel_noise import TABLE, gumbel_offsets, gumbel_table_on
-from kvpress.kernels.launch_shapes import launch_shape
+from kvpress.kernels.launch_shapes import launch_shape, planned
 
 if TYPE_CHECKING:
     from kvpress.kernels.attention_mass import Perturbation
@@ -32,13 +33,15 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def lse_config(packed: int, head_dim: int, itemsize: int) -> Config:
+@planned
+def lse_config(packed: int, head_dim: int, itemsize: int, device: torch.device) -> Config:
     """Settings of the first kernel, which keeps a tile of rows and goes over keys."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_two(head_dim))
     width = block_d * itemsize  # bytes of a row: the wider, the fewer fit
     most = {256: 128, 512: 64}.get(max(256, width), 16)
     chosen = launch_shape(
         "attention_mass.lse",
+        device,
         block_d,
         itemsize,
         block_m=most,
@@ -49,12 +52,14 @@ def lse_config(packed: int, head_dim: int, itemsize: int) -> Config:
     return _fitted(chosen, packed, block_d)
 
 
-def mass_config(packed: int, head_dim: int, itemsize: int) -> Config:
+@planned
+def mass_config(packed: int, head_dim: int, itemsize: int, device: torch.device) -> Config:
     """Settings of the second kernel, which keeps a tile of keys and goes over rows."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_two(head_dim))
     width = block_d * itemsize
     chosen = launch_shape(
         "attention_mass.mass",
+        device,
         block_d,
         itemsize,
         block_m=64 if width <= 256 else 32,
@@ -67,14 +72,14 @@ def mass_config(packed: int, head_dim: int, itemsize: int) -> Config:
 
 def _fitted(chosen: dict[str, int], packed: int, block_d: int) -> Config:
     """No more rows per tile than there are, in a power of two that `tl.dot` takes."""
-    block_m = max(16, min(chosen["block_m"], triton.next_power_of_2(packed)))
+    block_m = max(16, min(chosen["block_m"], power_of_two(packed)))
     num_warps = chosen["num_warps"] if block_m == chosen["block_m"] else min(4, chosen["num_warps"])
     return Config(block_m, chosen["block_n"], block_d, num_warps, chosen["num_stages"])
 
 
-def split_count(n: int, programs: int, multiprocessors: int) -> int:
+def split_count(n: int, programs: int, device: torch.device) -> int:
     """Into how many splits the keys of the first kernel go, so that there are about two waves of programs."""
-    return max(1, min(triton.cdiv(2 * multiprocessors, programs), triton.cdiv(n, KEYS_PER_SPLIT)))
+    return max(1, min(cdiv(2 * multiprocessors(device), programs), cdiv(n, KEYS_PER_SPLIT)))
 
 
 @triton.jit
@@ -102,6 +107,7 @@ def lse_kernel(
     p_positions,
     p_offsets,
     p_noise,
+    p_temperature,
     p_sinks,
     p_lse,
     scale,
@@ -132,6 +138,8 @@ def lse_kernel(
 
     p_positions is None where entry i is at position i; row r is at past + r then.
     """
+    if p_temperature is not None:
+        temperature = tl.load(p_temperature)
     i_split = tl.program_id(2)
     i_batch, i_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     # [BLOCK_M]
@@ -199,6 +207,7 @@ def mass_kernel(
     p_positions,
     p_offsets,
     p_noise,
+    p_temperature,
     p_weights,
     p_lse,
     p_mass,
@@ -227,6 +236,8 @@ def mass_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """Sum over all packed rows of weight * exp(score - LSE), for one tile of keys: p_mass [batch, kv_heads, n]."""
+    if p_temperature is not None:
+        temperature = tl.load(p_temperature)
     i_batch, i_head = (tl.program_id(1) // kv_heads).to(tl.int64), (tl.program_id(1) % kv_heads).to(tl.int64)
     # [BLOCK_N]
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -308,9 +319,10 @@ def attention_mass(
         )
     if row_weights is not None:
         row_weights = row_weights.float().contiguous()
-    offsets = noise = temperature = None
+    offsets = noise = temperature = warmth = None
     if perturbation is not None:
-        temperature = None if perturbation.temperature == 1 else perturbation.temperature
+        temperature, warmth = temperature_parts(perturbation.temperature)
+        temperature = None if temperature == 1 and warmth is None else temperature
         if perturbation.seed is not None:
             places = row_positions if perturbation.fresh else torch.zeros_like(row_positions)
             offsets = gumbel_offsets(perturbation.layer, places, heads).to(torch.int32)
@@ -324,20 +336,23 @@ def attention_mass(
     )
     at = None if positions is None else row_positions
     if lse is None:
-        chosen = lse_config(rows * group, head_dim, query.element_size())
-        tiles = triton.cdiv(rows * group, chosen.block_m)
+        chosen = lse_config(rows * group, head_dim, query.element_size(), query.device)
+        tiles = cdiv(rows * group, chosen.block_m)
         if splits is None:
-            splits = split_count(n, tiles * batch * kv_heads, multiprocessors(query.device))
-        per_split = triton.cdiv(triton.cdiv(n, splits), chosen.block_n) * chosen.block_n
-        splits = triton.cdiv(n, per_split)
+            splits = split_count(n, tiles * batch * kv_heads, query.device)
+        per_split = cdiv(cdiv(n, splits), chosen.block_n) * chosen.block_n
+        splits = cdiv(n, per_split)
         parts = query.new_empty(splits, batch, heads, rows, dtype=torch.float32)
-        lse_kernel[(tiles, batch * kv_heads, splits)](
+        launch(
+            lse_kernel,
+            (tiles, batch * kv_heads, splits),
             query,
             at,
             key,
             positions,
             offsets,
             noise,
+            warmth,
             sinks,
             parts,
             *scoring,
@@ -354,14 +369,17 @@ def attention_mass(
             num_stages=chosen.num_stages,
         )
         lse = parts[0] if splits == 1 else parts.logsumexp(dim=0)
-    chosen = mass_config(rows * group, head_dim, query.element_size())
-    mass_kernel[(triton.cdiv(n, chosen.block_n), batch * kv_heads)](
+    chosen = mass_config(rows * group, head_dim, query.element_size(), query.device)
+    launch(
+        mass_kernel,
+        (cdiv(n, chosen.block_n), batch * kv_heads),
         query,
         at,
         key,
         positions,
         offsets,
         noise,
+        warmth,
         row_weights,
         lse.float().contiguous(),
         mass,

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpress.kernels.gpu.decode_attention import capped
-from kvpress.kernels.launch_shapes import launch_shape
+from kvpress.kernels.gpu.launch import cdiv, launch, power_of_two
+from kvpress.kernels.launch_shapes import launch_shape, planned
 
 
 class Config(NamedTuple):
@@ -26,13 +27,15 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(block_size: int, head_dim: int, itemsize: int) -> Config:
+@planned
+def config(block_size: int, head_dim: int, itemsize: int, device: torch.device) -> Config:
     """Launch settings from shapes: the wider a row of K, the smaller the tiles."""
-    block_d = max(16, triton.next_power_of_2(head_dim))
+    block_d = max(16, power_of_two(head_dim))
     width = block_d * itemsize
     block_m, block_n = (128, 64) if width <= 256 else (64, 32) if width <= 512 and itemsize == 2 else (32, 32)
     chosen = launch_shape(
         "block_sparse_attention",
+        device,
         block_size,
         block_d,
         itemsize,
@@ -244,7 +247,7 @@ def block_sparse_attention(
     lse = query.new_empty(batch, heads, rows, dtype=torch.float32)
     if not output.numel():
         return output, lse
-    query_blocks = triton.cdiv(rows, block_size)
+    query_blocks = cdiv(rows, block_size)
     lasts = torch.arange(1, query_blocks + 1, device=query.device) * block_size + (n - rows - 1)
 
     columns, column_counts, is_column = _columns(columns, lasts, n)
@@ -253,9 +256,11 @@ def block_sparse_attention(
     if blocks is not None:
         blocks, block_counts = _ascending(blocks, (blocks >= 0) & (blocks * block_size <= lasts[:, None]))
 
-    chosen = config(block_size, head_dim, query.element_size())
+    chosen = config(block_size, head_dim, query.element_size(), query.device)
     lists = (columns, runs, blocks)
-    block_sparse_kernel[(triton.cdiv(rows, chosen.block_m), heads, batch)](
+    launch(
+        block_sparse_kernel,
+        (cdiv(rows, chosen.block_m), heads, batch),
         query,
         key,
         value,

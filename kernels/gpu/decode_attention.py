@@ -1,6 +1,5 @@
-"""Triton kernels of `kvpress.kernels.decode_attention`: splits of the keys, their merge, and the weights from the LSE."""
+"""Triton kernels of `kvpress.kernels.decode_attention`: splits of the keys, then their merge and the weights from the LSE."""
 
-from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -8,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpress.kernels.gpu.launch import cdiv, launch, multiprocessors, power_of_two
 from kvpress.kernels.gumbel_noise import TABLE, gumbel_offsets, gumbel_table_on
-from kvpress.kernels.launch_shapes import launch_shape
+from kvpress.kernels.launch_shapes import launch_shape, planned
 
 if TYPE_CHECKING:
     from kvpress.kernels.attention_mass import Perturbation
@@ -34,39 +34,52 @@ class Config(NamedTuple):
     num_stages: int
 
 
-def config(group: int, head_dim: int, itemsize: int) -> Config:
-    """Launch settings from shapes: a tile of K is 16 KiB where registers allow, less in float32 and for large groups."""
-    block_m, block_d = max(16, triton.next_power_of_2(group)), max(16, triton.next_power_of_2(head_dim))
+@planned
+def config(group: int, head_dim: int, itemsize: int, device: torch.device, listed: bool = False) -> Config:
+    """Launch settings from shapes: a tile of K is 16 KiB where registers allow, less in float32 and for large groups.
+
+    Where slots are listed a tile's addresses are loaded before the tile, which takes two stages of the pipeline: with three or
+    four, K and V have one buffer each, and loading does not go on while the tensor cores work.
+    """
+    block_m, block_d = max(16, power_of_two(group)), max(16, power_of_two(head_dim))
     tile = 4096 if block_m >= 64 else 16384 if itemsize == 2 and block_m == 16 else 8192
     chosen = launch_shape(
-        "decode_attention",
+        "decode_attention.listed" if listed else "decode_attention",
+        device,
         block_m,
         block_d,
         itemsize,
         block_n=max(16, min(64, tile // (block_d * itemsize))),
         num_warps=4 if block_m <= 32 else 8,
-        num_stages=3,
+        num_stages=5 if listed and itemsize == 2 and block_m <= 32 else 3,
     )
     return Config(block_m, block_d=block_d, **chosen)
 
 
-def split_count(count: int, rows: int, multiprocessors: int) -> int:
+@planned
+def split_shape(keys: int, device: torch.device) -> tuple[int, int]:
+    """How many programs there are to be, about two waves, and the least number of keys for one of them."""
+    chosen = launch_shape("decode_attention.split", device, waves=2, keys=keys)
+    return chosen["waves"] * multiprocessors(device), chosen["keys"]
+
+
+def split_count(count: int, rows: int, device: torch.device) -> int:
     """Into how many splits `count` keys go, so that with `rows` kv heads there are about two waves of programs."""
-    chosen = launch_shape("decode_attention.split", waves=2, keys=KEYS_PER_SPLIT)
-    wanted = triton.cdiv(chosen["waves"] * multiprocessors, rows)
-    return max(1, min(wanted, triton.cdiv(count, chosen["keys"])))
+    programs, keys = split_shape(KEYS_PER_SPLIT, device)
+    return max(1, min(cdiv(programs, rows), cdiv(count, keys)))
 
 
+def splits_of(count: int, rows: int, block_n: int, device: torch.device) -> tuple[int, int]:
+    """How many splits `count` keys of `rows` kv heads go into, and the keys of a split, in whole tiles."""
+    per_split = max(1, cdiv(cdiv(count, split_count(count, rows, device)), block_n)) * block_n
+    return max(1, cdiv(count, per_split)), per_split
+
+
+@planned
 def weigh_blocks(group: int) -> dict[str, int]:
     """Tile of the kernel that makes weights of scores: a kv head's query heads, and keys."""
-    block_m = triton.next_power_of_2(group)
+    block_m = power_of_two(group)
     return {"BLOCK_M": block_m, "BLOCK_N": max(16, min(256, 4096 // block_m))}
-
-
-@lru_cache
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a CUDA device; those of an H100 in the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 @triton.jit
@@ -96,6 +109,7 @@ def attend_kernel(
     p_positions,
     p_offsets,
     p_noise,
+    p_temperature,
     p_output,
     p_lse,
     p_scores,
@@ -137,13 +151,16 @@ def attend_kernel(
 
     Writes p_output [batch * heads, splits, head_dim] and p_lse [batch * heads, splits], and the scores, -inf where a
     head does not look, to p_scores [batch * heads, count] unless it is None. With p_perturbed_lse, which is as p_lse, these
-    scores and that LSE are of (score + noise) / temperature; the noise of an entry is read from the table p_noise. With
-    p_other [batch * heads, head_dim] that query scores the first `moved` entries, or those that p_moved marks.
+    scores and that LSE are of (score + noise) / temperature; the noise of an entry is read from the table p_noise, and the
+    temperature from p_temperature if that is given. With p_other [batch * heads, head_dim] that query scores the first `moved`
+    entries, or those that p_moved marks.
     """
     i_row, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_batch, i_head = (i_row // kv_heads).to(tl.int64), (i_row % kv_heads).to(tl.int64)
     first = i_split * per_split
     last = tl.minimum(first + per_split, count)
+    if p_temperature is not None:
+        temperature = tl.load(p_temperature)
 
     o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     m_m, m_d = o_m < group, o_d < HEAD_DIM
@@ -246,12 +263,11 @@ def attend_kernel(
         tl.store(p_perturbed_lse + o_part, b_perturbed_max + tl.log(b_perturbed_sum), mask=m_m)
 
 
-@triton.jit(do_not_specialize=["splits"])
-def merge_kernel(
-    p_parts, p_part_lse, p_output, p_lse, splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+@triton.jit
+def merge_splits(
+    p_parts, p_part_lse, row, splits, HEAD_DIM: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """One query head: the splits' outputs weighed by their LSE; p_output [rows, head_dim] and p_lse [rows]."""
-    i_row = tl.program_id(0).to(tl.int64)
+    """One query head's output [BLOCK_D] and LSE: its splits' outputs weighed by their LSE."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < HEAD_DIM
     # [], [], [BLOCK_D]
@@ -262,9 +278,9 @@ def merge_kernel(
         # [BLOCK_S]
         o_s = start + tl.arange(0, BLOCK_S)
         m_s = o_s < splits
-        b_lse = tl.load(p_part_lse + i_row * splits + o_s, mask=m_s, other=float("-inf"))
+        b_lse = tl.load(p_part_lse + row * splits + o_s, mask=m_s, other=float("-inf"))
         # [BLOCK_S, BLOCK_D]
-        p_tile = p_parts + (i_row * splits + o_s)[:, None] * HEAD_DIM + o_d[None, :]
+        p_tile = p_parts + (row * splits + o_s)[:, None] * HEAD_DIM + o_d[None, :]
         b_parts = tl.load(p_tile, mask=m_s[:, None] & m_d[None, :], other=0.0)
         b_new = tl.maximum(b_max, tl.max(b_lse, axis=0))
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
@@ -272,32 +288,89 @@ def merge_kernel(
         b_acc = b_acc * b_decay + tl.sum(b_parts * b_weights[:, None], axis=0)
         b_sum = b_sum * b_decay + tl.sum(b_weights, axis=0)
         b_max = b_new
-    b_out = b_acc / tl.where(b_sum > 0, b_sum, 1.0)
-    tl.store(p_output + i_row * HEAD_DIM + o_d, b_out.to(p_output.dtype.element_ty), mask=m_d)
-    tl.store(p_lse + i_row, b_max + tl.log(b_sum))
+    return b_acc / tl.where(b_sum > 0, b_sum, 1.0), b_max + tl.log(b_sum)
 
 
-@triton.jit(do_not_specialize=["count", "group"])
-def weigh_kernel(p_scores, p_lse, p_mass, count, group, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Attention weights exp(score - LSE) of a tile of keys: in place of the scores, or summed over the group in p_mass.
+@triton.jit
+def lse_of_splits(p_part_lse, o_rows, m_rows, splits, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr):
+    """The LSE of some rows, float32 [BLOCK_M], from those of their splits; 0 where it is -inf or not m_rows."""
+    b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    b_sum = tl.zeros((BLOCK_M,), tl.float32)
+    for start in range(0, splits, BLOCK_S):
+        # [BLOCK_M, BLOCK_S]
+        o_s = start + tl.arange(0, BLOCK_S)
+        m_tile = m_rows[:, None] & (o_s < splits)[None, :]
+        b_lse = tl.load(p_part_lse + o_rows[:, None] * splits + o_s[None, :], mask=m_tile, other=float("-inf"))
+        b_new = tl.maximum(b_max, tl.max(b_lse, axis=1))
+        b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)
+        b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_lse - b_shift[:, None]), axis=1)
+        b_max = b_new
+    return tl.where(b_sum > 0, b_max + tl.log(b_sum), 0.0)  # a head without keys has scores of -inf only
 
-    p_scores [kv rows * group, count], p_lse [kv rows * group], p_mass [kv rows, count] or None.
+
+@triton.jit(do_not_specialize=["splits", "count", "group", "merging", "stride_ab", "stride_ah", "kv_heads"])
+def finish_kernel(
+    p_parts,
+    p_part_lse,
+    p_output,
+    p_lse,
+    p_scores,
+    p_scores_lse,
+    p_mass,
+    splits,
+    count,
+    group,
+    merging,
+    fading,
+    kv_heads,
+    stride_ab,
+    stride_ah,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """What is left after the splits of a kv head: the merge of its query heads, and the weights of its keys, side by side.
+
+    The first `merging` programs, none or `group`, merge a query head each: p_output [rows, head_dim], p_lse [rows]. Each of the
+    others makes weights exp(score - LSE) of a tile of keys, unless p_scores is None: in the scores' place, or summed over the
+    group in p_mass, where `fading` times what is there is added unless that is None.
+
+    p_part_lse [kv rows * group, splits], as p_scores_lse, which is that of the scores p_scores [kv rows * group, count];
+    p_mass [batch, kv_heads, count] with strides.
     """
-    i_row = tl.program_id(0).to(tl.int64)
-    # [BLOCK_M], [BLOCK_N]
-    o_m = tl.arange(0, BLOCK_M)
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m_m, m_n = o_m < group, o_n < count
-    b_lse = tl.load(p_lse + i_row * group + o_m, mask=m_m, other=0.0)
-    b_shift = tl.where(b_lse == float("-inf"), 0.0, b_lse)  # a head without keys has scores of -inf only
-    # [BLOCK_M, BLOCK_N]
-    p_tile = p_scores + (i_row * group + o_m)[:, None] * count + o_n[None, :]
-    m_tile = m_m[:, None] & m_n[None, :]
-    b_weights = tl.exp(tl.load(p_tile, mask=m_tile, other=float("-inf")) - b_shift[:, None])
-    if p_mass is None:
-        tl.store(p_tile, b_weights, mask=m_tile)
-    else:
-        tl.store(p_mass + i_row * count + o_n, tl.sum(b_weights, axis=0), mask=m_n)
+    i_program, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    if i_program < merging:
+        row = i_row * group + i_program
+        b_out, lse = merge_splits(p_parts, p_part_lse, row, splits, HEAD_DIM, BLOCK_S, BLOCK_D)
+        o_d = tl.arange(0, BLOCK_D)
+        tl.store(p_output + row * HEAD_DIM + o_d, b_out.to(p_output.dtype.element_ty), mask=o_d < HEAD_DIM)
+        tl.store(p_lse + row, lse)
+    elif p_scores is not None:
+        # [BLOCK_M], [BLOCK_N]
+        o_m = tl.arange(0, BLOCK_M)
+        o_n = (i_program - merging) * BLOCK_N + tl.arange(0, BLOCK_N)
+        m_m, m_n = o_m < group, o_n < count
+        o_rows = i_row * group + o_m
+        b_lse = lse_of_splits(p_scores_lse, o_rows, m_m, splits, BLOCK_M, BLOCK_S)
+        # [BLOCK_M, BLOCK_N]
+        p_tile = p_scores + o_rows[:, None] * count + o_n[None, :]
+        m_tile = m_m[:, None] & m_n[None, :]
+        b_weights = tl.exp(tl.load(p_tile, mask=m_tile, other=float("-inf")) - b_lse[:, None])
+        if p_mass is None:
+            tl.store(p_tile, b_weights, mask=m_tile)
+        else:
+            p_held = p_mass + (i_row // kv_heads) * stride_ab + (i_row % kv_heads) * stride_ah + o_n
+            b_mass = tl.sum(b_weights, axis=0)
+            if fading is not None:
+                b_mass += fading * tl.load(p_held, mask=m_n, other=0.0)
+            tl.store(p_held, b_mass, mask=m_n)
+
+
+def temperature_parts(temperature: float | Tensor) -> tuple[float, Tensor | None]:
+    """What kernels take of a temperature: the number, or the tensor [] where it lies on the device, float32."""
+    return (1.0, temperature.float()) if isinstance(temperature, Tensor) else (float(temperature), None)
 
 
 def moved_parts(
@@ -328,8 +401,11 @@ def decode_attention(
     with_mass: bool,
     per_head: bool,
     with_lse: bool,
+    into: Tensor | None = None,
+    fading: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `kvpress.kernels.decode_attention.decode_attention`.
+    """As `kvpress.kernels.decode_attention.decode_attention`, in two launches, or in one where one split is enough and no mass
+    is wanted.
 
     The scores are kept for the weights, 4 bytes per query head and key: reading K again would be 2 * head_dim bytes per
     kv head and key.
@@ -340,17 +416,15 @@ def decode_attention(
     count = key.shape[2] if index is None else index.shape[2] * page_size
     query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     valid, index = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (valid, index))
-    chosen = config(group, head_dim, key.element_size())
-    splits = split_count(count, rows, multiprocessors(query.device))
-    per_split = max(1, triton.cdiv(triton.cdiv(count, splits), chosen.block_n)) * chosen.block_n
-    splits = max(1, triton.cdiv(count, per_split))
+    chosen = config(group, head_dim, key.element_size(), query.device, index is not None)
+    splits, per_split = splits_of(count, rows, chosen.block_n, query.device)
 
-    positions = offsets = noise = temperature = perturbed_lse = None
+    positions = offsets = noise = temperature = warmth = perturbed_lse = None
     if perturbed is not None and with_mass:
         perturbation, row, positions = perturbed
         positions = positions.to(torch.int32)
         positions = positions if positions.stride(-1) == 1 else positions.contiguous()
-        temperature = float(perturbation.temperature)
+        temperature, warmth = temperature_parts(perturbation.temperature)
         perturbed_lse = query.new_empty(batch, heads, splits, dtype=torch.float32)
         if perturbation.seed is not None:
             at = row if perturbation.fresh else torch.zeros_like(row)
@@ -363,12 +437,16 @@ def decode_attention(
     scores = mass = None
     if with_mass:
         scores = query.new_empty(batch, heads, count, dtype=torch.float32)
-        mass = None if per_head else query.new_empty(batch, kv_heads, count, dtype=torch.float32)
+        mass = into
+        if into is None and not per_head:
+            mass = query.new_empty(batch, kv_heads, count, dtype=torch.float32)
     parts, part_lse = output, lse
     if splits > 1:
         parts = query.new_empty(batch * heads, splits, head_dim, dtype=torch.float32)
         part_lse = query.new_empty(batch * heads, splits, dtype=torch.float32)
-    attend_kernel[(rows, splits)](
+    launch(
+        attend_kernel,
+        (rows, splits),
         query,
         key,
         value,
@@ -380,6 +458,7 @@ def decode_attention(
         positions,
         offsets,
         noise,
+        warmth,
         parts,
         part_lse,
         scores,
@@ -410,12 +489,31 @@ def decode_attention(
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )
-    if splits > 1:
-        merge_kernel[(batch * heads,)](
-            parts, part_lse, output, lse, splits, HEAD_DIM=head_dim, BLOCK_S=BLOCK_SPLITS, BLOCK_D=chosen.block_d
+    merging = group if splits > 1 else 0
+    tile = weigh_blocks(group)
+    weighing = 0 if scores is None else cdiv(count, tile["BLOCK_N"])
+    if merging + weighing:
+        launch(
+            finish_kernel,
+            (merging + weighing, rows),
+            parts,
+            part_lse,
+            output,
+            lse,
+            scores,
+            part_lse if perturbed_lse is None else perturbed_lse,
+            mass,
+            splits,
+            count,
+            group,
+            merging,
+            None if into is None else float(fading),
+            kv_heads,
+            *((0, 0) if mass is None else mass.stride()[:2]),
+            HEAD_DIM=head_dim,
+            BLOCK_S=BLOCK_SPLITS,
+            BLOCK_D=chosen.block_d,
+            **tile,
         )
-    if scores is not None and count:
-        blocks = weigh_blocks(group)
-        own_lse = lse if perturbed_lse is None else perturbed_lse.logsumexp(dim=-1)
-        weigh_kernel[(rows, triton.cdiv(count, blocks["BLOCK_N"]))](scores, own_lse, mass, count, group, **blocks)
-    return output, scores if per_head else mass, lse if with_lse else None
+    weights = scores if per_head else mass if into is None else None
+    return output, weights, lse if with_lse else None

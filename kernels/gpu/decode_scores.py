@@ -9,7 +9,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress.kernels.gpu.decode_attention import Config, config, moved_parts, multiprocessors, split_count
+from kvpress.kernels.gpu.decode_attention import config, moved_parts, splits_of
+from kvpress.kernels.gpu.launch import launch
+
+# Keys of these types are multiplied with a float32 query in three parts. Not float16, whose smallest numbers a part may fall below.
+IN_PARTS = {torch.bfloat16}
 
 
 # Lengths grow in decode and are never compiled in; strides of K are multiples of the head dimension, which has to be known for
@@ -43,6 +47,7 @@ def scores_kernel(
     stride_mb,
     stride_ob,
     stride_oh,
+    IN_PARTS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -52,8 +57,10 @@ def scores_kernel(
 
     With p_least, p_key is the greatest key of a page and the score the bound. Where p_mask [batch, count] is False nothing is
     read and the score is -inf. With p_other [batch * heads, head_dim] that query scores the first `moved` keys, or those that
-    p_moved marks.
+    p_moved marks. IN_PARTS: the query is float32, and multiplied in three parts of the keys' type.
     """
+    # Three products of TF32 numbers are as exact as one of float32, but those of 256 channels do not fit the registers.
+    PRECISION: tl.constexpr = "tf32x3" if BLOCK_D < 256 else "ieee"
     i_row, i_split, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     i_batch, i_head = (i_row // kv_heads).to(tl.int64), (i_row % kv_heads).to(tl.int64)
     first = i_split * per_split
@@ -74,6 +81,13 @@ def scores_kernel(
         p_rows = p_other + o_out[:, None] * HEAD_DIM + o_d[None, :]
         b_other = tl.load(p_rows, mask=m_m[:, None] & m_d[None, :], other=0.0)
 
+    if IN_PARTS:  # what a part leaves out is the next part's; three of 8 bits have all 24 of a float32 number
+        kind = p_key.dtype.element_ty
+        b_high = b_query.to(kind)
+        b_rest = b_query - b_high.to(tl.float32)
+        b_middle = b_rest.to(kind)
+        b_low = (b_rest - b_middle.to(tl.float32)).to(kind)
+
     # [BLOCK_M]
     b_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     b_sum = tl.zeros((BLOCK_M,), tl.float32)
@@ -87,11 +101,16 @@ def scores_kernel(
         # [BLOCK_D, BLOCK_N]
         m_tile = m_d[:, None] & m_read[None, :]
         b_key = tl.load(p_key + o_n.to(tl.int64)[None, :] * stride_kn + o_d[:, None], mask=m_tile, other=0.0)
-        # [BLOCK_M, BLOCK_N]; three products of TF32 numbers are as exact as one of float32
-        b_scores = tl.dot(b_query, b_key.to(b_query.dtype), input_precision="tf32x3")
+        # [BLOCK_M, BLOCK_N]
+        if IN_PARTS:
+            b_scores = tl.dot(b_low, b_key)
+            b_scores = tl.dot(b_middle, b_key, b_scores)
+            b_scores = tl.dot(b_high, b_key, b_scores)
+        else:
+            b_scores = tl.dot(b_query, b_key.to(b_query.dtype), input_precision=PRECISION)
         if p_least is not None:
             b_key = tl.load(p_least + o_n.to(tl.int64)[None, :] * stride_ln + o_d[:, None], mask=m_tile, other=0.0)
-            b_scores = tl.dot(b_negative, b_key.to(b_query.dtype), b_scores, input_precision="tf32x3")
+            b_scores = tl.dot(b_negative, b_key.to(b_query.dtype), b_scores, input_precision=PRECISION)
         if p_other is not None:
             m_moved = o_n < moved
             if p_moved is not None:
@@ -114,13 +133,6 @@ def scores_kernel(
         tl.store(p_lse + o_out * splits + i_split, b_max + tl.log(b_sum), mask=m_m)
 
 
-def splits_of(count: int, rows: int, chosen: Config, device: torch.device) -> tuple[int, int]:
-    """How many splits `count` keys go into and the keys of a split, in whole tiles: about two waves of programs."""
-    wanted = split_count(count, rows, multiprocessors(device))
-    per_split = max(1, triton.cdiv(triton.cdiv(count, wanted), chosen.block_n)) * chosen.block_n
-    return max(1, triton.cdiv(count, per_split)), per_split
-
-
 def decode_scores(
     query: Tensor,
     key: Tensor,
@@ -141,17 +153,22 @@ def decode_scores(
     batch, heads, _, head_dim = query.shape
     kv_heads, count = key.shape[1], key.shape[2]
     group, rows = heads // kv_heads, batch * kv_heads
-    # Keys are read as they are and take the query's type in registers, so that has to hold them.
+    # A float32 query of raw keys keeps the keys' tiles and their tensor cores. In all other cases keys are read as they are and
+    # take the query's type in registers, so that has to hold them.
+    in_parts = query.dtype == torch.float32 and key.dtype in IN_PARTS and moved is None and least is None
     query = query.to(torch.promote_types(query.dtype, key.dtype))
     query, key = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key))
     least, mask = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (least, mask))
     other, first, marks = moved_parts(moved, query.dtype)
-    chosen = config(group, head_dim, query.element_size())
-    splits, per_split = splits_of(count, rows, chosen, query.device)
+    itemsize = key.element_size() if in_parts else query.element_size()
+    chosen = config(group, head_dim, itemsize, query.device)
+    splits, per_split = splits_of(count, rows, chosen.block_n, query.device)
     scores = query.new_empty(batch, heads, count, dtype=torch.float32)
     lse = query.new_empty(batch, heads, splits, dtype=torch.float32) if with_lse else None
     if scores.numel():
-        scores_kernel[(rows, splits)](
+        launch(
+            scores_kernel,
+            (rows, splits),
             query,
             key,
             least,
@@ -171,11 +188,12 @@ def decode_scores(
             *((0, 0, 0) if least is None else least.stride()[:3]),
             0 if mask is None else mask.stride(0),
             *((0, 0) if marks is None else marks.stride()[:2]),
+            IN_PARTS=in_parts,
             HEAD_DIM=head_dim,
             BLOCK_M=chosen.block_m,
             BLOCK_N=chosen.block_n,
             BLOCK_D=chosen.block_d,
             num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages if query.element_size() == 2 else 2,  # of pages a step has two tiles
+            num_stages=chosen.num_stages if itemsize == 2 else 2,  # of pages a step has two tiles
         )
     return scores, None if lse is None else lse.logsumexp(dim=-1)

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpress.kernels.gpu.launch import cdiv, launch, power_of_two
+
 NUM_WARPS = 4
 TILE = 4096  # numbers per tile
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -15,7 +17,7 @@ INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def blocks(width: int) -> tuple[int, int]:
     """Rows per program and numbers of a row per step, for rows of that many numbers."""
-    block_d = min(256, triton.next_power_of_2(width))
+    block_d = min(256, power_of_two(width))
     return max(1, min(256, TILE // block_d)), block_d
 
 
@@ -69,10 +71,10 @@ def gather_kernel(
 
     Slots from k on are filled with zeros, positions there and where p_chosen is False with -1.
     """
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(1).to(tl.int64)
     i_batch, i_head = i_row // kv_heads, i_row % kv_heads
     # [BLOCK_K]
-    o_k = (tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
+    o_k = (tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)).to(tl.int64)
     m_k, m_slot = o_k < capacity, o_k < k
     b_slot = tl.load(p_index + i_batch * stride_ib + i_head * stride_ih + o_k, mask=m_slot, other=0).to(tl.int64)
     p_key += i_batch * stride_kb + i_head * stride_kh
@@ -113,7 +115,9 @@ def _launch(
     index = index if index.stride(-1) == 1 else index.contiguous()
     positions, chosen = (x if x is None or x.stride(-1) == 1 else x.contiguous() for x in (positions, chosen))
     block_k, block_d = blocks(keys.shape[-1])
-    gather_kernel[(batch * kv_heads, triton.cdiv(capacity, block_k))](
+    launch(
+        gather_kernel,
+        (cdiv(capacity, block_k), batch * kv_heads),
         keys,
         values,
         positions,

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpress.kernels.gpu.launch import launch, power_of_two
+
 NUM_WARPS = 4
 TILE = 4096  # numbers of members' rows per step
 BLOCK_MEMBERS = 128  # members' statistics per step
@@ -16,7 +18,7 @@ BLOCK_MEMBERS = 128  # members' statistics per step
 
 def members_per_step(width: int) -> int:
     """Rows of `width` numbers that a program loads at a time."""
-    return max(1, min(16, TILE // triton.next_power_of_2(width)))
+    return max(1, min(16, TILE // power_of_two(width)))
 
 
 @triton.jit
@@ -174,7 +176,9 @@ def merge_slots(
     places = torch.arange(k + 1, device=target.device, dtype=target.dtype).expand(batch, kv_heads, -1).contiguous()
     starts = torch.searchsorted(ordered, places, out_int32=True)
     widths = keys.shape[-1], values.shape[-1]
-    rows_kernel[(k, rows)](
+    launch(
+        rows_kernel,
+        (k, rows),
         keys,
         values,
         weights,
@@ -192,12 +196,23 @@ def merge_slots(
         *values.stride()[:3],
         VALUE_NORMS=value_norms,
         BLOCK_R=members_per_step(max(widths)),
-        BLOCK_K=triton.next_power_of_2(widths[0]),
-        BLOCK_V=triton.next_power_of_2(widths[1]),
+        BLOCK_K=power_of_two(widths[0]),
+        BLOCK_V=power_of_two(widths[1]),
         num_warps=NUM_WARPS,
     )
     for stat in stats:
         stat = stat.view(batch, kv_heads, -1, stat.shape[-1])
-        sums_kernel[(k, rows, stat.shape[2])](
-            stat, centres, leaving, starts, k, m, kv_heads, *stat.stride(), BLOCK_R=BLOCK_MEMBERS, num_warps=1
+        launch(
+            sums_kernel,
+            (k, rows, stat.shape[2]),
+            stat,
+            centres,
+            leaving,
+            starts,
+            k,
+            m,
+            kv_heads,
+            *stat.stride(),
+            BLOCK_R=BLOCK_MEMBERS,
+            num_warps=1,
         )

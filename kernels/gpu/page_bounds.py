@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpress.kernels.gpu.launch import cdiv, launch, power_of_two
+
 NUM_WARPS = 4
 TILE = 4096  # numbers per step of a program
 
@@ -23,8 +25,8 @@ class Blocks(NamedTuple):
 
 def blocks(page_size: int, head_dim: int) -> Blocks:
     """Tile from shapes: rows whole up to 128 channels, pages whole up to 64 entries, and as many pages as make a tile."""
-    channels = min(128, triton.next_power_of_2(head_dim))
-    entries = min(64, triton.next_power_of_2(page_size))
+    channels = min(128, power_of_two(head_dim))
+    entries = min(64, power_of_two(page_size))
     return Blocks(max(1, min(64, TILE // (channels * entries))), entries, channels)
 
 
@@ -51,13 +53,13 @@ def bounds_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A tile of pages and channels of one kv head: p_least, p_greatest [batch * kv_heads, pages, head_dim]."""
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(1).to(tl.int64)
     i_batch, i_head = i_row // kv_heads, i_row % kv_heads
     held = n
     if p_counts is not None:
         held = tl.minimum(tl.load(p_counts + i_batch * stride_cb + i_head * stride_ch).to(tl.int32), n)
     # [BLOCK_P], [BLOCK_D]
-    o_p = (tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
+    o_p = (tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)).to(tl.int64)
     o_d = tl.program_id(2) * BLOCK_D + tl.arange(0, BLOCK_D)
     m_d = o_d < head_dim
     p_key += i_batch * stride_kb + i_head * stride_kh
@@ -131,12 +133,14 @@ def page_bounds(keys: Tensor, counts: Tensor | None, page_size: int) -> tuple[Te
     """As `kvpress.kernels.page_bounds.page_bounds`."""
     batch, kv_heads, n, head_dim = keys.shape
     keys = keys if keys.stride(-1) == 1 else keys.contiguous()
-    pages = triton.cdiv(n, page_size)
+    pages = cdiv(n, page_size)
     least, greatest = (keys.new_empty(batch, kv_heads, pages, head_dim) for _ in range(2))
     if not least.numel():
         return least, greatest
     chosen = blocks(page_size, head_dim)
-    bounds_kernel[(batch * kv_heads, triton.cdiv(pages, chosen.pages), triton.cdiv(head_dim, chosen.channels))](
+    launch(
+        bounds_kernel,
+        (cdiv(pages, chosen.pages), batch * kv_heads, cdiv(head_dim, chosen.channels)),
         keys,
         counts,
         least,
@@ -162,8 +166,10 @@ def add_to_page_bounds(
     """As `kvpress.kernels.page_bounds.add_to_page_bounds`, in one launch."""
     batch, kv_heads, head_dim = key.shape
     key = key if key.stride(-1) == 1 else key.contiguous()
-    block_d = min(128, triton.next_power_of_2(head_dim))
-    add_kernel[(batch * kv_heads, triton.cdiv(head_dim, block_d))](
+    block_d = min(128, power_of_two(head_dim))
+    launch(
+        add_kernel,
+        (batch * kv_heads, cdiv(head_dim, block_d)),
         least,
         greatest,
         key,

@@ -14,10 +14,10 @@ from kvpress.kernels.gpu.decode_attention import (
     BLOCK_SPLITS,
     capped,
     config,
-    multiprocessors,
     split_count,
     weigh_blocks,
 )
+from kvpress.kernels.gpu.launch import cdiv, launch, power_of_two
 
 BLOCK_PAGES = 1024  # owners looked at at a time
 LIST_WARPS = 4
@@ -223,6 +223,18 @@ def weigh_kernel(
     tl.store(p_mass + i_batch * slots + o_n, tl.sum(b_weights, axis=0), mask=o_n < slots)
 
 
+def list_pages(owner: Tensor, kv_heads: int) -> tuple[Tensor, Tensor]:
+    """As `kvpress.kernels.paged_attention.list_pages`."""
+    batch, pages = owner.shape
+    owner = owner.contiguous()
+    order = owner.new_empty(batch, pages, dtype=torch.int32)
+    starts = owner.new_empty(batch, kv_heads + 1, dtype=torch.int32)
+    launch(
+        list_kernel, (batch * kv_heads,), owner, order, starts, pages, kv_heads, BLOCK=BLOCK_PAGES, num_warps=LIST_WARPS
+    )
+    return order, starts
+
+
 def paged_attention(
     query: Tensor,
     key: Tensor,
@@ -235,6 +247,7 @@ def paged_attention(
     softcap: float | None,
     sinks: Tensor | None,
     with_mass: bool,
+    lists: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """As `kvpress.kernels.paged_attention.paged_attention`; scores are kept for the mass, 4 bytes per slot and query head."""
     batch, heads, _, head_dim = query.shape
@@ -242,13 +255,12 @@ def paged_attention(
     page_size = key.shape[1] // pages
     query = query if query.stride(-1) == 1 else query.contiguous()
     key, value, owner, valid = (x.contiguous() for x in (key, value, owner, valid))
-    chosen = config(group, head_dim, key.element_size())
-    per_split = triton.cdiv(pages, split_count(pages * page_size, batch, multiprocessors(query.device)))
+    chosen = config(group, head_dim, key.element_size(), query.device)
+    per_split = cdiv(pages, split_count(pages * page_size, batch, query.device))
     splits = pages // per_split + kv_heads
     blocks = weigh_blocks(group)
 
-    order = owner.new_empty(batch, pages, dtype=torch.int32)
-    starts = owner.new_empty(batch, kv_heads + 1, dtype=torch.int32)
+    order, starts = list_pages(owner, kv_heads) if lists is None else lists
     parts = query.new_empty(batch, splits, group, head_dim, dtype=torch.float32)
     part_lse = query.new_empty(batch, splits, group, dtype=torch.float32)
     output = query.new_empty(batch, heads, 1, head_dim)
@@ -258,8 +270,9 @@ def paged_attention(
         scores = query.new_empty(batch, group, pages * page_size, dtype=torch.float32)
         mass = query.new_empty(batch, pages * page_size, dtype=torch.float32)
 
-    list_kernel[(batch * kv_heads,)](owner, order, starts, pages, kv_heads, BLOCK=BLOCK_PAGES, num_warps=LIST_WARPS)
-    pages_kernel[(splits, batch)](
+    launch(
+        pages_kernel,
+        (splits, batch),
         query,
         key,
         value,
@@ -278,19 +291,29 @@ def paged_attention(
         *query.stride()[:2],
         PAGE_SIZE=page_size,
         HEAD_DIM=head_dim,
-        BLOCK_H=triton.next_power_of_2(kv_heads),
+        BLOCK_H=power_of_two(kv_heads),
         BLOCK_M=chosen.block_m,
         BLOCK_N=chosen.block_n,
         BLOCK_D=chosen.block_d,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
     )
-    merge_kernel[(batch * heads,)](
+    launch(merge_kernel, (batch * heads,),
         parts, part_lse, starts, sinks, output, lse, splits, per_split, heads, group,
         HEAD_DIM=head_dim, BLOCK_S=BLOCK_SPLITS, BLOCK_D=chosen.block_d,
     )  # fmt: skip
     if mass is not None:
-        weigh_kernel[(triton.cdiv(pages * page_size, blocks["BLOCK_N"]), batch)](
-            scores, lse, owner, mass, pages, kv_heads, group, PAGE_SIZE=page_size, **blocks
+        launch(
+            weigh_kernel,
+            (cdiv(pages * page_size, blocks["BLOCK_N"]), batch),
+            scores,
+            lse,
+            owner,
+            mass,
+            pages,
+            kv_heads,
+            group,
+            PAGE_SIZE=page_size,
+            **blocks,
         )
     return output, mass

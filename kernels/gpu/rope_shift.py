@@ -5,14 +5,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpress.kernels.gpu.launch import cdiv, launch, power_of_two
+
 NUM_WARPS = 4
 TILE = 2048  # channel pairs per program
 
 
 def blocks(half: int, rest: int) -> tuple[int, int, int]:
     """Tokens per program, channel pairs and channels that pass through, each padded to a power of two."""
-    block_h = triton.next_power_of_2(max(1, half))
-    return max(1, min(64, TILE // block_h)), block_h, triton.next_power_of_2(max(1, rest))
+    block_h = power_of_two(max(1, half))
+    return max(1, min(64, TILE // block_h)), block_h, power_of_two(max(1, rest))
 
 
 # The number of tokens changes in decode and is never compiled in, nor are strides that change with it; those of x are multiples
@@ -39,10 +41,10 @@ def rope_kernel(
     BLOCK_REST: tl.constexpr,
 ):
     """A tile of tokens of one head: HALF pairs of channels are turned by shift * inv_freq, the rest is copied."""
-    i_row = tl.program_id(0).to(tl.int64)
+    i_row = tl.program_id(1).to(tl.int64)
     i_batch, i_head = i_row // heads, i_row % heads
     # [BLOCK_T], [BLOCK_H]
-    o_t = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    o_t = (tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     o_h = tl.arange(0, BLOCK_H)
     m_t, m_h = o_t < tokens, o_h < HALF
     b_shift = tl.load(p_shift + i_batch * stride_sb + i_head * stride_sh + o_t * stride_st, mask=m_t, other=0.0)
@@ -80,7 +82,9 @@ def rope_shift(x: Tensor, shift: Tensor, inv_freq: Tensor, interleaved: bool) ->
     x = x if x.stride(-1) == 1 else x.contiguous()
     half = inv_freq.shape[0]
     block_t, block_h, block_rest = blocks(half, head_dim - 2 * half)
-    rope_kernel[(batch * heads, triton.cdiv(tokens, block_t))](
+    launch(
+        rope_kernel,
+        (cdiv(tokens, block_t), batch * heads),
         x,
         shift,
         inv_freq.contiguous(),

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvpress.kernels.gpu.decode_scores import decode_scores
+from kvpress.kernels.gpu.launch import cdiv, launch
 
 BLOCK_H, BLOCK_N = 8, 256
 NUM_WARPS = 4
@@ -21,9 +22,9 @@ def vote_kernel(p_scores, p_lse, p_votes, count, heads, BLOCK_H: tl.constexpr, B
 
     p_scores [batch, heads, count] with -inf where there is no vote, p_lse [batch, heads], p_votes [batch, count].
     """
-    i_batch = tl.program_id(0).to(tl.int64)
+    i_batch = tl.program_id(1).to(tl.int64)
     # [BLOCK_N]
-    o_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m_n = o_n < count
     b_votes = tl.zeros((BLOCK_N,), tl.float32)
     for start in range(0, heads, BLOCK_H):
@@ -47,7 +48,16 @@ def soft_vote(query: Tensor, key: Tensor, candidates: Tensor | None, *, scale: f
     if not votes.numel():
         return votes
     scores, lse = decode_scores(query, key, scale=scale, mask=candidates, with_lse=True)
-    vote_kernel[(batch, triton.cdiv(count, BLOCK_N))](
-        scores, lse, votes, count, heads, BLOCK_H=BLOCK_H, BLOCK_N=BLOCK_N, num_warps=NUM_WARPS
+    launch(
+        vote_kernel,
+        (cdiv(count, BLOCK_N), batch),
+        scores,
+        lse,
+        votes,
+        count,
+        heads,
+        BLOCK_H=BLOCK_H,
+        BLOCK_N=BLOCK_N,
+        num_warps=NUM_WARPS,
     )
     return votes

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvpress.kernels.gpu.decode_attention import multiprocessors
-from kvpress.kernels.launch_shapes import launch_shape
+from kvpress.kernels.gpu.launch import cdiv, launch, multiprocessors, power_of_two
+from kvpress.kernels.launch_shapes import launch_shape, planned
 
 DIGITS = 4  # of 8 bits
 BLOCK = 2048  # scores per tile
@@ -250,16 +250,16 @@ def collect_kernel(
         )  # fmt: skip
 
 
-def chunk_size(n: int, rows: int, processors: int) -> int:
-    """Scores per program: about two waves of programs, a row in `MOST_CHUNKS` at most, and whole tiles."""
-    chunks = max(1, min(MOST_CHUNKS, triton.cdiv(2 * processors, rows)))
-    block = shape()["block"]
-    return triton.cdiv(triton.cdiv(n, chunks), block) * block
+def chunk_size(n: int, rows: int, block: int, device: torch.device) -> int:
+    """Scores per program: about two waves of programs, a row in `MOST_CHUNKS` at most, and whole tiles of `block`."""
+    chunks = max(1, min(MOST_CHUNKS, cdiv(2 * multiprocessors(device), rows)))
+    return cdiv(cdiv(n, chunks), block) * block
 
 
-def shape() -> dict[str, int]:
+@planned
+def shape(block: int, device: torch.device) -> dict[str, int]:
     """Launch settings of the kernels that go over a row in chunks."""
-    return launch_shape("topk_select", block=BLOCK, num_warps=NUM_WARPS)
+    return launch_shape("topk_select", device, block=block, num_warps=NUM_WARPS)
 
 
 def topk_select(scores: Tensor, counts: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -274,22 +274,32 @@ def topk_select(scores: Tensor, counts: Tensor, k: int) -> tuple[Tensor, Tensor]
         scores = scores.contiguous()
     counts = counts.expand(batch, heads)
     if n <= ONE_TILE:
-        block = max(256, triton.next_power_of_2(n))
-        tile_kernel[(rows,)](
+        block = max(256, power_of_two(n))
+        launch(tile_kernel, (rows,),
             scores, counts, index, chosen, n, heads, k, *scores.stride()[:2], *counts.stride(),
             BLOCK=block, num_warps=max(4, block // 512),
         )  # fmt: skip
         return index, chosen
-    chunk = chunk_size(n, rows, multiprocessors(scores.device))
-    chunks = triton.cdiv(n, chunk)
+    tile = shape(BLOCK, scores.device)
+    chunk = chunk_size(n, rows, tile["block"], scores.device)
+    chunks = cdiv(n, chunk)
     partial = torch.empty(rows, DIGITS, chunks, 256, dtype=torch.int32, device=scores.device)
     state = torch.empty(rows, DIGITS, 2, dtype=torch.int32, device=scores.device)
     sizes, strides = (n, chunk, heads, k), scores.stride()[:2]
-    tile = shape()
     blocks: dict[str, Any] = {"BLOCK": tile["block"], "BLOCK_CHUNKS": BLOCK_CHUNKS, "num_warps": tile["num_warps"]}
     for digit in range(DIGITS):
-        count_kernel[(rows, chunks)](
-            scores, counts, partial, state, *sizes, *strides, *counts.stride(), DIGIT=digit, **blocks
+        launch(
+            count_kernel,
+            (rows, chunks),
+            scores,
+            counts,
+            partial,
+            state,
+            *sizes,
+            *strides,
+            *counts.stride(),
+            DIGIT=digit,
+            **blocks,
         )
-    collect_kernel[(rows, chunks)](scores, partial, state, index, chosen, *sizes, *strides, **blocks)
+    launch(collect_kernel, (rows, chunks), scores, partial, state, index, chosen, *sizes, *strides, **blocks)
     return index, chosen

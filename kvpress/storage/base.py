@@ -175,20 +175,6 @@ class Storage(ABC):
         self.entries += new
 
 
-def in_place(buffer: Tensor, slot: Tensor, new: Tensor) -> None:
-    """Write new [batch, kv_heads, ...] into one slot of each kv head of a contiguous buffer [batch, kv_heads, slots, ...].
-
-    Args:
-        slot: int64 [1] for all kv heads, or [batch, kv_heads].
-    """
-    if slot.ndim == 1:
-        buffer.index_copy_(2, slot, new.unsqueeze(2))
-        return
-    batch, kv_heads, slots = buffer.shape[:3]
-    at = torch.arange(0, batch * kv_heads * slots, slots, device=slot.device).add_(slot.flatten())
-    buffer.view(-1, *buffer.shape[3:]).index_copy_(0, at, new.reshape(batch * kv_heads, *buffer.shape[3:]))
-
-
 def marked_first(marks: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Slots in ascending order, the marked ones before the others: the first k, and which of them are marked."""
     slots = marks.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[..., :k]

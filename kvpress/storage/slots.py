@@ -10,9 +10,10 @@ from torch import Tensor
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gather_slots import gather_both
+from kvpress.kernels.write_slot import write_slot
 from kvpress.observe import Scores
 from kvpress.passes import Tokens
-from kvpress.storage.base import Storage, in_place
+from kvpress.storage.base import Storage
 
 NewStats = Callable[[tuple[int, int, int], torch.device], dict[str, Tensor]]
 """Makes empty statistics of [batch, kv_heads, capacity] slots."""
@@ -69,20 +70,7 @@ class Slots(Storage):
         self.note_put(max(len(columns) for columns in tokens.columns), tokens.padded)
 
     def write(self, slot: int | Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        if isinstance(slot, int):
-            self.keys[:, :, slot] = key[:, :, 0]
-            self.values[:, :, slot] = value[:, :, 0]
-            self.positions[:, :, slot] = positions
-            for stat in self.stats.values():
-                stat[..., slot] = 0.0
-            return
-        batch, kv_heads = self.positions.shape[:2]
-        in_place(self.keys, slot, key[:, :, 0])
-        in_place(self.values, slot, value[:, :, 0])
-        in_place(self.positions, slot, positions.expand(batch, kv_heads))
-        for stat in self.stats.values():
-            at = slot.view(*slot.shape, *(1,) * (stat.ndim - slot.ndim))
-            stat.scatter_(-1, at.expand(*stat.shape[:-1], 1), 0.0)
+        write_slot(self.keys, self.values, self.positions, list(self.stats.values()), slot, key, value, positions)
 
     def reserve(self, key: Tensor, value: Tensor, capacity: int) -> None:
         if capacity <= self.capacity:

@@ -1,16 +1,16 @@
 """scripts/gpu_check.py where there is no GPU: it says so; its tiny run goes through every part; its verdicts are right."""
 
+import importlib
 import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-
-from support.models import shipped_policies
 
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
@@ -27,12 +27,24 @@ def load(name, path):
     """A script as a module."""
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
 
+def in_benchmarks(name):
+    """A module of benchmarks/, which import each other by name."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "benchmarks"))
+
+
 gpu_check = load("gpu_check", SCRIPT)
 gpu = load("gpu", ROOT / "benchmarks" / "gpu.py")
+PARTS = ("build", "kernels", "models", "tests")
+MEASURED = ("full", "tidal_decode", "h2o", "snapkv", "streaming_llm")
 
 
 def run(out, *arguments, **environment):
@@ -46,9 +58,19 @@ def run(out, *arguments, **environment):
 def test_without_a_gpu_everything_is_skipped(tmp_path):
     done, result = run(tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
-    assert [part["ended"] for part in result["parts"].values()] == ["skipped: no CUDA device"] * 3
+    assert {name: part["ended"] for name, part in result["parts"].items()} == dict.fromkeys(
+        PARTS, "skipped: no CUDA device"
+    )
     assert {goal["verdict"] for goal in result["goals"]} == {"not measured"}
-    assert done.stdout.count("skipped") == 3 and "nothing wrong" in done.stdout
+    assert done.stdout.count("skipped") == 4 and "nothing wrong" in done.stdout
+
+
+def test_the_calls_have_their_parts_and_time(tmp_path):
+    """A is what is fast, B is what is right; together they are below a quarter of an hour, with a start each."""
+    for call, parts in (("A", PARTS[:3]), ("B", PARTS[3:])):
+        _, result = run(tmp_path / "out.json", "--call", call)
+        assert tuple(result["parts"]) == parts
+    assert gpu_check.MINUTES["A"] <= 5 and gpu_check.MINUTES["B"] <= 4
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +84,10 @@ def tiny(tmp_path_factory):
 def test_every_part_runs(tiny):
     done, result = tiny
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {name: part["ended"] for name, part in result["parts"].items()} == dict.fromkeys(
-        ("tests", "kernels", "models"), "done"
-    )
+    assert {name: part["ended"] for name, part in result["parts"].items()} == dict.fromkeys(PARTS, "done")
     assert result["wrong"] == []
-    (tests,) = result["parts"]["tests"]["rows"]
-    assert tests["passed"] >= 2 and not tests["failures"]
+    tests = result["parts"]["tests"]["rows"][-1]
+    assert tests["passed"] >= 2 and not tests["failures"] and tests["complete"]
     assert {goal["verdict"] for goal in result["goals"]} == {"not measured"}
 
 
@@ -77,22 +97,138 @@ def test_every_kernel_is_timed_and_checked(tiny):
     ours = [row for row in rows if row["implementation"] == "kvpress"]
     assert {row["kernel"] for row in ours} == KERNELS
     for row in ours:
-        assert row["ms"] > 0 and row["limit_ms"] > 0 and row["error"] < 5e-3
+        assert row["ms"] > 0 and row["floor_ms"] > 0 and row["error"] < 5e-3
         assert len({other["implementation"] for other in rows if other["kernel"] == row["kernel"]}) > 1
+    assert all(row["of_limit"] == pytest.approx(row["floor_ms"] / row["ms"]) for row in rows if "ms" in row)
     # The one implementation that a CPU has not.
     assert {row["implementation"] for row in rows if "failed" in row} == {"sdpa cudnn"}
 
 
+def test_everything_is_built_first(tiny):
+    """Every kernel and every policy, once."""
+    rows = tiny[1]["parts"]["build"]["rows"]
+    assert {row["built"] for row in rows} == KERNELS | set(MEASURED)
+
+
 def test_every_policy_decodes(tiny):
+    """Launched, replayed where there is a GPU, with a mask of ones; and prompts, and second turns."""
     rows = tiny[1]["parts"]["models"]["rows"]
-    for batch in (1, 2):
-        here = {row["policy"]: row for row in rows if row["batch"] == batch}
-        how = ("compiled", "compiled, CUDA graphs") if batch == 1 else ()
-        compiled = {f"{name} {one}" for name in ("full", "tidal_decode", "h2o") for one in how}
-        assert set(here) == {"transformers", "floor", *shipped_policies()} | compiled
+    for context, batch in ((64, 1), (48, 2)):
+        of_batch = [row for row in rows if row["batch"] == batch and row.get("context") == context]
+        here = {row["policy"]: row for row in of_batch if "how" not in row}
+        assert tuple(here) == ("transformers", *MEASURED, "floor")
         assert all(row["ms"] > 0 and row["busy_ms"] > 0 for row in here.values())
+        assert all(row["of_limit"] == pytest.approx(row["floor_ms"] / row["ms"]) for row in here.values())
+        assert all({"launches", "waits"} <= set(row) for row in here.values())
         assert here["h2o"]["cache_gib"] < here["full"]["cache_gib"] / 2
         assert here["h2o"]["read_share"] < 0.5 and here["full"]["read_share"] == 1
+        assert here["floor"]["floor_ms"] < here["h2o"]["floor_ms"] < here["full"]["floor_ms"]
+        assert here["full"]["floor_ms"] == here["transformers"]["floor_ms"]
+        replayed = {row["policy"]: row["not_replayed"] for row in of_batch if row.get("how") == "graph replay"}
+        assert replayed == dict.fromkeys(MEASURED, "no CUDA device")
+        assert {row["policy"] for row in of_batch if row.get("how") == "mask of ones"} == {"full", "h2o"}
+    for how, tokens in (("prompt", 32), ("second turn", 8)):
+        found = {row["policy"]: row for row in rows if row.get("how") == how}
+        assert set(found) == {"transformers", "full", "h2o"}
+        assert all(row["ms"] > 0 and row["floor_ms"] > 0 and row["tokens"] == tokens for row in found.values())
+
+
+def test_what_the_profiler_counts():
+    """Kernel launches and waits for the device, per step; other functions of CUDA are neither."""
+    gpu_decode = in_benchmarks("gpu_decode")
+    events = [
+        SimpleNamespace(key=key, count=count)
+        for key, count in (
+            ("cudaLaunchKernel", 30), ("cuLaunchKernelEx", 12), ("cudaStreamSynchronize", 2), ("cudaMemcpyAsync", 7),
+            ("cudaDeviceSynchronize", 3), ("aten::mm", 5),
+        )
+    ]  # fmt: skip
+    assert gpu_decode.counted(events, 2) == {"launches": 21.0, "waits": 1.0}
+
+
+def test_the_least_time_of_a_step():
+    """By hand: 2 layers of 2 kv heads of 8 numbers, K and V, of 3 sequences; weights but for the table of embeddings."""
+    gpu_decode = in_benchmarks("gpu_decode")
+    settings = gpu_decode.TINY._replace(config={**gpu_decode.SMALL, "num_hidden_layers": 2})
+    bench = gpu_decode.Bench(
+        gpu_decode.random_model(settings, torch.device("cpu")), settings, gpu.Limits(bandwidth=1e6, rate=1e9)
+    )
+    layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 32 + 2 * 32  # q and o, k and v, the MLP, two norms
+    weights = 2 * layer + 32 + 64 * 32
+    assert bench.step_floor(3, 100, 0.5) == pytest.approx(4 * (weights + 0.5 * 3 * 100 * 2 * 2 * 2 * 8) / 1e6 * 1e3)
+    pairs = 10 * 5 + 55
+    operations = 2 * 10 * (2 * layer + 32) + 4 * pairs * 4 * 8 * 2
+    assert bench.prompt_floor(10, 5) == pytest.approx(operations / 1e9 * 1e3)
+
+
+def test_rows_are_in_the_file_while_a_part_runs(tmp_path, monkeypatch):
+    """Whoever is cut off keeps what was measured, marked as running."""
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import sys, time\nopen(sys.argv[sys.argv.index('--out') + 1], 'w').write('{\"ms\": 1}\\n')\ntime.sleep(1.5)\n"
+    )
+    monkeypatch.setattr(gpu_check, "__file__", str(script))
+    monkeypatch.setattr(gpu_check, "EVERY", 0.2)
+    kept = []
+    part = gpu_check.run_in_process("kernels", 60, False, kept.append)
+    assert part["ended"] == "done" and len(kept) >= 2
+    assert kept[-1]["ended"] == "running" and kept[-1]["rows"] == [{"ms": 1}]
+    assert gpu_check.wrong({"kernels": kept[-1]}) == ["kernels running"]
+
+
+def test_tests_write_failures_and_counts_as_they_come(tmp_path):
+    """Twelve pass, one fails, and one is not started any more because the time is over."""
+    (tmp_path / "tests" / "kernels" / "gpu").mkdir(parents=True)
+    (tmp_path / "tests" / "kernels" / "gpu" / "conftest.py").write_text("")
+    (tmp_path / "tests" / "kernels" / "gpu" / "test_it.py").write_text(
+        "import pytest, time\n"
+        "@pytest.mark.parametrize('i', range(12))\ndef test_good(i): pass\n"
+        "def test_bad(): assert 1 == 2\n"
+        "def test_slow(): time.sleep(6)\n"
+        "def test_never(): pass\n"
+    )
+    code = (
+        f"import sys, time, pathlib; sys.path.insert(0, {str(SCRIPT.parent)!r})\n"
+        f"import gpu_check; gpu_check.ROOT = pathlib.Path({str(tmp_path)!r}); gpu_check._has = lambda name: False\n"
+        f"gpu_check.tests(gpu_check.Run(pathlib.Path({str(tmp_path / 'rows')!r}), False, time.monotonic() + 5))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    rows = gpu_check.read_rows(tmp_path / "rows")
+    assert rows[0] == {"passed": 10, "failures": 0, "skipped": 0, "complete": False}
+    assert rows[1]["test"].endswith("test_bad") and "assert 1 == 2" in rows[1]["failed"]
+    assert rows[2] == {"left_out": "no time for the other tests"}
+    assert rows[3] == {"passed": 13, "failures": 1, "skipped": 0, "complete": False}
+
+
+def test_fewer_cases_have_every_value(tmp_path):
+    """Each value of each parameter once, and of heads and groups those that models have."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "kernels" / "gpu" / "conftest.py").read_text())
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n"
+        "@pytest.mark.parametrize('head_dim', [16, 64, 128])\n@pytest.mark.parametrize('group', [1, 3, 4])\n"
+        "@pytest.mark.parametrize('form', ['a', 'b', 'c'])\ndef test_one(form, group, head_dim): pass\n"
+        "@pytest.mark.parametrize('head_dim', [16, 80])\ndef test_other(head_dim): pass\n"
+        "def test_plain(): pass\n"
+    )
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "KVPRESS_FEWER_CASES": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-p", "no:cacheprovider", str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, cwd=tmp_path)
+    names = [line.partition("::")[2] for line in done.stdout.splitlines() if "::" in line]
+    assert names == [
+        "test_one[a-3-64]", "test_one[a-3-128]", "test_one[a-4-64]", "test_one[b-3-64]", "test_one[c-3-64]",
+        "test_other[16]", "test_other[80]", "test_plain",
+    ]  # fmt: skip
+
+
+def test_a_part_without_time_says_what_it_leaves_out():
+    """And measures nothing."""
+    gpu_kernels = in_benchmarks("gpu_kernels")
+    limits = gpu.Limits(1e12, 1e14)
+    rows = list(gpu_kernels.rows(torch.device("cpu"), limits, gpu_kernels.TINY, lambda: False))
+    assert rows == [{"left_out": "no time for decode_selected and what comes after it"}]
+    gpu_decode = in_benchmarks("gpu_decode")
+    rows = list(gpu_decode.rows(torch.device("cpu"), limits, gpu_decode.TINY, lambda: False))
+    assert rows == [{"left_out": "no time for the rest"}]
 
 
 def test_no_time_left_stops_a_part_and_keeps_the_others(tmp_path):
@@ -151,26 +287,33 @@ def model_row(policy, ms, context=131072, batch=1, **other):
 
 
 def test_goals_of_models():
-    """The longest context of each batch counts, and every evicting policy has a goal of its own."""
+    """Every evicting policy has goals of its own, as launched; replays are held against the floor; prompts against full's."""
     rows = [
+        {"bandwidth": 1.0, "rate": 1.0},
         model_row("transformers", 40.0),
         model_row("full", 30.0),
         model_row("tidal_decode", 15.0, evicts=False),
         model_row("h2o", 10.0, evicts=True),
-        model_row("snapkv", 20.0, evicts=True),
-        model_row("h2o", 1.0, context=32768, evicts=True),
+        model_row("snapkv", 24.0, evicts=True),
+        model_row("h2o", 8.0, evicts=True, how="graph replay", floor_ms=4.0),
+        model_row("full", 12.0, how="graph replay", floor_ms=10.0),
         {"policy": "ems", "context": 131072, "batch": 1, "failed": "x", "evicts": True},
+        model_row("full", 100.0, how="prompt"),
+        model_row("h2o", 140.0, how="prompt"),
     ]
     found = gpu_check.judged({"models": {"rows": rows}}, False)
     told = [(goal["goal"].partition(",")[0], goal["figure"], goal["verdict"]) for goal in found[7:]]
     assert told == [
-        ("tidal_decode", 2.0, "missed"),
         ("h2o", 3.0, "met"),
-        ("snapkv", 1.5, "missed"),
+        ("h2o", 4.0, "met"),
+        ("snapkv", 1.25, "missed"),
+        ("snapkv", pytest.approx(5 / 3), "missed"),
         ("full", pytest.approx(4 / 3), "met"),
-        ("tidal_decode", None, "not measured"),
+        ("replayed steps", 2.0, "missed"),
         ("evicting policies", None, "not measured"),
         ("full", None, "not measured"),
+        ("replayed steps", None, "not measured"),
+        ("h2o", 1.4, "met"),
     ]
 
 

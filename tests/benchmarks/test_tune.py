@@ -15,6 +15,7 @@ SCRIPT = ROOT / "benchmarks" / "tune.py"
 # Cases whose call takes what the shape says, by a clock that is set by it; the last two shapes are wrong or impossible.
 CHOOSE = """
 import sys
+import torch
 sys.path.insert(0, sys.argv[1])
 import tune
 from kvpress.kernels import launch_shapes
@@ -24,7 +25,7 @@ class FakeCase:
     def __init__(self, times):
         self.times, self.calls = times, {"kvpress": [self.run]}
     def run(self):
-        return launch_shapes.launch_shape("kernel", 1, block_n=0)["block_n"]
+        return launch_shapes.launch_shape("kernel", torch.device("cpu"), 1, block_n=0)["block_n"]
     def error(self):
         return 1.0 if self.run() == 4 else 0.0
 
@@ -62,6 +63,17 @@ def test_without_a_gpu_it_says_so():
     assert done.returncode == 2 and "--out" in done.stderr
 
 
+def test_inspect_says_what_launches_take():
+    """Shared memory, registers and spills of each launch of a kernel, by the compiler."""
+    done = run(SCRIPT, "--inspect", "--only", "topk_select", "--architectures", "90")
+    assert done.returncode == 0, done.stderr
+    heading, *lines, summary, _ = done.stdout.split("\n")[:-1]
+    assert heading.split()[:4] == ["sm_90", "shared", "regs", "spilled"]
+    assert {line.split()[0] for line in lines} == {f"topk_select.{x}_kernel" for x in ("tile", "count", "collect")}
+    assert all(0 < int(line.split()[2]) <= 255 for line in lines)
+    assert summary.startswith(f"{len(lines)} launches; ")
+
+
 def test_a_tiny_run_tries_every_kernel(tmp_path):
     """Whether anything beats the heuristic here is chance; what is written is what the kernels read."""
     out = tmp_path / "tuned.json"
@@ -69,11 +81,12 @@ def test_a_tiny_run_tries_every_kernel(tmp_path):
     done = run(SCRIPT, "--interpret", "--out", out)
     assert done.returncode == 0, done.stderr
     for key in (
-        "decode_attention 16x16x2", "decode_attention.split", "attention_mass.lse 16x2", "attention_mass.mass 16x2",
+        "decode_attention 16x16x2", "decode_attention.listed 16x16x2",
+        "decode_attention.split", "attention_mass.lse 16x2", "attention_mass.mass 16x2",
         "block_sparse_attention 16x16x2",
     ):  # fmt: skip
         assert f"\n{key}\n" in "\n" + done.stdout
-    assert done.stdout.count("of the heuristic's time") == 10
+    assert done.stdout.count("of the heuristic's time") == 12
     assert "wrong results" not in done.stdout
     shapes = json.loads(out.read_text())["shapes"]
     assert shapes["other 1x2"] == {"block_n": 16}

@@ -26,7 +26,7 @@ POLICIES = [
     {"name": "a2sf", "evict": "each_row"},
     "a2sf_prefill",
     "keyformer",
-    {"name": "ems", "window": 8, "evict_every": 4},
+    {"name": "ems", "window": 8, "recent": 8, "evict_every": 4},
     "snapkv",
     "pyramid_kv",
     "ada_kv",

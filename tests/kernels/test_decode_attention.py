@@ -246,3 +246,36 @@ def test_parts_merge_to_the_whole(slots, parts, dtype, monkeypatch):
     assert output.dtype == dtype  # each part's output is rounded once before they are merged
     far = tolerance(expected, dtype, sums=slots + 16)
     torch.testing.assert_close(output, expected.to(dtype), rtol=0, atol=far)
+
+
+@pytest.mark.parametrize("fading", [1.0, 0.5])
+def test_mass_into_a_statistic(fading):
+    """The mass is added to what is there, which fades; nothing behind it changes, and none is returned."""
+    generator = torch.Generator().manual_seed(0)
+    query = torch.randn(2, 6, 1, 16, generator=generator)
+    key, value = torch.randn(2, 2, 3, 40, 16, generator=generator)
+    held = torch.rand(2, 3, 50, generator=generator)
+    output, mass, _ = decode_attention(query, key, value, scale=0.3, with_mass=True)
+    expected = held.clone()
+    expected[:, :, :40] = fading * held[:, :, :40] + mass
+    found = decode_attention(query, key, value, scale=0.3, into=held, fading=fading)
+    assert torch.equal(found[0], output) and found[1] is None
+    torch.testing.assert_close(held, expected)
+
+
+@pytest.mark.parametrize(
+    ("into", "options"),
+    [
+        (torch.zeros(2, 3, 39), {}),
+        (torch.zeros(2, 6, 40), {}),
+        (torch.zeros(2, 3, 40, dtype=torch.float16), {}),
+        (torch.zeros(2, 3, 80)[..., ::2], {}),
+        (torch.zeros(2, 3, 40), {"per_head": True}),
+        (torch.zeros(2, 3, 40), {"index": torch.zeros(2, 3, 5, dtype=torch.int64)}),
+    ],
+    ids=["short", "heads", "dtype", "strided", "per-head", "index"],
+)
+def test_a_statistic_that_does_not_fit(into, options):
+    query, key = torch.zeros(2, 6, 1, 16), torch.zeros(2, 3, 40, 16)
+    with pytest.raises(ValueError, match="`into`"):
+        decode_attention(query, key, key, scale=0.3, into=into, **options)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpress.kernels import nearest_centre as module
 from kvpress.kernels.nearest_centre import nearest_centre, nearest_centre_reference
@@ -86,3 +87,22 @@ def test_zeros_are_like_nothing():
     keys[:, :, rest[0, 0, 0]] = 0
     for function in (nearest_centre, nearest_centre_reference):
         assert not function(keys, values, centres, is_centre, rest)[1].isnan().any()
+
+
+def test_few_operations_where_each_is_a_launch():
+    """A layer of 131,072 tokens at batch 8, of which a tenth stay: on a device other than a CPU, with tensors without numbers."""
+
+    class Counted(TorchDispatchMode):
+        operations = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.operations += 1
+            return func(*args, **(kwargs or {}))
+
+    keys = torch.empty(8, 8, 131072, 128, dtype=torch.bfloat16, device="meta")
+    centres = torch.empty(8, 8, 13107, dtype=torch.int64, device="meta")
+    rest = torch.empty(8, 8, 117965, dtype=torch.int64, device="meta")
+    with Counted() as counted:
+        place, similarity = nearest_centre(keys, keys, centres, torch.empty_like(centres, dtype=torch.bool), rest)
+    assert place.shape == similarity.shape == rest.shape
+    assert 0 < counted.operations < 20_000

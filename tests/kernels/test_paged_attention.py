@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpress.kernels.decode_attention import decode_attention
-from kvpress.kernels.paged_attention import paged_attention, paged_attention_reference
+from kvpress.kernels.paged_attention import list_pages, paged_attention, paged_attention_reference
 from support.brute import attend
 
 BATCH, KV_HEADS, PAGES = 2, 3, 7
@@ -98,3 +98,28 @@ def test_order_of_pages_means_nothing(group):
         query, key[:, slots], value[:, slots], owner[:, order], valid[:, slots], kv_heads=KV_HEADS, scale=0.3
     )
     torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("kv_heads", [3, 5])
+def test_pages_of_each_head_side_by_side(kv_heads, backend):
+    """By a loop over heads; some of the five own none."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
+    owner = inputs(1, 1)[3]
+    order, starts = list_pages(owner, kv_heads, backend=backend)
+    assert order.dtype == starts.dtype == torch.int32
+    for b, row in enumerate(owner.tolist()):
+        for head in range(kv_heads):
+            pages = order[b, starts[b, head] : starts[b, head + 1]].tolist()
+            assert pages == [page for page, own in enumerate(row) if own == head]
+        assert starts[b, -1] == PAGES
+
+
+def test_kept_lists_change_nothing():
+    query, key, value, owner, valid = inputs(5, 4)
+    options = {"kv_heads": KV_HEADS, "scale": 0.3, "with_mass": True}
+    expected = paged_attention(query, key, value, owner, valid, **options)
+    found = paged_attention(query, key, value, owner, valid, **options, lists=list_pages(owner, KV_HEADS))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -8,7 +8,7 @@ import torch
 
 from kvpress.kernels import backend
 from kvpress.kernels import prompt_attention as module
-from kvpress.kernels.backend import use_flash_attn
+from kvpress.kernels.backend import use_flash_attn, use_torch_flash
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
 from support.attention_inputs import BATCH, KV_HEADS, options
 from support.attention_inputs import prompt_inputs as inputs
@@ -288,11 +288,74 @@ def test_flash_attn_gets_what_it_wants(past, softcap, monkeypatch):
     assert prompt_attention(query, key, value, scale=0.2)[2] is None
 
 
-@pytest.mark.parametrize("features", [("valid",), ("sinks",), ("moved",), ("mass",)], ids="+".join)
+@PAST
+@pytest.mark.parametrize("softcap", [None, 1.5], ids=["plain", "softcap"])
+def test_mass_from_the_lse_of_flash_attn(past, softcap, monkeypatch):
+    """The column sums of the same softmax, of which only the LSE is known."""
+    query, key, value = inputs(63, past, 3, 16)
+    expected = prompt_attention_reference(query, key, value, scale=0.2, softcap=softcap)
+    FakeFlash(monkeypatch)
+    output, mass, lse = prompt_attention(query, key, value, scale=0.2, softcap=softcap, with_mass=True)
+    assert lse is None
+    torch.testing.assert_close(output, expected[0], atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(mass, expected[1], atol=2e-5, rtol=2e-5)
+
+
+@PAST
+@GROUPS
+@pytest.mark.parametrize("features", [(), ("sinks",)], ids=["plain", "sinks"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_mass_from_the_lse_of_parts(past, group, features, backend, monkeypatch):
+    """As on CUDA, where parts are merged and the mass is a pass of its own: output, mass and LSE are those of the definition."""
+    if backend == "triton":
+        pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
+    query, key, value = inputs(33, past, group, 16)
+    chosen = options(features, past, query)
+    expected = prompt_attention_reference(query, key, value, scale=0.2, **chosen)
+    _, _, expected_lse = prompt_attention(query, key, value, scale=0.2, **chosen, with_mass=True, with_lse=True)
+    original = module.attention_mass
+    monkeypatch.setattr(module, "_flash_takes_parts", lambda *_: True)
+    monkeypatch.setattr(module, "attention_mass", lambda *args, **how: original(*args, **how, backend=backend))
+    monkeypatch.setattr(module, "_in_tiles", None)
+    output, mass, lse = prompt_attention(query, key, value, scale=0.2, **chosen, with_mass=True, with_lse=True)
+    torch.testing.assert_close(output, expected[0], atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(mass, expected[1], atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(lse, expected_lse, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["own", "older"])
+def test_the_flash_kernel_of_cuda_has_this_signature(causal):
+    """Checked by PyTorch itself on tensors without numbers: groups stay groups, and the LSE is of all heads and rows."""
+    query = torch.empty(2, 32, 100, 128, dtype=torch.bfloat16, device="meta")
+    key = torch.empty(2, 8, 100 if causal else 1000, 128, dtype=torch.bfloat16, device="meta")
+    output, lse = module._part(query, key, key, None, 0.1, causal)
+    assert output.shape == query.shape and output.dtype == query.dtype
+    assert lse.shape == (2, 32, 100) and lse.dtype == torch.float32
+
+
+def test_torch_flash_runs_where_it_can(monkeypatch):
+    """From compute capability 8.0 on, in half precision, with heads of one width up to 256."""
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: True)
+    capability = {"cuda:0": (9, 0), "cuda:1": (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability[device])
+
+    def tensor(dtype=torch.bfloat16, head_dim=128, device="cuda:0"):
+        return SimpleNamespace(dtype=dtype, shape=(1, 4, 8, head_dim), is_cuda=device != "cpu", device=device)
+
+    assert use_torch_flash(tensor(), tensor())
+    for refused in (
+        {"device": "cuda:1"}, {"device": "cpu"}, {"dtype": torch.float32}, {"head_dim": 264}, {"head_dim": 44},
+    ):  # fmt: skip
+        assert not use_torch_flash(tensor(**refused), tensor(**refused))
+    monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda: False)
+    assert not use_torch_flash(tensor(), tensor())
+
+
+@pytest.mark.parametrize("features", [("valid",), ("sinks",), ("moved",)], ids="+".join)
 def test_flash_attn_is_not_asked_for_what_it_has_not(features, monkeypatch):
-    """Empty slots, sinks, a second query and the mass stay with the other ways."""
+    """Empty slots, sinks and a second query stay with the other ways."""
     query, key, value = inputs(63, 21, 3, 16)
-    chosen = options(features, 21, query) | {"with_mass": "mass" in features}
+    chosen = options(features, 21, query)
     expected, _, _ = prompt_attention(query, key, value, scale=0.2, **chosen)
     flash = FakeFlash(monkeypatch)
     assert torch.equal(prompt_attention(query, key, value, scale=0.2, **chosen)[0], expected)

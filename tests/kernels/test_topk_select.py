@@ -114,3 +114,12 @@ def test_property(data):
         expected = oracle(row, count)
         assert picked[: len(expected)] == expected
         assert held == [True] * len(expected) + [False] * (k - len(expected))
+
+
+def test_in_one_graph():
+    """Compiled, it branches on no number, and gives the same."""
+    scores = torch.rand(2, 3, 40, generator=torch.Generator().manual_seed(0))
+    counts = torch.full((2, 1), 5)
+    compiled = torch.compile(lambda x, y: topk_select(x, y, 5), fullgraph=True, backend="eager")
+    for found, expected in zip(compiled(scores, counts), topk_select(scores, counts, 5), strict=True):
+        assert torch.equal(found, expected)

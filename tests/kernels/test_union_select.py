@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvpress.kernels.union_select import union_select, union_select_reference
 
@@ -14,6 +15,31 @@ def test_equals_the_definition(n, kv_heads, group, share):
     index, member = union_select(reads, kv_heads)
     expected_index, expected_member = union_select_reference(reads, kv_heads)
     assert torch.equal(index, expected_index) and torch.equal(member, expected_member)
+
+
+@pytest.mark.parametrize("width", [1, 5, 40, 100])
+@pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
+def test_a_given_width(width, share):
+    """The result has it, be the unions smaller, larger or the sequence shorter."""
+    reads = torch.rand(2, 6, 40, generator=torch.Generator().manual_seed(0)) < share
+    for found, expected in zip(
+        union_select(reads, 2, width=width), union_select_reference(reads, 2, width), strict=True
+    ):
+        assert torch.equal(found, expected) and found.shape[-1] == width
+
+
+def test_a_given_width_waits_for_nothing():
+    """Tensors without numbers go through, which cannot be asked for any."""
+    with FakeTensorMode():
+        index, member = union_select(torch.zeros(2, 6, 40, dtype=torch.bool), 2, width=9)
+        assert index.shape == (2, 2, 9) and member.shape == (2, 6, 9)
+        with pytest.raises(RuntimeError):
+            union_select(torch.zeros(2, 6, 40, dtype=torch.bool), 2)
+
+
+def test_no_width():
+    with pytest.raises(ValueError, match="width=0"):
+        union_select(torch.zeros(1, 2, 4, dtype=torch.bool), 1, width=0)
 
 
 def test_by_hand():

@@ -7,7 +7,7 @@ from math import floor
 from oracles.a2sf import Fading
 from oracles.a2sf_prefill import A2SFPrefill
 from oracles.common.llama import Oracle
-from oracles.common.rules import column_sums, pool, resolve
+from oracles.common.rules import check_apart, column_sums, pool, ranked, resolve
 from oracles.h2o_prefill import H2OPrefill
 from oracles.observed_attention import ObservedAttention
 from oracles.pyramid_kv import PyramidKV
@@ -41,14 +41,16 @@ def share_out(scores, rooms, alpha, normalize):
         scores: for each kv head its candidates' scores.
         rooms: for each kv head the entries that it would keep if all kept as many.
     """
-    ranked = [sorted(range(len(head)), key=lambda at, head=head: (-head[at], at)) for head in scores]
     kept, offers = [], []
-    for number, (head, order, room) in enumerate(zip(scores, ranked, rooms, strict=True)):
-        sure = floor(Fraction(str(alpha)) * room)
+    for number, (head, room) in enumerate(zip(scores, rooms, strict=True)):
+        order, sure = ranked(head), floor(Fraction(str(alpha)) * room)
         kept.append(order[:sure])
         part = sum(head[at] for at in order[:room]) / sum(head) if normalize and sum(head) else 1.0
         offers += [(-head[at] * part, number, at) for at in order[sure:]]
-    for _, number, at in sorted(offers)[: sum(rooms) - sum(map(len, kept))]:
+    offers, free = sorted(offers), sum(rooms) - sum(map(len, kept))
+    if 0 < free < len(offers):
+        check_apart(offers[free - 1][0], offers[free][0])
+    for _, number, at in offers[:free]:
         kept[number].append(at)
     return [sorted(head) for head in kept]
 

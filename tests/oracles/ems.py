@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from oracles.common.llama import Oracle, rotate
-from oracles.common.rules import Rules, resolve, top
+from oracles.common.rules import Rules, check_apart, pool, ranked, resolve, top
 
 
 def over_mean(numbers):
@@ -14,6 +14,12 @@ def over_mean(numbers):
 def global_local(everything, last):
     """The larger of two scores, each divided by its mean."""
     return [max(pair) for pair in zip(over_mean(everything), over_mean(last), strict=True)]
+
+
+def places(scores):
+    """1 for the largest, 2 for the next; of equals the earlier comes first."""
+    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    return [order.index(index) + 1 for index in range(len(scores))]
 
 
 def unit(vector):
@@ -41,8 +47,9 @@ class EMSOracle(Oracle):
 
     def compress(self, entries, total):
         """The entries that stay, with others merged into them."""
-        scores = global_local([entry.score for entry in entries], [sum(entry.last.values()) for entry in entries])
-        centres, rest = self.policy.split(scores, [entry.position for entry in entries], total)
+        everything, last = [entry.score for entry in entries], [sum(entry.last.values()) for entry in entries]
+        scores = global_local(everything, last)
+        centres, rest = self.policy.split(everything, last, [entry.position for entry in entries], total)
         keys = [rotate(entry.key, entry.position, self.theta) for entry in entries]
         members = {centre: [centre] for centre in centres}
         for index in self.policy.candidates([scores[index] for index in rest], total):
@@ -81,7 +88,12 @@ class EMS(Rules):
     """Spec section 6.3."""
 
     budget: int | float = 256
-    window: int = 32
+    window: int = 4
+    recent: int = 32
+    kernel_size: int = 7
+    pooling: str = "max"
+    align: str = "place"
+    global_weight: float = 1.0
     n_sink: int = 0
     rho: float = 0.9
     kappa: float = 4
@@ -92,24 +104,34 @@ class EMS(Rules):
     evict_every: int = 32
     runner = EMSOracle
 
-    def split(self, scores, positions, total):
-        """(centres, rest), indices: the last `window`, the first tokens and the best up to `total`; and the others."""
-        kept = list(range(len(scores)))[-min(self.window, total) :]
-        others = [index for index in range(len(scores)) if index not in kept]
-        ranks = [math.inf if positions[index] < self.n_sink else scores[index] for index in others]
-        kept = sorted([others[index] for index in top(ranks, total - len(kept))] + kept)
-        return kept, [index for index in range(len(scores)) if index not in kept]
+    def split(self, everything, last, positions, total):
+        """(centres, rest), indices: the last `recent`, the first tokens and the best up to `total`; and the others."""
+        count = len(positions)
+        first = count - min(self.recent, total, count)
+        local = pool(over_mean(last)[:first], self.kernel_size, self.pooling)
+        if self.align == "mean":
+            scores = [self.global_weight * score for score in over_mean(everything)[:first]]
+            scores = [max(pair) for pair in zip(scores, local, strict=True)]
+        else:
+            weight = self.global_weight
+            scores = [place / weight if weight else math.inf for place in places(everything[:first])]
+            scores = [-min(pair) for pair in zip(scores, places(local), strict=True)]
+        ranks = [math.inf if positions[index] < self.n_sink else scores[index] for index in range(first)]
+        kept = top(ranks, total - (count - first)) + list(range(first, count))
+        return kept, [index for index in range(count) if index not in kept]
 
     def candidates(self, scores, total):
         """Indices of the best of `scores` that together have the share rho of them, at most kappa * total."""
-        order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
-        chosen = []
+        order, chosen = ranked(scores), []
         for index in order:
-            before = sum(scores[other] for other in chosen)
-            if len(chosen) + 1 <= self.kappa * total and (self.rho == 1 or before < self.rho * sum(scores)):
-                chosen.append(index)
-            else:
+            before, enough = sum(scores[other] for other in chosen), self.rho * sum(scores)
+            if self.rho < 1:
+                check_apart(before, enough)
+            if len(chosen) + 1 > self.kappa * total or (self.rho < 1 and before >= enough):
                 break
+            chosen.append(index)
+        if 0 < len(chosen) < len(order):
+            check_apart(scores[chosen[-1]], scores[order[len(chosen)]])
         return chosen
 
     def nearest(self, index, centres, keys, values):
@@ -120,6 +142,7 @@ class EMS(Rules):
             if not self.raw_product:
                 cosines = [max(0.0, cosine) for cosine in cosines]
             product = cosines[0] * cosines[1]
+            check_apart(product, best)
             if product > best or (product == best and chosen is None):
                 best, chosen = product, centre
         return chosen

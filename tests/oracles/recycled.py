@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from oracles.common.numbers import cosine, softmax
-from oracles.common.rules import resolve, top
+from oracles.common.rules import check_apart, resolve, top
 from oracles.common.selecting import Over, Selecting
 
 
@@ -53,7 +53,10 @@ class Recycling(Selecting):
         held = self.sets[layer, kv_head]
         if len(held) >= self.rooms[layer, kv_head]:
             scores = self.scores(logits)
-            held.remove(min(held, key=lambda at: (scores[at], -at)))
+            lowest, *others = sorted(held, key=lambda at: (scores[at], -at))
+            if others:
+                check_apart(scores[lowest], scores[others[0]])
+            held.remove(lowest)
         held.append(position)
 
     def rebuild(self, layer, kv_head, logits):

@@ -1,6 +1,7 @@
 """The oracle against Hugging Face's own Llama, the spec's hand values, and torch one-liners."""
 
 from itertools import chain
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,17 @@ import torch
 from kvpress.compat import CACHE
 from oracles import oracle_of
 from oracles.common.llama import Oracle, rope_positions
-from oracles.common.rules import column_sums, heavy_and_recent, pool, resolve, share, sink_and_recent, top
+from oracles.common.rules import (
+    CLOSE,
+    NearTie,
+    column_sums,
+    heavy_and_recent,
+    pool,
+    resolve,
+    share,
+    sink_and_recent,
+    top,
+)
 from oracles.full import Full
 from oracles.h2o import H2O
 from oracles.snapkv import SnapKV
@@ -300,6 +311,15 @@ def test_snapkv_pooling_hand_values():
 def test_ties_go_to_the_smaller_position():
     assert top([1.0, 3.0, 3.0, 3.0, 2.0], 2) == [1, 2]
     assert heavy_and_recent([1.0] * 6, heavy=2, recent=1) == [0, 1, 5]
+
+
+def test_a_near_tie_is_no_result():
+    """What rounding decides fails by name, and equal scores do not: their order is the rule's."""
+    assert top([0.3, 0.1 + 0.2, 0.5], 1) == [2]  # they do not compete
+    with pytest.raises(NearTie, match="near tie"):
+        top([0.3, 0.1 + 0.2, 0.5], 2)
+    assert top([0.3, 0.3, 0.5], 2) == [0, 2] and top([0.0, 0.0], 1) == [0] and top([inf, inf], 1) == [0]
+    assert top([1.0, 1.0 + 2 * CLOSE], 1) == [1]
 
 
 # --- budgets --------------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ from typing import Any
 
 from oracles.common.llama import Oracle, rotate
 from oracles.common.numbers import dot, softmax
+from oracles.common.rules import check_apart, ranked
 from oracles.full import Full
 
 
@@ -36,10 +37,16 @@ def estimate(queries, keys, scale, stride, block_size):
 
 def choose(mass, block, threshold):
     """The blocks that a block of rows reads, ascending."""
-    chosen = {0, block}
-    for other in sorted(range(block + 1), key=lambda other: (-mass[other], other)):
-        if threshold < 1 and sum(mass[one] for one in chosen) >= threshold * sum(mass):
-            break
+    chosen, enough = {0, block}, threshold * sum(mass)
+    others = [other for other in ranked(mass[: block + 1]) if other not in chosen]
+    for at, other in enumerate(others):
+        reached = sum(mass[one] for one in chosen)
+        if threshold < 1:
+            check_apart(reached, enough)
+            if reached >= enough:
+                if at:
+                    check_apart(mass[others[at - 1]], mass[other])
+                break
         chosen.add(other)
     return sorted(chosen)
 

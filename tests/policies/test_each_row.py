@@ -38,8 +38,8 @@ RULES: list[tuple[type[Policy], dict[str, Any]]] = [
     (A2SF, {"budget": 7, "alpha": 0.5, "recent": 1}),
     (Keyformer, {"budget": 8, **PLAIN_SOFTMAX}),
     (Keyformer, {"budget": 8, "evict_every": 3, **PLAIN_SOFTMAX}),
-    (EMS, {"budget": 9, "window": 3, "tau": 0.1, "evict_every": 1}),
-    (EMS, {"budget": 9, "window": 3, "tau": 0.1, "evict_every": 4}),
+    (EMS, {"budget": 9, "window": 3, "recent": 3, "tau": 0.1, "evict_every": 1}),
+    (EMS, {"budget": 9, "window": 3, "recent": 3, "tau": 0.1, "evict_every": 4}),
 ]
 PASSES = [prompt(20), [5], [6], prompt(7, 2), [8], [9]]
 

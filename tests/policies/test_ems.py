@@ -13,7 +13,6 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.passes import plain_tokens
 from kvpress.policies import EMS, H2O
-from kvpress.policies.ems import global_local_score
 from kvpress.policy import Dropped, Entries, Quota
 from oracles import ems as oracle
 from support.layers import counted, new_layer
@@ -28,6 +27,11 @@ INF = math.inf
 @pytest.fixture(scope="module")
 def model():
     return sharp_llama()
+
+
+SPECIFIED: dict[str, Any] = {"window": 32, "recent": 32, "kernel_size": 1, "align": "mean"}
+"""The score before the search: no pooling, both statistics alike, a window that scores and stays."""
+THREE = SPECIFIED | {"window": 3, "recent": 3}
 
 
 # ---------------------------------------------------------------------------------------------------- one layer by hand
@@ -76,8 +80,9 @@ def merging(keys, values, mass, last, centres):
 def expected(rules, keys, values, mass, last, total):
     """One kv head by the oracle's rules, merged in float64: {position: (key, value, mass, last)}, and who went where."""
     keys, values = keys.double(), values.double()
-    scores = oracle.global_local(mass.tolist(), last.sum(0).tolist())
-    centres, rest = rules.split(scores, list(range(len(scores))), total)
+    everything, local = mass.tolist(), last.sum(0).tolist()
+    scores = oracle.global_local(everything, local)
+    centres, rest = rules.split(everything, local, list(range(len(scores))), total)
     members = {centre: [centre] for centre in centres}
     for index in rules.candidates([scores[index] for index in rest], total):
         chosen = rules.nearest(rest[index], centres, keys, values)
@@ -94,11 +99,14 @@ def expected(rules, keys, values, mass, last, total):
 
 
 SETTINGS = [
-    {"budget": 12, "window": 3},
-    {"budget": 12, "window": 3, "tau": 0.0, "rho": 1.0, "kappa": INF},
-    {"budget": 10, "window": 1, "n_sink": 2, "rho": 0.5},
-    {"budget": 8, "window": 4, "kappa": 0.5, "tau": 0.2},
-    {"budget": 0.3, "window": 2, "tau": 0.9},
+    SPECIFIED | {"budget": 12, "window": 3, "recent": 3},
+    {"budget": 12, "window": 3, "recent": 3},
+    {"budget": 12, "window": 5, "recent": 0, "kernel_size": 3, "pooling": "avg", "align": "mean", "global_weight": 0.8},
+    {"budget": 12, "window": 3, "recent": 3, "tau": 0.0, "rho": 1.0, "kappa": INF, "global_weight": 0.0},
+    {"budget": 11, "window": 3, "recent": 2, "kernel_size": 3, "pooling": "avg", "global_weight": 0.25},
+    {"budget": 10, "window": 1, "recent": 4, "n_sink": 2, "rho": 0.5},
+    {"budget": 8, "window": 4, "recent": 4, "kappa": 0.5, "tau": 0.2, "global_weight": 1.0},
+    {"budget": 0.3, "window": 2, "recent": 2, "kernel_size": 7, "tau": 0.9},
 ]
 
 
@@ -129,7 +137,7 @@ def test_e9_tensors_and_the_loop_agree(setting, count):
 def test_e1_room_for_everything_changes_nothing():
     """E1: B >= n: no bit of K and V changes (full attention: the invariant U1)."""
     keys, values = alike(12)
-    layer = compress(EMS(budget=12, window=3), keys, values, *observed(12, 3))
+    layer = compress(EMS(budget=12, window=3, recent=3), keys, values, *observed(12, 3))
     assert torch.equal(layer.keys[:, :, :12], keys) and torch.equal(layer.values[:, :, :12], values)
     assert held(layer) == list(range(12))
 
@@ -139,7 +147,7 @@ def test_e2_no_merge_is_eviction_by_the_score(tau):
     """E2: tau > 1: what stays is the window and the best scores, and no bit of it changes."""
     keys, values = alike(40)
     mass, last = observed(40, 3)
-    layer = compress(EMS(budget=12, window=3, tau=tau, rho=1.0, kappa=INF), keys, values, mass, last)
+    layer = compress(EMS(budget=12, tau=tau, rho=1.0, kappa=INF, **THREE), keys, values, mass, last)
     for b in range(BATCH):
         for head in range(KV_HEADS):
             scores = oracle.global_local(mass[b, head].tolist(), last[b, head].sum(0).tolist())
@@ -155,13 +163,13 @@ def test_e3_everything_merges():
     keys, values = alike(40)
     mass, last = observed(40, 3)
     mass[0, 0, 5] = last[0, 0, :, 5] = 0.0  # an entry that nobody looked at is of the rest too
-    policy = EMS(budget=12, window=3, tau=0.0, rho=1.0, kappa=INF)
+    policy = EMS(budget=12, window=3, recent=3, tau=0.0, rho=1.0, kappa=INF)
     target = policy.merge(merging(keys, values, mass, last, [1, 7, 30])).target
     assert target.shape[2] == 37 and (target >= 0).all() and (target < 3).all()
     layer = compress(policy, keys, values, mass, last)
     torch.testing.assert_close(layer.stats["mass"].sum(-1), mass.sum(-1))
     torch.testing.assert_close(layer.stats["rows"].sum(-1), last.sum(-1))
-    some = compress(EMS(budget=12, window=3, tau=0.6), keys, values, mass, last)
+    some = compress(EMS(budget=12, window=3, recent=3, tau=0.6), keys, values, mass, last)
     assert (some.stats["mass"].sum(-1) < mass.sum(-1)).all()
 
 
@@ -172,7 +180,7 @@ def test_e4_duplicates():
     for offset in range(3):  # the first of each four has the score
         mass[:, :, 1 + offset :: 4] *= 1e-3
         last[..., 1 + offset :: 4] *= 1e-3
-    layer = compress(EMS(budget=13, window=3, tau=0.999, rho=1.0, kappa=INF), keys, values, mass, last)
+    layer = compress(EMS(budget=13, tau=0.999, rho=1.0, kappa=INF, **THREE), keys, values, mass, last)
     assert (layer.stats["mass"].sum(-1) > 0.99 * mass.sum(-1)).all()
     for b in range(BATCH):
         for head in range(KV_HEADS):
@@ -185,7 +193,7 @@ def test_e4_duplicates():
 def test_e5_e6_norms_and_hulls(value_norms):
     """E5: a key is as long as its centre's was. E6: a value lies between its members (or has its centre's norm)."""
     keys, values = alike(40)
-    policy = EMS(budget=12, window=3, tau=0.0, rho=1.0, kappa=INF, value_norms=value_norms)
+    policy = EMS(budget=12, window=3, recent=3, tau=0.0, rho=1.0, kappa=INF, value_norms=value_norms)
     layer = compress(policy, keys, values, *observed(40, 3))
     places = layer.positions[:, :, :12].long()[..., None].expand(-1, -1, -1, DIM)
     before_keys, before_values = keys.gather(2, places), values.gather(2, places)
@@ -204,7 +212,7 @@ def test_e7_scores_are_aligned_by_their_means(factor, which):
     """E7: either score times any number: the same entries, K and V (bit by bit for a power of two)."""
     keys, values = alike(40)
     mass, last = observed(40, 3)
-    policy = EMS(budget=12, window=3)
+    policy = EMS(budget=12, window=3, recent=3)
     one = compress(policy, keys, values, mass, last)
     scaled = (mass * factor, last) if which == "mass" else (mass, last * factor)
     two = compress(policy, keys, values, *scaled)
@@ -223,14 +231,17 @@ def test_e8_a_window_of_all_rows_ranks_as_h2o():
     """E8: the two scores are then the same, and their order is that of the accumulated mass."""
     mass, _ = observed(40, 3)
     entries = entries_of(mass, mass.clone())
-    assert torch.equal(global_local_score(entries).argsort(-1), H2O().score(entries).argsort(-1))
+    for align in ("place", "mean"):
+        scores = EMS(kernel_size=1, align=align).score(entries)
+        assert torch.equal(scores.argsort(-1), H2O().score(entries).argsort(-1))
 
 
-def test_e10_more_of_both_is_not_less():
+@pytest.mark.parametrize("align", ["place", "mean"])
+def test_e10_more_of_both_is_not_less(align):
     """E10: an entry that has more than another from all rows and from the last ones scores at least as high."""
     mass, last = observed(40, 3)
     local = last.sum(2)
-    scores = global_local_score(entries_of(mass, local))
+    scores = EMS(kernel_size=1, align=align).score(entries_of(mass, local))
     dominates = (mass[..., :, None] >= mass[..., None, :]) & (local[..., :, None] >= local[..., None, :])
     assert (scores[..., :, None] >= scores[..., None, :])[dominates].all()
     assert dominates.sum() > 40 * BATCH * KV_HEADS  # more than each entry and itself
@@ -240,10 +251,74 @@ def test_score_by_hand():
     """Means over what is held: [4, 1, 1] and [0, 3, 0] are [2, .5, .5] and [0, 3, 0]; an empty slot counts for nothing."""
     mass, last = torch.tensor([[[4.0, 9.0, 1.0, 1.0]]]), torch.tensor([[[0.0, 9.0, 3.0, 0.0]]])
     positions = torch.tensor([[[0, -1, 1, 2]]], dtype=torch.int32)
-    scores = global_local_score(entries_of(mass, last, positions))
+    policy = EMS(kernel_size=1, align="mean")
+    scores = policy.score(entries_of(mass, last, positions))
     torch.testing.assert_close(scores, torch.tensor([[[2.0, 0.0, 3.0, 0.5]]]))
     zeros = torch.zeros_like(mass)
-    assert (global_local_score(entries_of(zeros, zeros, positions)) == 0).all()
+    assert (policy.score(entries_of(zeros, zeros, positions)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("pooling", "expected"), [("avg", [0.0, 3.0, 3.0, 4.0, 1.0]), ("max", [0.0, 9.0, 9.0, 9.0, 3.0])]
+)
+def test_pooling_by_hand(pooling, expected):
+    """[0, 0, 9, 0, 3] over 3 neighbours; the last entry is no candidate and gives the one before it nothing."""
+    entries = entries_of(torch.zeros(1, 1, 6), torch.tensor([[[0.0, 0.0, 9.0, 0.0, 3.0, 6.0]]]))  # with a mean of 3
+    entries = replace(entries, candidates=entries.positions < 5)
+    got = EMS(kernel_size=3, pooling=pooling, align="mean").score(entries)
+    torch.testing.assert_close(3 * got[0, 0, :5], torch.tensor(expected))
+
+
+@pytest.mark.parametrize("align", ["place", "mean"])
+def test_neighbours_are_those_next_to_it_by_position(align):
+    """In decode slots come in any order, and some are empty."""
+    positions = torch.tensor([[[40, -1, 7, 90, 2, 30]]], dtype=torch.int32)  # in order: 2, 7, 30, 40, 90
+    local = torch.tensor([[[5.0, 9.0, 1.0, 0.0, 2.0, 0.0]]])
+    entries = entries_of(torch.zeros_like(local), local, positions)
+    got = EMS(kernel_size=3, align=align, global_weight=0.0).score(entries)[0, 0, [4, 2, 5, 0, 3]]
+    # Pooled: 2, 2, 5, 5, 5 (over a mean of 8 / 5); the places of equals follow the positions.
+    expected = [-4.0, -5.0, -1.0, -2.0, -3.0] if align == "place" else [1.25, 1.25, 3.125, 3.125, 3.125]
+    assert got.tolist() == expected
+
+
+def test_the_neighbours_of_what_the_last_rows_look_at_stay():
+    """One entry that the last rows look at: with pooling over 5 its two neighbours on either side stay with it."""
+    keys, values = alike(40)
+    mass, last = torch.ones(BATCH, KV_HEADS, 40), torch.zeros(BATCH, KV_HEADS, 3, 40)
+    last[..., 20] = 1.0
+    for width, expected in ((1, [0, 1, 2, 3, 20]), (3, [0, 1, 19, 20, 21]), (5, [18, 19, 20, 21, 22])):
+        policy = EMS(budget=8, window=3, recent=3, kernel_size=width, align="mean", tau=2.0)
+        assert held(compress(policy, keys, values, mass, last)) == [*expected, 37, 38, 39]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        pytest.param({"align": "mean"}, [0.0, 4.0, 3.0, 1.0], id="mean"),
+        pytest.param({"align": "mean", "global_weight": 0.5}, [0.0, 2.0, 3.0, 1.0], id="mean-half"),
+        pytest.param({"align": "mean", "global_weight": 0.0}, [0.0, 0.0, 3.0, 1.0], id="mean-local-alone"),
+        pytest.param({}, [-2.0, -1.0, -1.0, -2.0], id="place"),
+        pytest.param({"global_weight": 0.5}, [-3.0, -2.0, -1.0, -2.0], id="place-half"),
+        pytest.param({"global_weight": 0.0}, [-3.0, -4.0, -1.0, -2.0], id="place-local-alone"),
+    ],
+)
+def test_the_two_are_aligned_by_hand(fields, expected):
+    """All rows: [0, 8, 0, 0] over 2 is 4 for entry 1, and places 2, 1, 3, 4. The last ones: [0, 0, 3, 1], and 3, 4, 1, 2."""
+    entries = entries_of(torch.tensor([[[0.0, 8.0, 0.0, 0.0]]]), torch.tensor([[[0.0, 0.0, 3.0, 1.0]]]))
+    assert EMS(kernel_size=1, **fields).score(entries).tolist() == [[expected]]
+
+
+@pytest.mark.parametrize(("weight", "local"), [(1.0, 10), (0.5, 14), (0.25, 16), (0.0, 20)])
+def test_places_share_the_budget(weight, local):
+    """Where the two look at different entries, 20 places beside the recent ones are shared in the ratio weight to 1."""
+    keys, values = alike(100)
+    mass, last = torch.zeros(BATCH, KV_HEADS, 100), torch.zeros(BATCH, KV_HEADS, 3, 100)
+    mass[..., :40] = torch.arange(40, 0, -1.0)
+    last[..., 50:90] = torch.arange(40, 0, -1.0)
+    policy = EMS(budget=24, window=3, recent=4, kernel_size=1, global_weight=weight, tau=2.0)
+    kept = held(compress(policy, keys, values, mass, last))
+    assert len([at for at in kept if 50 <= at < 90]) == pytest.approx(local, abs=1) and len(kept) == 24
+    assert kept == [*range(24 - 4 - sum(50 <= at < 90 for at in kept)), *(at for at in kept if at >= 50)]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +340,7 @@ def test_candidates_by_hand(fields, expected):
     """How many of a rest with the scores .4, .3, .15, .1, .05, 0 may be merged, beside two centres."""
     shares = torch.tensor([[[0.5, 0.15, 0.4, 0.05, 0.3, 0.0, 0.1, 0.7]]])
     same = torch.ones(1, 1, 8, 4)
-    policy = EMS(budget=100, tau=0.0, **fields)
+    policy = EMS(budget=100, tau=0.0, **THREE, **fields)
     target = policy.merge(merging(same, same, shares, shares[:, :, None], [0, 7])).target
     ranks = torch.tensor([2, 0, 4, 1, 5, 3])  # of the slots 1 .. 6
     assert torch.equal(target[0, 0] >= 0, ranks < expected)
@@ -274,7 +349,7 @@ def test_candidates_by_hand(fields, expected):
 def test_equal_scores_are_candidates_in_order():
     """Of a rest with equal scores the earlier ones may be merged."""
     same, scores = torch.ones(1, 1, 6, 4), torch.ones(1, 1, 6)
-    policy = EMS(budget=100, rho=1.0, kappa=1.0)
+    policy = EMS(budget=100, rho=1.0, kappa=1.0, **THREE)
     given = merging(same, same, scores, scores[:, :, None], [4, 1])
     assert (policy.merge(given).target[0, 0] >= 0).tolist() == [True, True, False, False]  # 0 and 2 of 0, 2, 3, 5
     backwards = replace(given, entries=replace(given.entries, positions=given.entries.positions.flip(-1)))
@@ -285,9 +360,9 @@ def test_equal_centres_the_earlier_one():
     """Of centres that are equally alike it is the one at the earlier position, in whatever slots they are."""
     same, scores = torch.ones(1, 1, 6, 4), torch.ones(1, 1, 6)
     given = merging(same, same, scores, scores[:, :, None], [4, 1, 5])
-    assert (EMS(budget=100, rho=1.0).merge(given).target == 1).all()
+    assert (EMS(budget=100, rho=1.0, **THREE).merge(given).target == 1).all()
     backwards = replace(given, entries=replace(given.entries, positions=given.entries.positions.flip(-1)))
-    assert (EMS(budget=100, rho=1.0).merge(backwards).target == 2).all()
+    assert (EMS(budget=100, rho=1.0, **THREE).merge(backwards).target == 2).all()
 
 
 @pytest.mark.parametrize(("raw", "expected"), [(False, -1), (True, 0)], ids=["clamped", "raw"])
@@ -295,7 +370,7 @@ def test_two_opposites(raw, expected):
     """Opposite keys and opposite values have a product of 1, and merge only with `raw_product`."""
     keys = torch.tensor([[[[1.0, 2.0], [-1.0, -2.0]]]])
     scores = torch.ones(1, 1, 2)
-    policy = EMS(budget=100, raw_product=raw, rho=1.0)
+    policy = EMS(budget=100, raw_product=raw, rho=1.0, **THREE)
     assert policy.merge(merging(keys, keys, scores, scores[:, :, None], [0])).target.item() == expected
 
 
@@ -304,7 +379,7 @@ def test_tau_is_enough():
     keys = torch.tensor([[[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]]])
     scores = torch.ones(1, 1, 3)
     given = merging(keys, keys, scores, scores[:, :, None], [0])
-    assert EMS(budget=100, rho=1.0, tau=1.0).merge(given).target.tolist() == [[[0, -1]]]
+    assert EMS(budget=100, rho=1.0, tau=1.0, **THREE).merge(given).target.tolist() == [[[0, -1]]]
 
 
 def test_sinks_stay():
@@ -313,7 +388,7 @@ def test_sinks_stay():
     mass, last = observed(40, 3)
     mass[..., :4] = last[..., :4] = 0.0
     for sinks in (0, 1, 4):
-        layer = compress(EMS(budget=12, window=3, n_sink=sinks), keys, values, mass, last)
+        layer = compress(EMS(budget=12, n_sink=sinks, **THREE), keys, values, mass, last)
         assert all(
             [at for at in held(layer, b, head) if at < 4] == list(range(sinks)) and len(held(layer, b, head)) == 12
             for b in range(BATCH)
@@ -326,7 +401,7 @@ def test_keep_centre_score(keep):
     """Merged statistics are the sums, or stay the centre's own."""
     keys, values = alike(40)
     mass, last = observed(40, 3)
-    policy = EMS(budget=12, window=3, tau=0.0, rho=1.0, keep_centre_score=keep)
+    policy = EMS(budget=12, window=3, recent=3, tau=0.0, rho=1.0, keep_centre_score=keep)
     layer = compress(policy, keys, values, mass, last)
     places = layer.positions[:, :, :12].long()
     own, now = mass.gather(2, places), layer.stats["mass"][:, :, :12]
@@ -339,7 +414,8 @@ def test_keep_centre_score(keep):
 def test_defaults():
     """The paper's budget, and what the reconstruction chose."""
     policy = EMS()
-    assert (policy.budget, policy.window, policy.n_sink, policy.evict_every) == (256, 32, 0, 32)
+    assert (policy.budget, policy.window, policy.recent, policy.n_sink, policy.evict_every) == (256, 4, 32, 0, 32)
+    assert (policy.kernel_size, policy.pooling, policy.align, policy.global_weight) == (7, "max", "place", 1.0)
     assert (policy.rho, policy.kappa, policy.tau) == (0.9, 4.0, 0.6)
     assert not (policy.raw_product or policy.value_norms or policy.keep_centre_score)
     assert kvpress.make_policy("ems") == policy
@@ -350,7 +426,7 @@ def test_defaults():
 def test_e11_every_head_has_the_budget(model, every):
     """E11: exactly B entries per head after a compression, at increasing positions; B + what came since in between."""
     passes = [prompt(40), *([token] for token in prompt(40, 1))]
-    sets = run(model, EMS(budget=12, window=4, tau=0.1, evict_every=every), passes)[1]
+    sets = run(model, EMS(budget=12, window=4, recent=4, tau=0.1, evict_every=every), passes)[1]
     for step, layers in enumerate(sets):
         for head in (head for layer in layers for head in layer):
             assert len(head) == 12 + step % every
@@ -361,7 +437,7 @@ def test_e11_every_head_has_the_budget(model, every):
 def test_short_prompts_fill_up_first(model):
     """A prompt below the budget grows to budget + period before anything happens; until then it is full attention."""
     passes = [prompt(8), *([token] for token in prompt(15, 1))]
-    logits, sets = run(model, EMS(budget=12, window=4, evict_every=5), passes)
+    logits, sets = run(model, EMS(budget=12, window=4, recent=4, evict_every=5), passes)
     assert [len(step[0][0]) for step in sets] == [8, 9, 10, 11, 12, 13, 14, 15, 16, 12, 13, 14, 15, 16, 12, 13]
     for got, want in zip(logits[:10], run(model, "full", passes[:10])[0], strict=True):
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
@@ -372,7 +448,7 @@ def test_merging_matters(model):
     passes = conversation(7)
     outcomes = []
     for tau in (0.0, 2.0):
-        fields: dict[str, Any] = {"budget": 9, "window": 3, "tau": tau, "evict_every": 3}
+        fields: dict[str, Any] = {"budget": 9, "window": 3, "recent": 3, "tau": tau, "evict_every": 3}
         case = Case(EMS(**fields), oracle.EMS(**fields), EMS())
         outcomes.append(run(model, case.policy, passes)[0])
         check(expect(model, case, passes), [logits[-1] for logits in outcomes[-1]])
@@ -399,7 +475,7 @@ def test_local_score_is_that_of_the_last_rows(model):
 def test_sequences_of_unlike_length_in_full_slots(model):
     """Shares that round down to the same number and then to two: no slot of the shorter sequence is empty, and its newest
     entry, which the longer one's extra place repeats, stays what it is."""
-    fields: dict[str, Any] = {"budget": 0.5, "window": 2, "tau": 0.0, "evict_every": 2}
+    fields: dict[str, Any] = {"budget": 0.5, "window": 2, "recent": 2, "tau": 0.0, "evict_every": 2}
     case = Case(EMS(**fields), oracle.EMS(**fields), EMS())
     texts = [[prompt(17, 0), prompt(3, 2), [5], [6]], [prompt(16, 1), prompt(3, 3), [7], [8]]]
     mask = torch.ones(2, 22, dtype=torch.long)
@@ -420,7 +496,7 @@ def test_sequences_of_unlike_length_in_full_slots(model):
 
 def test_only_what_is_kept_is_held(model):
     """The report's bytes: the budget and its period, with the last rows' statistics; reads follow."""
-    with kvpress.patch(model, EMS(budget=40, window=4, evict_every=8)) as handle:
+    with kvpress.patch(model, EMS(budget=40, window=4, recent=4, evict_every=8)) as handle:
         model.generate(torch.tensor([prompt(400)]), max_new_tokens=17, do_sample=False, pad_token_id=0)
         total = handle.report().total
     assert total.kept == 40
@@ -433,9 +509,9 @@ def test_only_what_is_kept_is_held(model):
     ("fields", "tokens", "total", "recent"),
     [
         pytest.param({}, 1000, 256, 32, id="defaults"),
-        pytest.param({"budget": 33}, 100, 33, 32, id="one-beside-the-window"),
-        pytest.param({"budget": 0.29, "window": 8}, 100, 29, 8, id="share-0.29-is-29"),
-        pytest.param({"budget": 0.2}, 100, 20, 20, id="share-smaller-than-the-window"),
+        pytest.param({"budget": 33}, 100, 33, 32, id="one-beside-the-recent"),
+        pytest.param({"budget": 0.29, "recent": 8}, 100, 29, 8, id="share-0.29-is-29"),
+        pytest.param({"budget": 0.2}, 100, 20, 20, id="share-smaller-than-the-recent"),
         pytest.param({"budget": 0.2}, 3, 1, 1, id="share-of-a-short-prompt"),
     ],
 )
@@ -448,9 +524,18 @@ def test_quota(fields, tokens, total, recent):
     [
         pytest.param({"budget": 0}, ("budget=0",), id="budget-0"),
         pytest.param({"budget": 2.5}, ("budget=2.5", "above 1"), id="budget-2.5"),
-        pytest.param({"budget": 32}, ("budget=32", "window=32", "above 32"), id="budget-is-the-window"),
-        pytest.param({"budget": 36, "n_sink": 4}, ("budget=36", "window + n_sink=36"), id="budget-is-all-protected"),
+        pytest.param({"budget": 32}, ("budget=32", "recent=32", "above 32"), id="budget-is-the-recent"),
+        pytest.param({"budget": 36, "n_sink": 4}, ("budget=36", "recent + n_sink=36"), id="budget-is-all-protected"),
         pytest.param({"window": 0}, ("window=0", "at least 1"), id="window-0"),
+        pytest.param({"recent": -1}, ("recent=-1", "at least 0"), id="recent-negative"),
+        pytest.param({"recent": 0.5}, ("recent=0.5", "an int"), id="recent-share"),
+        pytest.param({"kernel_size": 4}, ("kernel_size=4", "even", "5"), id="kernel-even"),
+        pytest.param({"kernel_size": 0}, ("kernel_size=0", "at least 1"), id="kernel-0"),
+        pytest.param({"pooling": "sum"}, ("pooling='sum'", "'avg', 'max'"), id="pooling"),
+        pytest.param({"align": "max"}, ("align='max'", "'place', 'mean'"), id="align"),
+        pytest.param({"global_weight": -0.1}, ("global_weight=-0.1", "0 to 1"), id="global-weight-negative"),
+        pytest.param({"global_weight": 1.5}, ("global_weight=1.5", "0 to 1"), id="global-weight-above-1"),
+        pytest.param({"global_weight": "all"}, ("global_weight='all'",), id="global-weight-text"),
         pytest.param({"n_sink": -1}, ("n_sink=-1", "at least 0"), id="sink-negative"),
         pytest.param({"rho": 1.1}, ("rho=1.1", "0 to 1"), id="rho"),
         pytest.param({"kappa": -1}, ("kappa=-1", "at least 0"), id="kappa-negative"),

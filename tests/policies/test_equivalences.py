@@ -55,7 +55,7 @@ class PickingEverywhere(TidalDecode):
 
 
 class AllRowsEMS(EMS):
-    """EMS whose last rows are all rows; the window that stays is as it was."""
+    """EMS whose last rows are all rows."""
 
     name = ""
 
@@ -148,7 +148,7 @@ PAIRS = [
     ),
     Pair(
         "ems-without-merging-is-h2o-of-the-same-period",
-        AllRowsEMS(budget=9, window=4, tau=2.0, evict_every=3),
+        AllRowsEMS(budget=9, recent=4, kernel_size=1, tau=2.0, evict_every=3),
         SeldomH2O(heavy=5, recent=4),
     ),
 ]

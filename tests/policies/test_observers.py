@@ -86,8 +86,8 @@ POLICIES = [
 def check_counts(cache: Any) -> None:
     """Every entry held was seen by all rows from its own on, in each sequence, layer and kv head."""
     for layer in cache.layers:
-        holder = getattr(layer, "pages", None) or layer
-        counted, positions = holder.stats["witnesses"], holder.positions
+        positions = getattr(layer.storage, "paged_positions", layer.positions)
+        counted = layer.stats["witnesses"]
         held = positions >= 0
         tokens = layer.texts.seen_tensor.view(-1, *(1,) * (positions.ndim - 1))
         assert held.any() and torch.equal(counted[held].long(), (tokens - positions)[held].long())

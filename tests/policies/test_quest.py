@@ -95,7 +95,7 @@ def test_bounds_grow_with_the_cache(model):
         for token in prompt(30, 1):
             model(torch.tensor([[token]]), **{CACHE: cache})
             for layer in cache.layers[1:]:
-                expected = page_bounds(layer.used()[0], None, 4)
+                expected = page_bounds(layer.storage.read(stop=layer.length)[0], None, 4)
                 pages = expected[0].shape[2]
                 assert torch.equal(layer.state["least"][:, :, :pages], expected[0])
                 assert torch.equal(layer.state["greatest"][:, :, :pages], expected[1])

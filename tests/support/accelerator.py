@@ -1,12 +1,15 @@
-"""Where the tests of Triton kernels run: on a CUDA device if there is one, else in Triton's interpreter."""
+"""Where the tests of kernels run: Triton's on a CUDA device if there is one, else in Triton's interpreter; torch's on the CPU.
+
+A file that imports `backends` runs its tests with both paths; one that imports from here is about Triton alone.
+"""
 
 import pytest
 import torch
 
+from support import backends
+
 pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The interpreter computes with NumPy, which has no bfloat16, and what it returns for it is silently wrong.
-NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-FLOATS = [dtype for dtype in NAMES if DEVICE.type == "cuda" or dtype != torch.bfloat16]
-DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=[NAMES[dtype] for dtype in FLOATS])
+DEVICE = backends.TRITON_DEVICE
+FLOATS = [dtype for dtype in backends.DTYPES if DEVICE.type == "cuda" or dtype != torch.bfloat16]
+DTYPES = pytest.mark.parametrize("dtype", FLOATS, ids=[backends.DTYPES[dtype] for dtype in FLOATS])

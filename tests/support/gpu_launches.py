@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import lru_cache, partial
 from itertools import product
 from multiprocessing import get_context
@@ -25,7 +26,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kvpress
 from kvpress.kernels import launch_shapes
@@ -135,9 +136,11 @@ def noted(calls: Iterable[Callable[[], Any]], architecture: int | None = None) -
     calls, gpus = list(calls), ["", *tuned_gpus(architecture)]
     with noting() as launches, FakeTensorMode(allow_non_fake_inputs=True):
         for name in gpus:
-            with mock.patch.object(launch_shapes, "gpu_name", partial(str, name)):
+            with mock.patch.object(launch_shapes, "gpu_name", lambda device, name=name: name):
+                launch_shapes.forget_plans()
                 for call in calls:
                     call()
+    launch_shapes.forget_plans()
     return list(dict.fromkeys(launches))
 
 
@@ -154,7 +157,7 @@ def per_head(n: int, dtype: torch.dtype = torch.int64, heads: int = KV_HEADS) ->
     return torch.empty(1, heads, n, dtype=dtype)
 
 
-def decode(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 4096) -> None:
+def decode(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 4096, warm: bool = False) -> None:
     """One token over all slots, or with every feature over listed slots or pages; a second query for the first, or marked."""
     heads = KV_HEADS * group
     options: dict[str, Any] = dict.fromkeys(("softcap", "sinks", "moved", "perturbed"))
@@ -169,7 +172,8 @@ def decode(head_dim: int, dtype: torch.dtype, group: int, form: str, n: int = 40
     if form == "listed":
         index = per_head(n)
         options["moved"] = other, per_head(n, torch.bool)
-        options["perturbed"] = NOISE, torch.empty(1, 1, dtype=torch.int32), per_head(n, torch.int32)
+        noise = replace(NOISE, temperature=torch.empty(())) if warm else NOISE
+        options["perturbed"] = noise, torch.empty(1, 1, dtype=torch.int32), per_head(n, torch.int32)
     if form == "pages":
         index, valid, options["page_size"] = per_head(n // 16), per_head(n // 16, torch.bool, heads), 16
         options["per_head"] = True
@@ -282,9 +286,25 @@ def topk(n: int, dtype: torch.dtype, heads: int = 32) -> None:
 
 
 def union(n: int, group: int) -> None:
-    """The host reads a kernel's counts in between: tensors with numbers, all zero."""
-    with unset_fake_temporarily(), mock.patch.object(torch, "empty", torch.zeros):
-        gpu("union_select").union_select(torch.zeros(1, KV_HEADS * group, n, dtype=torch.bool), KV_HEADS)
+    gpu("union_select").union_select(torch.empty(1, KV_HEADS * group, n, dtype=torch.bool), KV_HEADS, n // 2 + 1)
+
+
+def write(head_dim: int, dtype: torch.dtype, own: bool, n: int = 4096) -> None:
+    """A new entry into a slot of all heads, or into each one's own, with two statistics."""
+    keys, values = cache(head_dim, dtype, n)
+    stats = [torch.empty(1, KV_HEADS, n), torch.empty(1, KV_HEADS, 32, n)]
+    slot = torch.empty(1, KV_HEADS, dtype=torch.int64) if own else 3
+    new = (torch.empty(1, 1, KV_HEADS, head_dim, dtype=dtype).transpose(1, 2) for _ in range(2))
+    gpu("write_slot").write_slot(
+        keys, values, per_head(n, torch.int32), stats, slot, *new, torch.empty(1, 1, dtype=torch.int32)
+    )
+
+
+def evict(n: int, dtype: torch.dtype, limited: bool) -> None:
+    numbers = torch.empty(1, dtype=torch.int32)
+    gpu("evict_slot").evict_slot(
+        per_head(n, dtype), per_head(n, torch.int32), numbers, numbers, numbers if limited else None
+    )
 
 
 def decode_calls() -> Iterator[Callable[[], None]]:
@@ -294,13 +314,16 @@ def decode_calls() -> Iterator[Callable[[], None]]:
         yield partial(decode, head_dim, BF16, 4, "first moved")
         yield partial(decode, head_dim, FP32, 4, "listed")
     yield partial(decode, 128, FP16, 4, "listed")
+    yield partial(decode, 128, BF16, 4, "listed", warm=True)  # the temperature lies on the device
     yield partial(decode, 128, FP32, 4, "plain")
     yield partial(decode, 128, BF16, 4, "pages")
     yield partial(decode, 128, BF16, 4, "plain", n=100)  # one split, which writes the result itself
     for (head_dim, group), dtype in product(MANY_HEADS, (FP32, BF16)):
         yield partial(decode, head_dim, dtype, group, "listed")
-    for group in (1, 2, 8, 16):
-        yield partial(decode, 64, BF16, group, "slots")
+    # What comes after the splits has tiles of both, channels and query heads; of one split it gets nothing to merge.
+    every = [*product((64, 128, 256), (1, 2, 4, 8, 16)), *MANY_HEADS]
+    for (head_dim, group), n in product(every, (4096, 100)):
+        yield partial(decode, head_dim, BF16, group, "slots", n=n)
 
 
 def paged_calls() -> Iterator[Callable[[], None]]:
@@ -321,7 +344,10 @@ def score_calls() -> Iterator[Callable[[], None]]:
     for head_dim in (64, 80, 128, 256):
         yield partial(scores, head_dim, BF16, 4, "votes")
     yield partial(scores, 128, FP32, 4, "votes")
-    yield partial(scores, 128, BF16, 4, "raw keys")
+    for head_dim in HEAD_DIMS:
+        yield partial(scores, head_dim, BF16, 4, "raw keys")
+    for head_dim, group in MANY_HEADS:
+        yield partial(scores, head_dim, BF16, group, "raw keys")
     for form in ("plain", "moved", "first moved"):
         yield partial(scores, 128, BF16, 4, form)
     for head_dim in (80, 256):
@@ -358,6 +384,12 @@ CALLS: dict[str, list[Callable[[], None]]] = {
     "block_sparse_attention": list(sparse_calls()),
     "decode_attention": list(decode_calls()),
     "decode_scores": list(score_calls()),
+    "evict_slot": [
+        partial(evict, n, dtype, limited)
+        for n in (100, 300, 600, 1200, 2400, 4800)
+        for dtype in (FP32, BF16)
+        for limited in (False, True)
+    ],
     "gather_slots": [
         *(partial(gather, width, BF16, form) for width in (64, 80, 128, 256) for form in ("all", "one")),
         *(partial(gather, width, FP32, "all") for width in (64, 128, 256)),
@@ -384,6 +416,9 @@ CALLS: dict[str, list[Callable[[], None]]] = {
         partial(topk, n, dtype) for n in (100, 300, 600, 1200, 2400, 4800, 131072) for dtype in (FP32, BF16)
     ],
     "union_select": [partial(union, n, group) for n in (4096,) for group in (1, 4)],
+    "write_slot": [
+        partial(write, d, t, own) for d in (64, 80, 96, 128, 256) for t in (FP32, BF16) for own in (False, True)
+    ],
 }
 
 
@@ -427,22 +462,41 @@ def examined(launch: Launch, architecture: int) -> dict[str, Any]:
     return {"launch": launch._asdict(), **resources(made), "form": made.asm["ttir"]}
 
 
-def main(architecture: int) -> None:
-    """Compile every launch, and print what `examined` finds as JSON."""
-    launches = noted((call for calls in CALLS.values() for call in calls), architecture)
+def main(architecture: int, *modules: str) -> None:
+    """Compile every launch, or those of the modules named, and print what `examined` finds as JSON."""
+    launches = noted((call for name in modules or CALLS for call in CALLS[name]), architecture)
     with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
         print(json.dumps(list(pool.map(partial(examined, architecture=architecture), launches))))
 
 
 @lru_cache
-def compiled_for(architecture: int) -> list[dict[str, Any]]:
-    """What `main` prints, for tests: once for all of them, in a process without the interpreter."""
+def compiled_for(architecture: int, *modules: str) -> list[dict[str, Any]]:
+    """What `main` prints: made once, in a process without the interpreter."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command, folder = [sys.executable, __file__, str(architecture)], Path(__file__).parent
+    command, folder = [sys.executable, __file__, str(architecture), *modules], Path(__file__).parent
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder)
     assert done.returncode == 0, done.stdout + done.stderr
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def described(launch: dict[str, Any]) -> tuple[str, str]:
+    """Dtypes of the pointers, and the settings of a launch."""
+    dtypes = sorted({kind.strip("*").partition(":")[0] for _, kind in launch["types"] if kind.startswith("*")})
+    settings = [f"{name}={value}" for name, value in launch["constexprs"] if value is not None]
+    return "/".join(dtypes), " ".join((*settings, f"warps={launch['num_warps']}", f"stages={launch['num_stages']}"))
+
+
+def heading(architecture: int) -> str:
+    """Above the lines of a table of `compiled_for`."""
+    return f"{'sm_' + str(architecture):<43} {'shared':>7} {'regs':>5} {'spilled':>7}  dtypes, settings"
+
+
+def line(row: dict[str, Any]) -> str:
+    """What a launch takes, for people: bytes of shared memory, registers of a thread, and bytes that these do not hold."""
+    name = f"{row['launch']['module']}.{row['launch']['kernel']}"
+    taken = f"{row['shared']:>7} {row['registers']:>5} {row['spilled']:>7}"
+    return f"{name:<43} {taken}  {', '.join(described(row['launch']))}"
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(int(sys.argv[1]), *sys.argv[2:])

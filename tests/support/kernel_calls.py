@@ -9,6 +9,7 @@ from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.decode_scores import decode_scores
+from kvpress.kernels.evict_slot import evict_slot
 from kvpress.kernels.gather_slots import gather_slots
 from kvpress.kernels.merge_slots import merge_slots
 from kvpress.kernels.page_bounds import page_bounds
@@ -18,6 +19,7 @@ from kvpress.kernels.rope_shift import rope_shift
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
 from kvpress.kernels.union_select import union_select
+from kvpress.kernels.write_slot import write_slot
 
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64  # SmolLM2 135M
 
@@ -83,6 +85,9 @@ def merged(key, value, backend):
 
 # Kernel -> a call with q [1, heads, n, head_dim] and k, v [1, kv_heads, n, head_dim] that selects a share of the n entries.
 LINEAR = {
+    "evict_slot": lambda q, k, v, b: evict_slot(
+        k[..., 0], k[..., 0].int(), places(k)[0, -1:], places(k)[0, :1], backend=b
+    ),
     "attention_mass": lambda q, k, v, b: attention_mass(q, places(q), k, None, scale=0.1, backend=b),
     "block_sparse_attention": lambda q, k, v, b: block_sparse_attention(
         q, k, v, scale=0.1, blocks=own_and_half_way(q, 16), block_size=16, backend=b
@@ -103,5 +108,16 @@ LINEAR = {
     "rope_shift": lambda q, k, v, b: rope_shift(k, places(k), torch.rand(4), backend=b),
     "soft_vote": lambda q, k, v, b: soft_vote(q[:, :, :2], k, scale=0.1, backend=b),
     "topk_select": lambda q, k, v, b: topk_select(k[..., 0], quarter(k)[..., 1], k.shape[2] // 4, backend=b),
+    "write_slot": lambda q, k, v, b: write_slot(
+        k.clone(),
+        v.clone(),
+        k[..., 0].int(),
+        [k[..., 1].clone()],
+        3,
+        k[:, :, :1],
+        v[:, :, :1],
+        places(k)[0, :1],
+        backend=b,
+    ),
     "union_select": lambda q, k, v, b: union_select(q[:, :, :, 0] > 0, KV_HEADS, backend=b),
 }

@@ -48,6 +48,18 @@ class Case:
     def id(self) -> str:
         return self.policy.describe().replace(" ", "")
 
+    @property
+    def traits(self) -> set[Any]:
+        """What tests over several cases have to meet: the policy, and how it plays each of its roles (support/pairwise.py)."""
+        policy = self.policy
+        traits = {policy.name, *policy.roles, ("heads", policy.heads), ("places", type(policy.places).__name__)}
+        traits.add(("exact prompts", policy.leaves_prompts_exact))
+        if isinstance(policy, EvictionPolicy):
+            how_often = {None: "never", 1: "each step"}.get(policy.evict_every, "every few steps")
+            traits |= {("decode", how_often), ("merges", policy.merges), ("share", policy.keeps_a_share)}
+            traits.add(("evict", policy.evict, type(policy.observes).__name__))
+        return traits
+
 
 def both(policy: type[Policy], roomy: dict[str, Any], **fields: Any) -> Case:
     """A policy with `fields`, as it is and as its oracle, and the same class with `roomy`."""
@@ -211,12 +223,15 @@ CASES = [
     both(KeyDiff, {"budget": 500, "evict": "after_prompt"}, budget=7, evict="after_prompt"),
     both(Knorm, {"budget": 500}, budget=0.3),
     both(Knorm, {"budget": 500, "skip_layers": 1}, budget=6, skip_layers=1, evict="after_prompt"),
-    both(EMS, {"budget": 500}, budget=0.4, window=3, tau=0.1, evict_every=2),
+    both(EMS, {"budget": 500}, budget=0.4, window=4, recent=3, kernel_size=3, tau=0.1, evict_every=2),
     both(
         EMS,
-        {"budget": 500, "window": 4},
+        {"budget": 500, "recent": 4},
         budget=9,
         window=4,
+        recent=4,
+        kernel_size=1,
+        align="mean",
         n_sink=1,
         rho=1.0,
         kappa=0.7,
@@ -229,6 +244,10 @@ CASES = [
         {"budget": 500, "evict": "after_prompt"},
         budget=0.5,
         window=2,
+        recent=1,
+        kernel_size=5,
+        pooling="avg",
+        global_weight=0.5,
         tau=0.05,
         raw_product=True,
         keep_centre_score=True,

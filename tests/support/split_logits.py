@@ -19,7 +19,7 @@ POLICIES = [
     "full",
     {"name": "h2o", "budget": 0.4},
     {"name": "a2sf", "budget": 0.3, "evict": "each_row"},
-    {"name": "ems", "budget": 20, "window": 4},
+    {"name": "ems", "budget": 20, "window": 4, "recent": 4},
     {"name": "snapkv", "budget": 20, "window": 4},
     {"name": "pyramid_kv", "budget": 20, "window": 4},
     {"name": "streaming_llm", "recent": 10},

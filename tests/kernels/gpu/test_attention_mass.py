@@ -8,6 +8,7 @@ from kvpress.kernels.gpu import attention_mass as gpu
 from support.accelerator import DEVICE, DTYPES
 from support.brute import attend
 
+CPU = torch.device("cpu")
 BATCH, KV_HEADS = 2, 2
 NOISE = {
     "plain": None,
@@ -181,6 +182,16 @@ def test_empty_slots_are_not_read():
     assert torch.equal(mass, expected)
 
 
+def test_a_temperature_on_the_device():
+    """A tensor gives what the number gives."""
+    query, at, key, positions = inputs(9, 63, 3)
+    masses = [
+        attention_mass(query, at, key, positions, scale=0.3, perturbation=Perturbation(one, seed=3), backend="triton")
+        for one in (1.7, torch.tensor(1.7, device=DEVICE))
+    ]
+    torch.testing.assert_close(*masses)
+
+
 def test_equal_inputs_give_equal_results():
     """To the bit."""
     tensors = inputs(9, 111, 3)
@@ -190,9 +201,9 @@ def test_equal_inputs_give_equal_results():
 
 def test_settings_follow_shapes():
     """Two waves of programs at most, no split of less than its share, and tiles that tl.dot takes."""
-    assert gpu.split_count(131072, 8, 132) == 33
-    assert gpu.split_count(131072, 4096, 132) == 1
-    assert gpu.split_count(600, 1, 132) == 2
+    assert gpu.split_count(131072, 8, CPU) == 33
+    assert gpu.split_count(131072, 4096, CPU) == 1
+    assert gpu.split_count(600, 1, CPU) == 2
     for packed in (1, 4, 100, 1 << 20):
-        for chosen in (gpu.lse_config(packed, 80, 2), gpu.mass_config(packed, 80, 4)):
+        for chosen in (gpu.lse_config(packed, 80, 2, CPU), gpu.mass_config(packed, 80, 4, CPU)):
             assert 16 <= chosen.block_m <= 128 and chosen.block_n >= 16 and chosen.block_d == 128

@@ -86,7 +86,7 @@ def test_head_dims_and_dtypes(head_dim, dtype):
 @pytest.mark.parametrize("head_dim", [128, 256], ids="d-{}".format)
 def test_several_tiles_of_rows_in_a_block(head_dim):
     """Wide rows of float32 are attended in tiles that are smaller than a block."""
-    assert gpu.config(64, head_dim, 4).block_m < 64
+    assert gpu.config(64, head_dim, 4, torch.device("cpu")).block_m < 64
     tensors = inputs(70, 33, 1, head_dim, batch=1)
     compare(tensors, scale=head_dim**-0.5, block_size=64, **lists(FORMS[-1], 70, 33, KV_HEADS, 64, batch=1))
 

@@ -17,6 +17,7 @@ from support.brute import attend, eager
 # NumPy, in the interpreter, says so where a logarithm of zero or an overflow to infinity is what is meant.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero", "ignore:overflow encountered in exp")
 
+CPU = torch.device("cpu")
 LENGTHS = pytest.mark.parametrize("slots", [1, 63, 111], ids="{}-slots".format)
 GROUPS = pytest.mark.parametrize("group", [1, 3, 4, 8], ids="group-{}".format)
 HEAD_DIMS = pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256], ids="d-{}".format)
@@ -326,7 +327,56 @@ def test_offsets_past_two_to_the_31(monkeypatch):
 
 def test_split_count_fills_the_device_once():
     """About two waves of programs, no split of fewer than 128 keys, and always one."""
-    assert gpu.split_count(131072, 8, 132) == 33
-    assert gpu.split_count(131072, 1024, 132) == 1
-    assert gpu.split_count(300, 8, 132) == 3
-    assert gpu.split_count(1, 1, 132) == gpu.split_count(0, 1, 132) == 1
+    assert gpu.split_count(131072, 8, CPU) == 33
+    assert gpu.split_count(131072, 1024, CPU) == 1
+    assert gpu.split_count(300, 8, CPU) == 3
+    assert gpu.split_count(1, 1, CPU) == gpu.split_count(0, 1, CPU) == 1
+
+
+@pytest.mark.parametrize("perturbation", [None, Perturbation(0.8, seed=5, layer=1)], ids=["plain", "noise"])
+@pytest.mark.parametrize("fading", [1.0, 0.25])
+@SPLITS
+def test_mass_into_a_statistic(fading, perturbation, keys_per_split, monkeypatch):
+    """The first entries of a longer tensor take fading times what they were, and the mass; what is behind stays."""
+    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", keys_per_split)
+    query, key, value = inputs(111, 3, 32, seed=8, spare=4)
+    chosen = options(("valid", "sinks"), 111, query)
+    if perturbation is not None:
+        positions = torch.arange(111, dtype=torch.int32).expand(BATCH, KV_HEADS, 111).contiguous()
+        chosen["perturbed"] = perturbation, torch.full((BATCH, 1), 111, dtype=torch.int32), positions
+    held = torch.rand(BATCH, KV_HEADS + 1, 120, generator=torch.Generator().manual_seed(0))[:, 1:].to(DEVICE)
+    before = held.clone()
+    found = on_device(query, key, value, scale=0.3, **chosen, into=held, fading=fading, with_lse=True)
+    output, mass, lse = decode_attention_reference(query, key, value, scale=0.3, **chosen)
+    before[:, :, :111] = fading * before[:, :, :111] + mass.to(DEVICE)
+    torch.testing.assert_close(held, before, atol=2e-6, rtol=2e-5)
+    assert found[1] is None
+    torch.testing.assert_close(found[0], output, atol=2e-6, rtol=2e-5)
+    torch.testing.assert_close(found[2], lse, atol=2e-6, rtol=2e-5)
+
+
+@pytest.mark.parametrize("seed", [None, 3], ids=["temperature", "noise"])
+def test_a_temperature_on_the_device(seed):
+    """A tensor gives what the number gives, and nothing waits for it."""
+    query, key, value = inputs(63, 3, 32, seed=6)
+    positions = torch.arange(63, dtype=torch.int32).expand(BATCH, KV_HEADS, 63).contiguous().to(DEVICE)
+    row = torch.full((BATCH, 1), 63, dtype=torch.int32, device=DEVICE)
+    for number, temperature in ((1.7, torch.tensor(1.7)), (1.0, torch.tensor(1.0, dtype=torch.float64))):
+        masses = [
+            on_device(
+                query, key, value, scale=0.3, with_mass=True, perturbed=(Perturbation(one, seed=seed), row, positions)
+            )[1]
+            for one in (number, temperature.to(DEVICE))
+        ]
+        torch.testing.assert_close(*masses)
+
+
+@pytest.mark.parametrize(("keys_per_split", "with_mass", "launches"), [(128, False, 1), (16, False, 2), (16, True, 2)])
+def test_launches(keys_per_split, with_mass, launches, monkeypatch):
+    """The merge of the splits and the mass are one launch."""
+    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", keys_per_split)
+    counted, original = [], gpu.launch
+    monkeypatch.setattr(gpu, "launch", lambda *args, **options: (counted.append(args[0]), original(*args, **options)))
+    query, key, value = inputs(111, 3, 32)
+    on_device(query, key, value, scale=0.3, with_mass=with_mass)
+    assert len(counted) == launches

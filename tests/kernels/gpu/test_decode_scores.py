@@ -170,3 +170,44 @@ def test_results_in_memory_full_of_nan(monkeypatch):
     found = soft_vote(query, key, scale=0.3, backend="triton"), gpu.decode_scores(query, key, scale=0.3)[0]
     for ours, before in zip(found, expected, strict=True):
         assert torch.equal(ours, before)
+
+
+@pytest.mark.parametrize("group", [1, 3, 8], ids="group-{}".format)
+def test_a_query_in_three_parts(group, monkeypatch):
+    """As exact as float32: a query of 24 bits, keys of fewer. In the interpreter with float16, as NumPy has no bfloat16."""
+    kind = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+    monkeypatch.setattr(gpu, "IN_PARTS", {kind})
+    query, key = inputs(63, group, 64, spare=3)
+    key = key.to(kind)
+    scores = decode_scores(query, key, scale=0.3, backend="triton")
+    exact = decode_scores_reference(query.double(), key.double(), scale=0.3)
+    assert (scores - exact).abs().max() < 4e-6
+    monkeypatch.setattr(gpu, "IN_PARTS", set())
+    whole = decode_scores(query, key, scale=0.3, backend="triton")
+    torch.testing.assert_close(scores, whole, rtol=1e-5, atol=4e-6)
+    rounded = decode_scores(query.to(kind).float(), key, scale=0.3, backend="triton")
+    assert (rounded - exact).abs().max() > 1e-4  # what a single part leaves out
+
+
+def test_three_parts_of_bfloat16_have_all_of_a_float32_number():
+    """The arithmetic of the kernel, in torch: nothing is left but what lies below the smallest numbers."""
+    query = torch.randn(10_000, generator=torch.Generator().manual_seed(0)) * 10.0 ** torch.arange(-4, 6).repeat(1000)
+    high = query.bfloat16().float()
+    middle = (query - high).bfloat16().float()
+    low = (query - high - middle).bfloat16().float()
+    assert torch.equal(high.double() + middle.double() + low.double(), query.double())
+
+
+def test_which_queries_go_in_parts(monkeypatch):
+    """A float32 query over bfloat16 keys, and takes the keys' tile; not with a second query, nor for bounds of pages."""
+    seen = []
+    monkeypatch.setattr(gpu, "launch", lambda kernel, grid, *args, **options: seen.append(options))
+    query = torch.zeros(1, 4, 1, 128)
+    key = torch.zeros(1, 2, 64, 128, dtype=torch.bfloat16)
+    gpu.decode_scores(query, key, scale=1.0)
+    gpu.decode_scores(query.bfloat16(), key, scale=1.0)
+    gpu.decode_scores(query, key, scale=1.0, moved=(query, 3))
+    gpu.decode_scores(query, key, scale=1.0, least=key)
+    gpu.decode_scores(query, key.half(), scale=1.0)
+    assert [options["IN_PARTS"] for options in seen] == [True, False, False, False, False]
+    assert [options["BLOCK_N"] for options in seen] == [64, 64, 16, 16, 16]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kvpress.kernels.gpu import paged_attention as gpu
-from kvpress.kernels.paged_attention import paged_attention, paged_attention_reference
+from kvpress.kernels.paged_attention import list_pages, paged_attention, paged_attention_reference
 from support.accelerator import DEVICE, DTYPES
 from support.brute import attend, eager
 
@@ -164,3 +164,14 @@ def test_launches_depend_on_shapes_alone(monkeypatch):
         on_device(query, key, value, other, valid, with_mass=True)
         both.append(grids)
     assert both[0] == both[1] and len(both[0]) == 4
+
+
+def test_kept_lists_save_a_launch(monkeypatch):
+    """And give the same."""
+    query, key, value, owner, valid = inputs("uneven", 5, 3)
+    expected = on_device(query, key, value, owner, valid, with_mass=True)
+    lists = list_pages(owner.to(DEVICE), 3, backend="triton")
+    monkeypatch.setattr(gpu, "list_kernel", None)
+    found = on_device(query, key, value, owner, valid, with_mass=True, lists=lists)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert torch.equal(ours, theirs)

@@ -46,7 +46,7 @@ POLICIES = {
         AdaKV(H2OPrefill(budget=12, recent=3, evict="each_pass")),
         ("paged_attention", "compact_slots"),
     ),
-    "ems": (EMS(budget=16, window=4, n_sink=2), (*COMMON, "merge_slots", "attention_mass")),
+    "ems": (EMS(budget=16, window=4, recent=4, n_sink=2), (*COMMON, "merge_slots", "attention_mass")),
     "keyformer": (Keyformer(budget=12, new_tokens=8), (*COMMON, "attention_mass")),
     "h2o": (H2O(heavy=6, recent=6), (*COMMON, "compact_slots")),
     "a2sf": (A2SF(budget=12), (*COMMON, "attention_mass")),

@@ -89,7 +89,7 @@ def test_several_chunks(make, most, monkeypatch):
     monkeypatch.setattr(gpu, "MOST_CHUNKS", most)
     scores = make(n, torch.Generator().manual_seed(1))[:1]
     check(scores, torch.tensor([[k, 17]]), k)
-    assert -(-n // gpu.chunk_size(n, 2, 132)) == min(6, most)
+    assert -(-n // gpu.chunk_size(n, 2, 128, torch.device("cpu"))) == min(6, most)
 
 
 @ALL_INPUTS
@@ -156,6 +156,6 @@ def test_chunks_follow_shapes():
     """At most `MOST_CHUNKS` of whole tiles; many rows leave a row to one program."""
     for n in (1, 63, 8192, 1 << 20):
         for rows in (1, 8, 4096):
-            chunk = gpu.chunk_size(n, rows, 132)
+            chunk = gpu.chunk_size(n, rows, gpu.BLOCK, torch.device("cpu"))
             assert chunk % gpu.BLOCK == 0 and -(-n // chunk) <= gpu.MOST_CHUNKS
             assert rows < 4096 or chunk >= n

@@ -91,6 +91,8 @@ CASES = {
     ),
     "decode, the first moved": (partial(launches.decode, HEAD_DIM, BF16, 4, "first moved"), PARTS + HEADS * 4),
     # Numbers of pages and where a head's begin; a split of a head may hold less than the others.
+    "write a slot": (partial(launches.write, HEAD_DIM, BF16, True), 0),
+    "evict a slot": (lambda n: launches.evict(n, BF16, True), 0),
     "paged": (
         partial(launches.paged, HEAD_DIM, BF16, 4, True),
         (2 * 132 + KV_HEADS) * 4 * (HEAD_DIM + 1) * 4
@@ -125,6 +127,28 @@ def test_workspace(name):
     print(f"{name}: {found:,} bytes, allowed {allowed:,}")
     assert 0 <= found <= allowed
     assert allowed < KV_HEADS * N * HEAD_DIM * 2 / 3
+
+
+def test_grids_of_eight_million_entries():
+    """CUDA has at most 65,535 programs along a grid's second and third axis; `noting` holds every launch against that."""
+    n = 1 << 23
+    calls = [
+        *(partial(launches.decode, HEAD_DIM, BF16, 4, form, n=n) for form in ("slots", "listed", "pages")),
+        *(partial(launches.scores, HEAD_DIM, BF16, 4, form, n=n) for form in ("plain", "votes", "pages")),
+        *(partial(launches.gather, HEAD_DIM, BF16, form, n=n) for form in ("all", "one")),
+        partial(launches.paged, HEAD_DIM, BF16, 4, True, n=n),
+        partial(launches.bounds, HEAD_DIM, BF16, 16, True, n=n),
+        partial(launches.rope, HEAD_DIM, BF16, 64, False, n=n),
+        partial(launches.mass, HEAD_DIM, BF16, 4, 32, True, n=n),
+        partial(launches.mass, HEAD_DIM, BF16, 4, n, False, n=n),
+        partial(launches.merge, HEAD_DIM, BF16, False, n=n),
+        partial(launches.sparse, HEAD_DIM, BF16, 4, 64, False, n=n),
+        partial(launches.topk, n, BF16),
+        partial(launches.union, n, 4),
+        partial(launches.evict, n, BF16, True),
+        partial(launches.write, HEAD_DIM, BF16, True, n=n),
+    ]
+    assert len({launch.kernel for launch in launches.noted(calls)}) > 15
 
 
 def test_the_recorder_sees_a_temporary():

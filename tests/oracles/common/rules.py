@@ -49,9 +49,33 @@ def column_sums(rows):
     return sums
 
 
+CLOSE = 1e-6
+"""Relative; what float32 on another processor, or in another order, may turn round."""
+
+
+class NearTie(AssertionError):
+    """A choice between numbers that rounding can turn round: the test needs other numbers, and says nothing as it is."""
+
+
+def check_apart(a, b):
+    """Raise `NearTie` if two numbers that a choice depends on are nearly equal.
+
+    Equal ones are let through: zeros, infinities and copies of one number are equal in any precision.
+    """
+    if a != b and abs(a - b) < CLOSE * max(abs(a), abs(b)):
+        raise NearTie(f"near tie: {a} and {b} differ by rounding alone; give the case other numbers or another seed")
+
+
+def ranked(scores):
+    """Indices from the largest score to the smallest; of equal scores the smaller index comes first."""
+    return sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+
+
 def top(scores, count):
     """Indices of the `count` largest scores, ascending; of equal scores the smaller index wins."""
-    order = sorted(range(len(scores)), key=lambda index: (-scores[index], index))
+    order = ranked(scores)
+    if 0 < count < len(order):
+        check_apart(scores[order[count - 1]], scores[order[count]])
     return sorted(order[:count])
 
 
