@@ -355,7 +355,7 @@ class Search:
 
     def _scores(self, results: ResultsFolder, run: Run, rows: Sequence[int], name: str = "score") -> dict[int, float]:
         found = results.rows(run.id)
-        return {i: found[i][name] for i in rows if i in found and found[i]["error"] is None}
+        return {i: found[i][name] for i in sorted(rows) if i in found and found[i]["error"] is None}
 
     def _take_up(self, candidates: Sequence[Candidate], rows: Sequence[int]) -> None:
         """What the rows say of each candidate."""

@@ -119,8 +119,13 @@ def loss_cell(loss: Estimate | None) -> Cell:
     """A loss in percent, and its interval."""
     if loss is None:
         return Cell(NONE, None)
-    interval = "" if loss.low == loss.high else f" <small>{100 * loss.low:.2f} to {100 * loss.high:.2f}</small>"
-    return Cell(f"{100 * loss.mean:.2f}{interval}", loss.mean)
+    interval = "" if loss.low == loss.high else f" <small>{percent(loss.low)} to {percent(loss.high)}</small>"
+    return Cell(f"{percent(loss.mean)}{interval}", loss.mean)
+
+
+def percent(share: float) -> str:
+    """A share in points of a hundred; no zero has a sign."""
+    return f"{round(100 * share, 2) + 0.0:.2f}"
 
 
 def short(candidate: Candidate) -> str:
