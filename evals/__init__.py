@@ -7,7 +7,7 @@
 ...     task.score(sample, answer)  # 0 to 1
 """
 
-from kvpress.evals.task import Prompt, Sample, Task, TaskError
+from kvpress.evals.task import Prompt, Sample, Task, TaskError, Turn
 from kvpress.evals.tasks import TASKS, make_task
 
-__all__ = ["TASKS", "Prompt", "Sample", "Task", "TaskError", "make_task"]
+__all__ = ["TASKS", "Prompt", "Sample", "Task", "TaskError", "Turn", "make_task"]

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -29,43 +29,86 @@ class EncodedSample:
         prompt: what runs as one prompt pass.
         steps: tokens that are fed one by one after it.
         scored: whether the steps' probability is what is measured, and nothing is generated.
+        turns: tokens of each further question, fed one by one when the one before it is answered.
+        compared: whether what full attention writes is fed, and compared with what the policy would write.
     """
 
     source: Sample
     prompt: list[int]
     steps: list[int]
     scored: bool = False
+    turns: list[list[int]] = field(default_factory=list)
+    compared: bool = False
 
     @property
     def length(self) -> int:
-        """Tokens of all."""
-        return len(self.prompt) + len(self.steps)
+        """Tokens of all, without the answers."""
+        return len(self.prompt) + len(self.steps) + sum(map(len, self.turns))
 
     @property
-    def shape(self) -> tuple[int, int, int, bool]:
-        """Samples of one shape can be answered as one batch, without padding."""
-        return len(self.prompt), len(self.steps), self.source.max_new_tokens, self.scored
+    def longest(self) -> int:
+        """Tokens of all, with answers as long as they may be."""
+        return self.length + sum(one.max_new_tokens for one in self.source.each_turn)
+
+    @property
+    def decode_steps(self) -> int:
+        """How many tokens are fed one by one, at most."""
+        return self.longest - len(self.prompt) - (self.source.max_new_tokens > 0)  # the last one is never fed
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Samples of one shape can be answered as one batch, without padding. One with several turns has its own: their
+        answers end at different places."""
+        own = self.source.index if self.turns else -1
+        return len(self.prompt), len(self.steps), self.source.max_new_tokens, self.scored, own
 
     @property
     def hash(self) -> str:
         """Of the ids, and of how they are fed."""
-        return hashlib.sha256(json.dumps([self.prompt, self.steps]).encode()).hexdigest()[:16]
+        ids = [self.prompt, self.steps, *self.turns]
+        return hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:16]
 
 
-def encode_sample(sample: Sample, prompt: Prompt, query_aware: bool) -> EncodedSample:
+def encode_sample(sample: Sample, prompt: Prompt, query_aware: bool, compared: bool = False) -> EncodedSample:
     """The prompt with the question in it, or with the question as decode steps after it."""
-    scored = sample.max_new_tokens == 0
-    if query_aware or not prompt.context:
-        return EncodedSample(sample, prompt.context + prompt.question, [], scored)
-    return EncodedSample(sample, prompt.context, prompt.question, scored)
+    ids, steps = (
+        (prompt.context + prompt.question, [])
+        if query_aware or not prompt.context
+        else (prompt.context, prompt.question)
+    )
+    return EncodedSample(sample, ids, steps, sample.max_new_tokens == 0, prompt.turns, compared)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What full attention writes at one turn of a batch.
+
+    Attributes:
+        tokens: [sequence][token], the one that ends an answer included.
+        log_probs: of every token of the vocabulary at each of them, float32 [tokens, batch, vocab].
+    """
+
+    tokens: list[list[int]]
+    log_probs: torch.Tensor
 
 
 @dataclass
 class SharedPass:
-    """A prompt pass that was recorded, and how long it took in milliseconds."""
+    """What is computed once for several policies.
 
-    prompt: kvpress.SharedPrompt
-    ms: float
+    Attributes:
+        prompt: a prompt pass that was recorded; None for none.
+        ms: how long it took, in milliseconds.
+        continuations: what full attention writes at each turn, where that is compared.
+    """
+
+    prompt: kvpress.SharedPrompt | None
+    ms: float = 0.0
+    continuations: list[Continuation] = field(default_factory=list)
+
+    def without_prompt(self) -> "SharedPass":
+        """The same for a policy that has to run the prompt itself."""
+        return SharedPass(None, 0.0, self.continuations)
 
 
 @dataclass
@@ -73,9 +116,11 @@ class Answer:
     """What came out.
 
     Attributes:
-        text: the answer.
-        new_tokens: how many tokens it has, without the one that ended it.
+        texts: the answer to each question.
+        new_tokens: how many tokens they have, without the ones that ended them.
         log_probs: of each of `EncodedSample.steps`, where these are scored.
+        same: of each token that full attention wrote, whether it is the most likely one here too, where that is compared.
+        divergences: there the Kullback-Leibler divergence from full attention's distribution to this one, in nats.
         prompt_ms: the prompt pass; with a shared one, that pass and making the policy's cache from it.
         token_ms: median decode step of the answer; None where there was none.
         shared: whether the prompt pass was shared.
@@ -83,9 +128,11 @@ class Answer:
         totals: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
     """
 
-    text: str = ""
+    texts: list[str] = field(default_factory=list)
     new_tokens: int = 0
     log_probs: list[float] = field(default_factory=list)
+    same: list[bool] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
     prompt_ms: float = math.nan
     token_ms: float | None = None
     shared: bool = False
@@ -94,11 +141,31 @@ class Answer:
 
 
 @torch.inference_mode()
-def record(model: "PreTrainedModel", *samples: EncodedSample) -> SharedPass:
-    """Run the prompt of one or more samples of the same shape once for several policies."""
-    started = now(model)
-    prompt = kvpress.record_prompt(model, _ids(model, samples))
-    return SharedPass(prompt, (now(model) - started) * 1e3)
+def record(
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    samples: Sequence[EncodedSample],
+    share_prompt: bool,
+) -> SharedPass:
+    """What several policies need of one or more samples of the same shape: the prompt pass, and what full attention writes.
+
+    Args:
+        share_prompt: whether to record the prompt pass.
+    """
+    shared = SharedPass(None)
+    if share_prompt:
+        started = now(model)
+        prompt = kvpress.record_prompt(model, _ids(model, samples))
+        shared = SharedPass(prompt, (now(model) - started) * 1e3)
+    if samples[0].compared:
+        with kvpress.patch(model, "full") as handle:
+            reader = Reader(model, handle, samples, shared)
+            for question in questions_of(samples):
+                reader.read(question)
+                shared.continuations.append(_continue(reader, tokenizer, samples[0].source.max_new_tokens))
+                if len(shared.continuations) <= len(samples[0].turns):
+                    reader.read(_not_fed(reader, tokenizer, shared.continuations[-1].tokens))
+    return shared
 
 
 @torch.inference_mode()
@@ -117,80 +184,171 @@ def answer_batch(
     Args:
         shared: the samples' recorded prompt pass, for policies that can share one; None runs it.
     """
-    found = [Answer(shared=shared is not None, batch=len(samples)) for _ in samples]
+    is_shared = shared is not None and shared.prompt is not None
+    found = [Answer(shared=is_shared, batch=len(samples)) for _ in samples]
     with kvpress.patch(model, list(policies)) as handle:
-        started = now(model)
-        if shared is not None:
-            cache, logits = handle.adopt_prompt(shared.prompt), shared.prompt.logits
+        reader = Reader(model, handle, samples, shared)
+        if samples[0].scored:
+            _score(reader, samples, found)
         else:
-            output = model(_ids(model, samples), use_cache=True, logits_to_keep=1)
-            cache, logits = output[CACHE], output.logits[:, -1]
-        prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
-        times: list[float] = []
-
-        def step(tokens: list[int]) -> torch.Tensor:
-            started = now(model)
-            ids = torch.tensor(tokens, device=model.device)[:, None]
-            logits: torch.Tensor = model(ids, **{CACHE: cache}, use_cache=True).logits[:, -1]
-            times.append((now(model) - started) * 1e3)
-            return logits
-
-        def cache_totals() -> dict[str, Any]:
-            totals = handle.report().to_dict()
-            if len(samples) > 1:  # the report sums over a batch's sequences
-                totals |= {name: totals[name] // len(samples) for name in ("seen", "bytes", "full_bytes")}
-                totals["kept"] /= len(samples)
-            return {name: value for name, value in totals.items() if name not in ("policy", "layers")}
-
-        for at, tokens in enumerate(zip(*(sample.steps for sample in samples), strict=True)):
-            if samples[0].scored:
-                log_probs = logits.float().log_softmax(-1)
-                for row, token in enumerate(tokens):
-                    found[row].log_probs.append(float(log_probs[row, token]))
-                if at + 1 == len(samples[0].steps):
-                    break  # nothing comes after it
-            logits = step(list(tokens))
-        if not samples[0].scored:
-            times.clear()
-            _write(model, tokenizer, samples, found, logits, step, cache_totals)
+            asked = list(zip(*(sample.source.each_turn for sample in samples), strict=True))
+            for turn, question in enumerate(questions_of(samples)):
+                reader.read(question)
+                if samples[0].compared:
+                    assert shared is not None
+                    written = shared.continuations[turn].tokens
+                    _compare(reader, shared.continuations[turn], found)
+                else:
+                    written = _write(reader, tokenizer, asked[turn], found)
+                for one, tokens in zip(found, written, strict=True):
+                    ends = end_tokens(model, tokenizer)
+                    words = [token for token in tokens if token not in ends]
+                    one.new_tokens += len(words)
+                    one.texts.append(str(tokenizer.decode(words, skip_special_tokens=True)))
+                if turn < len(samples[0].turns):
+                    reader.read(_not_fed(reader, tokenizer, written))
         for one in found:
-            one.prompt_ms, one.token_ms = prompt_ms, statistics.median(times) if times else None
-            one.totals = one.totals or cache_totals()
+            one.prompt_ms = reader.prompt_ms
+            one.token_ms = statistics.median(reader.times) if reader.times else None
+            one.totals = one.totals or reader.totals()
     return found
 
 
+def questions_of(samples: Sequence[EncodedSample]) -> Iterator[list[tuple[int, ...]]]:
+    """What is fed token by token before each turn's answers: [step][sequence]. Samples with several turns come alone."""
+    yield list(zip(*(sample.steps for sample in samples), strict=True))
+    for tokens in samples[0].turns:
+        yield [(token,) for token in tokens]
+
+
+class Reader:
+    """A batch of samples as a patched model reads it.
+
+    Attributes:
+        logits: [batch, vocab] after what was read.
+        prompt_ms: the prompt pass; with a shared one, that pass and making the policy's cache from it.
+        times: milliseconds of each step by `feed`.
+    """
+
+    def __init__(
+        self,
+        model: "PreTrainedModel",
+        handle: kvpress.Handle,
+        samples: Sequence[EncodedSample],
+        shared: SharedPass | None,
+    ) -> None:
+        self.model, self._handle, self._batch = model, handle, len(samples)
+        started = now(model)
+        if shared is not None and shared.prompt is not None:
+            self._cache, self.logits = handle.adopt_prompt(shared.prompt), shared.prompt.logits
+        else:
+            output = model(_ids(model, samples), use_cache=True, logits_to_keep=1)
+            self._cache, self.logits = output[CACHE], output.logits[:, -1]
+        self.prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
+        self.times: list[float] = []
+
+    def feed(self, tokens: Sequence[int]) -> None:
+        """Feed the next token of each sequence, as a decode step."""
+        started = now(self.model)
+        ids = torch.tensor(tokens, device=self.model.device)[:, None]
+        self.logits = self.model(ids, **{CACHE: self._cache}, use_cache=True).logits[:, -1]
+        self.times.append((now(self.model) - started) * 1e3)
+
+    def read(self, steps: Iterable[Sequence[int]]) -> None:
+        """Feed tokens, [step][sequence], whose times do not count."""
+        before = len(self.times)
+        for tokens in steps:
+            self.feed(tokens)
+        del self.times[before:]
+
+    def totals(self) -> dict[str, Any]:
+        """What the cache holds now; of a batch the mean over its sequences."""
+        totals = self._handle.report().to_dict()
+        if self._batch > 1:  # the report sums over a batch's sequences
+            totals |= {name: totals[name] // self._batch for name in ("seen", "bytes", "full_bytes")}
+            totals["kept"] /= self._batch
+        return {name: value for name, value in totals.items() if name not in ("policy", "layers")}
+
+
+def _score(reader: Reader, samples: Sequence[EncodedSample], found: list[Answer]) -> None:
+    """Feed the steps, and note the probability of each before it is fed."""
+    steps = list(zip(*(sample.steps for sample in samples), strict=True))
+    for at, tokens in enumerate(steps):
+        if at:
+            reader.feed(steps[at - 1])  # nothing comes after the last
+        log_probs = reader.logits.float().log_softmax(-1)
+        for row, token in enumerate(tokens):
+            found[row].log_probs.append(float(log_probs[row, token]))
+
+
 def _write(
-    model: "PreTrainedModel",
-    tokenizer: "PreTrainedTokenizerBase",
-    samples: Sequence[EncodedSample],
-    found: list[Answer],
-    logits: torch.Tensor,
-    step: Callable[[list[int]], torch.Tensor],
-    cache_totals: Callable[[], dict[str, Any]],
-) -> None:
-    """Greedy answers, each until it ends; `step` feeds a token per sequence, `cache_totals` says what the cache holds now."""
-    ends = end_tokens(model, tokenizer)
-    written: list[list[int]] = [[] for _ in samples]
-    writing = set(range(len(samples)))
+    reader: Reader, tokenizer: "PreTrainedTokenizerBase", asked: Sequence[Sample], found: list[Answer]
+) -> list[list[int]]:
+    """Greedy answers, each until it ends: [sequence][token], with the token that ended it."""
+    ends = end_tokens(reader.model, tokenizer)
+    written: list[list[int]] = [[] for _ in asked]
+    writing = set(range(len(asked)))
     while True:
-        chosen = logits.argmax(-1).tolist()
+        chosen = reader.logits.argmax(-1).tolist()
         for row in sorted(writing):
-            sample, tokens = samples[row].source, written[row]
+            sample, tokens = asked[row], written[row]
             stop = sample.meta.get("stop")
-            if chosen[row] not in ends:
-                tokens.append(chosen[row])
-                if len(tokens) < sample.max_new_tokens and not (
-                    stop and stop in tokenizer.decode(tokens, skip_special_tokens=True)
-                ):
-                    continue
+            tokens.append(chosen[row])
+            if (
+                chosen[row] not in ends
+                and len(tokens) < sample.max_new_tokens
+                and not (stop and stop in tokenizer.decode(tokens, skip_special_tokens=True))
+            ):
+                continue
             writing.remove(row)
-            found[row].new_tokens = len(tokens)
-            found[row].text = str(tokenizer.decode(tokens, skip_special_tokens=True))
             if writing:  # the cache goes on growing
-                found[row].totals = cache_totals()
+                found[row].totals = reader.totals()
         if not writing:
-            return
-        logits = step(chosen)
+            return written
+        reader.feed(chosen)
+
+
+def _continue(reader: Reader, tokenizer: "PreTrainedTokenizerBase", most: int) -> Continuation:
+    """Greedy answers of at most so many tokens, with the distributions that they were chosen from."""
+    ends = end_tokens(reader.model, tokenizer)
+    chosen, log_probs = [reader.logits.argmax(-1)], [reader.logits.float().log_softmax(-1)]
+    while len(chosen) < most and not all(set(row) & ends for row in torch.stack(chosen, 1).tolist()):
+        reader.feed(chosen[-1].tolist())
+        chosen.append(reader.logits.argmax(-1))
+        log_probs.append(reader.logits.float().log_softmax(-1))
+    tokens = []
+    for row in torch.stack(chosen, 1).tolist():
+        end = next((at for at, token in enumerate(row) if token in ends), most)
+        tokens.append(row[: end + 1])
+    return Continuation(tokens, torch.stack(log_probs))
+
+
+def _compare(reader: Reader, reference: Continuation, found: list[Answer]) -> None:
+    """Feed what full attention wrote, and note how like its distributions those of the policy are."""
+    longest = max(map(len, reference.tokens))
+    for at in range(longest):
+        if at:
+            reader.feed([tokens[min(at, len(tokens)) - 1] for tokens in reference.tokens])
+        best = reader.logits.argmax(-1).tolist()
+        divergences = _divergence(reference.log_probs[at], reader.logits.float().log_softmax(-1)).tolist()
+        for row, tokens in enumerate(reference.tokens):
+            if at < len(tokens):
+                found[row].same.append(best[row] == tokens[at])
+                found[row].divergences.append(divergences[row])
+            if at + 1 == len(tokens) < longest:  # the cache goes on growing
+                found[row].totals = reader.totals()
+
+
+def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """KL(p || q) in nats over the last dimension; what p never chooses adds nothing. Rounding does not make it negative."""
+    terms = torch.where(log_p > -torch.inf, log_p.exp() * (log_p - log_q), 0.0)
+    return terms.sum(-1, dtype=torch.float64).clamp(min=0.0)
+
+
+def _not_fed(reader: Reader, tokenizer: "PreTrainedTokenizerBase", written: list[list[int]]) -> list[tuple[int, ...]]:
+    """The last token of an answer, if it belongs to it: it was not fed, and more is to follow."""
+    ends = end_tokens(reader.model, tokenizer)
+    return [(tokens[-1],) for tokens in written if tokens[-1] not in ends]
 
 
 def _ids(model: "PreTrainedModel", samples: Sequence[EncodedSample]) -> torch.Tensor:

@@ -23,6 +23,7 @@ from kvpress.evals.config import ModelSpec, Plan, RayOptions, Run
 from kvpress.evals.locations import variables
 from kvpress.evals.runner import Outcome, RunError, check_clean, pending, run_plan
 from kvpress.evals.store import StoreError, write_whole
+from kvpress.evals.tasks import import_tasks, tasks_to_import
 from kvpress.models import load_model
 from kvpress.registry import import_all, to_import
 
@@ -39,9 +40,11 @@ class Worker:
             os.chdir(folder)  # relative paths of models and data mean the same as where the run was started
         self._loaded: tuple[Any, Any] | None = None
 
-    def sees(self, mark: str, policies: dict[str, str]) -> tuple[str, bool]:
-        """This node's name, and whether it has the file. Imports the policies, which plans that are sent here name only."""
+    def sees(self, mark: str, policies: dict[str, str], tasks: dict[str, str]) -> tuple[str, bool]:
+        """This node's name, and whether it has the file. Imports the policies and tasks, which plans that are sent here name
+        only."""
         import_all(policies)
+        import_tasks(tasks)
         return os.uname().nodename, Path(mark).is_file()
 
     def run(self, plan: Plan, retry: bool, patience: float) -> Outcome:
@@ -113,6 +116,7 @@ class _WorkerPool:
         actor = ray.remote(num_cpus=self._needs["CPU"], num_gpus=self._needs["GPU"], max_restarts=0)(Worker)
         self._make = lambda: actor.remote(os.getcwd(), {name: os.environ[name] for name in found})
         self._policies = to_import(policy for run in runs for policy in run.policies)
+        self._tasks = tasks_to_import(run.task for run in runs)
         self._starting: dict[Any, _WorkerHandle] = {}
         self._idle: list[_WorkerHandle] = []
         self._busy: dict[Any, tuple[_WorkerHandle, Run]] = {}
@@ -147,7 +151,7 @@ class _WorkerPool:
             )
         for _ in range(min(room, len(self._waiting) + len(self._busy)) - here):
             worker = _WorkerHandle(self._make())
-            self._starting[worker.actor.sees.remote(str(self._mark), self._policies)] = worker
+            self._starting[worker.actor.sees.remote(str(self._mark), self._policies, self._tasks)] = worker
 
     def _started(self, ref: Any) -> None:
         worker = self._starting.pop(ref)

@@ -13,10 +13,12 @@ from kvpress.evals.cluster import run_on_ray
 from kvpress.evals.config import ModelSpec, Plan, Run
 from kvpress.evals.executor import is_main_process
 from kvpress.evals.leaderboard import write_leaderboard
+from kvpress.evals.pairs import compare_runs
 from kvpress.evals.results import label, load_results
 from kvpress.evals.runner import Outcome, encode_samples, run_plan
+from kvpress.evals.statistics import RULE
 from kvpress.evals.store import ResultsFolder, is_locked
-from kvpress.models import ModelLoadError, load_tokenizer
+from kvpress.models import ModelLoadError, check_model, load_tokenizer
 
 
 def ablate(
@@ -73,7 +75,11 @@ def grid(plan: Plan) -> Table:
 
 
 def cost(plan: Plan) -> Iterable[str]:
-    """What is still to be computed, in lines."""
+    """What is still to be computed, in lines.
+
+    Raises:
+        ModelLoadError: a model that cannot be loaded; after the lines about the others.
+    """
     results = ResultsFolder(plan.out)
     by_model: dict[ModelSpec, list[Run]] = {}
     for run in plan.runs:
@@ -81,12 +87,15 @@ def cost(plan: Plan) -> Iterable[str]:
             by_model.setdefault(run.model, []).append(run)
     if not by_model:
         yield f"{len(plan.runs)} runs, all finished; nothing to do"
+    failed = []
     for spec, runs in by_model.items():
         what = f"{spec}: {len(runs)} runs"
         try:
+            check_model(spec.name)
             tokenizer = load_tokenizer(spec.name)
         except ModelLoadError as error:
-            yield f"{what}; how many tokens they read is not known: {error}"
+            failed.append(str(error))
+            yield f"{what}; how many tokens they read is not known"
             continue
         alike: dict[str, list[Run]] = {}
         for run in runs:
@@ -102,13 +111,46 @@ def cost(plan: Plan) -> Iterable[str]:
                 passes += prompts
                 tokens += prompts * len(sample.prompt)
                 tokens_alone += len(missing) * len(sample.prompt)
-                steps += len(missing) * (len(sample.steps) + max(0, sample.source.max_new_tokens - 1))
+                steps += len(missing) * sample.decode_steps
         shared = f" (without sharing: {answers:,} of {tokens_alone:,})" if answers > passes else ""
         yield f"{what}, {answers:,} answers: {passes:,} prompt passes of {tokens:,} tokens{shared}, at most {steps:,} decode steps"
         speed = _speed(plan, results)
         if speed is not None:
             minutes = (tokens * speed[0] + steps * speed[1]) / 60e3
             yield f"about {minutes:.0f} minutes at the median speed of the answers that are in {plan.out}"
+    if failed:
+        raise ModelLoadError("; ".join(failed))
+
+
+def compare(first: Path, second: Path, console: Console) -> None:
+    """Show how two runs, or the runs of two folders, differ on the same samples.
+
+    Raises:
+        StoreError: a folder without runs, or two without a sample in common.
+    """
+    pairs = compare_runs(first, second)
+    rows = [
+        {
+            "policy": pair.first.label
+            if pair.first.label == pair.second.label
+            else f"{pair.first.label} → {pair.second.label}",
+            "task": ", ".join(pair.tasks),
+            "n": str(pair.difference.n),
+            "score": f"{100 * pair.first_score.mean:.1f} → {100 * pair.second_score.mean:.1f}",
+            "difference": f"{100 * pair.difference.mean:+.1f}" + ("" if pair.difference.significant else " n.s."),
+            "95 %": f"{100 * pair.difference.low:+.1f} to {100 * pair.difference.high:+.1f}",
+            "cache": change(pair.first.figures.mean("bytes"), pair.second.figures.mean("bytes")),
+            "ms per token": change(pair.first.figures.median("token_ms"), pair.second.figures.median("token_ms")),
+        }
+        for pair in pairs
+    ]
+    _print_table(console, _table(rows))
+    console.print(f"{first} → {second}, scores in points of a hundred. {RULE}.", highlight=False, soft_wrap=True)
+
+
+def change(first: float | None, second: float | None) -> str:
+    """A measure as a share of what it was."""
+    return "–" if not first or second is None else f"x {second / first:.2f}"
 
 
 def _speed(plan: Plan, results: ResultsFolder) -> tuple[float, float] | None:

@@ -16,15 +16,20 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kvpress.errors import PolicyError, nearest
 from kvpress.evals.locations import ConfigError, KeyPath, Locations, expand, load, location_of
 from kvpress.evals.task import Task, TaskError
-from kvpress.evals.tasks import make_task
+from kvpress.evals.tasks import find_task, make_task, task_origin
 from kvpress.policy import Policy, check_budget
-from kvpress.registry import absolute, make_policies, origin
+from kvpress.registry import absolute, make_policies, origin, read_budget
 
 LENGTH_FIELDS = ("length", "lengths", "max_length")
 """The fields in which tasks take a length; the first that a task has is what `length` sets."""
 
 
+AGREEMENT = "agreement"
+"""The metric of runs that are compared with full attention token by token."""
+
+
 def _budget(value: Any) -> Any:
+    value = read_budget(value)
     if value is not None:
         check_budget(value)
     return value
@@ -43,13 +48,15 @@ class Fields(BaseModel):
         device_map: spreads the layers over devices ("auto", "balanced", ..., or module -> device), as transformers takes it.
         tp_plan: "auto" splits every layer over the processes that torchrun started.
         policy: a name (or a class of your own as package.module:MyPolicy or file.py:MyPolicy) or a mapping with `name` and
-            fields; a list of them acts together.
+            fields, or a YAML file of one; a list of them acts together.
         budget: share of the prompt (float) or entries (int) for the policy; no effect on one that takes none, or no share.
-        task: a name or a mapping with `name` and fields.
+        task: a name (or a class of your own as package.module:MyTask or file.py:MyTask) or a mapping with `name` and fields.
         length: sets the task's `length`, `lengths` or `max_length`.
         seed: sets the task's seed.
         query_aware: whether the prompt that is compressed holds the question.
         samples: the first so many of the task's samples; None for all.
+        agreement: instead of answers being scored, full attention's own answer of at most so many tokens is fed, and the score is
+            the share of its tokens that are the most likely ones under the policy too.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -66,6 +73,7 @@ class Fields(BaseModel):
     seed: Annotated[int, Field(ge=0)] | None = None
     query_aware: bool = True
     samples: Annotated[int, Field(ge=1)] | None = None
+    agreement: Annotated[int, Field(ge=1)] | None = None
 
 
 class RayOptions(BaseModel):
@@ -188,11 +196,17 @@ class Run:
     def where(self) -> str:
         """Task, length and form of the question."""
         length = "" if self.fields.length is None else f", length {self.fields.length}"
-        return f"{self.task.label}{length}, {'query-aware' if self.fields.query_aware else 'query-agnostic'}"
+        agreement = "" if self.fields.agreement is None else f", agreement over {self.fields.agreement} tokens"
+        return f"{self.task.label}{length}{agreement}, {'query-aware' if self.fields.query_aware else 'query-agnostic'}"
 
     @property
     def label(self) -> str:
         return f"{self.policy}, {self.where}"
+
+    @property
+    def metric(self) -> str:
+        """What the score is."""
+        return self.task.metric if self.fields.agreement is None else AGREEMENT
 
     def to_dict(self) -> dict[str, Any]:
         """What a directory's config.json holds: the definition, and what a table shows of it."""
@@ -204,7 +218,7 @@ class Run:
             "kind": " + ".join(dict.fromkeys(policy.kind for policy in self.policies)),
             "budget": self.budget,
             "task": self.task.label,
-            "metric": self.task.metric,
+            "metric": self.metric,
             "length": self.fields.length,
             "seed": self.task.seed,
             "fields": self.fields.model_dump(),
@@ -242,7 +256,7 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     sweep = tree.get("sweep")
     for part in (tree.get("defaults"), *(sweep if isinstance(sweep, list) else [sweep])):
         for key in part if isinstance(part, dict) else ():
-            if key.partition(".")[0] == "policy":  # files of policies are relative to this file
+            if key.partition(".")[0] in ("policy", "task"):  # files of classes are relative to this file
                 part[key] = absolute(part[key], path.parent)
     return make_plan(tree, locations, settings)
 
@@ -392,7 +406,8 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
     written: Fields = _validate(Fields, tree, locations, ())
     try:
         specs = written.policy if isinstance(written.policy, list) else [written.policy]
-        named = [{"name": spec} if isinstance(spec, str) else spec for spec in specs]
+        is_name = [isinstance(spec, str) and not spec.endswith((".yaml", ".yml")) for spec in specs]
+        named = [{"name": spec} if name else spec for spec, name in zip(specs, is_name, strict=True)]
         policies = tuple(make_policies(named, written.budget))
     except PolicyError as error:
         raise ConfigError(f"{_blame(locations, 'policy', written.policy, str(error))}: {error}") from error
@@ -409,6 +424,9 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
     _expand(written.model, locations, ("model",))
     built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, locations, ("task",)))
     if task.name == "perplexity":
+        if written.agreement is not None:
+            where = location_of(locations, ("agreement",))
+            raise ConfigError(f"{where}: agreement={written.agreement}, but perplexity writes no answers; leave it out")
         if written.query_aware:
             where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
             raise ConfigError(f"{where}: perplexity has no question to compress with; set query_aware: false")
@@ -421,17 +439,22 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
         "device": written.device,
         "dtype": written.dtype,
         "policy": [_definition(policy) for policy in policies],
-        "task": task.to_dict(),  # with ${...} as written: a run is the same on every machine
+        "task": {**task.to_dict(), **_from(task_origin(task))},  # with ${...} as written: the same run on every machine
         "query_aware": written.query_aware,
         "samples": written.samples,
         **_placement(written),
+        **({} if written.agreement is None else {"agreement": written.agreement}),
     }
     return Run(written, policies, built, json.loads(json.dumps(definition)))
 
 
 def _definition(policy: Policy) -> dict[str, Any]:
-    source = origin(policy)  # with the hash of its code: a policy that was changed is another one
-    return {"name": policy.name, **asdict(policy), **({"from": source} if source else {})}
+    return {"name": policy.name, **asdict(policy), **_from(origin(policy))}
+
+
+def _from(source: str) -> dict[str, str]:
+    """Where a class of the user's comes from, with the hash of its code: one that was changed is another one."""
+    return {"from": source} if source else {}
 
 
 def _placement(written: Fields) -> dict[str, Any]:
@@ -443,7 +466,9 @@ def _placement(written: Fields) -> dict[str, Any]:
 def _task_spec(written: Fields) -> dict[str, Any]:
     """The task's mapping, with `length` and `seed` in it."""
     spec: dict[str, Any] = {"name": written.task} if isinstance(written.task, str) else dict(written.task)
-    task = type(make_task({"name": spec.get("name")} if "name" in spec else spec))
+    if "name" not in spec:
+        make_task(spec)  # which says what is missing
+    task = find_task(spec["name"])
     known = {field.name for field in fields(task)}
     if written.length is not None:
         found = [name for name in LENGTH_FIELDS if name in known]

@@ -38,9 +38,15 @@ class Executor:
         loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase] = spec.load(loader)
         return loaded
 
-    def record(self, model: "PreTrainedModel", samples: Sequence[EncodedSample]) -> SharedPass:
+    def record(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        samples: Sequence[EncodedSample],
+        share_prompt: bool,
+    ) -> SharedPass:
         """See `kvpress.evals.answer.record`."""
-        return record(model, *samples)
+        return record(model, tokenizer, samples, share_prompt)
 
     def answer(
         self,
@@ -79,10 +85,16 @@ class DistributedExecutor(Executor):
         self._broadcast("load", spec)
         return super().load(spec, loader)
 
-    def record(self, model: "PreTrainedModel", samples: Sequence[EncodedSample]) -> SharedPass:
+    def record(
+        self,
+        model: "PreTrainedModel",
+        tokenizer: "PreTrainedTokenizerBase",
+        samples: Sequence[EncodedSample],
+        share_prompt: bool,
+    ) -> SharedPass:
         """See `kvpress.evals.answer.record`."""
-        self._broadcast("record", *samples)
-        return super().record(model, samples)
+        self._broadcast("record", samples, share_prompt)
+        return super().record(model, tokenizer, samples, share_prompt)
 
     def answer(
         self,
@@ -97,7 +109,8 @@ class DistributedExecutor(Executor):
         Raises:
             RuntimeError: the pass failed on some rank.
         """
-        self._broadcast("answer", policies, samples, shared is not None)
+        given = None if shared is None else "prompt" if shared.prompt is not None else "continuations"
+        self._broadcast("answer", policies, samples, given)
         answers, reason = attempt(partial(super().answer, model, tokenizer, policies, samples, shared))
         if not _combine_ranks(answers):
             raise RuntimeError(reason or "another process of the split model failed; its output says why")
@@ -119,10 +132,13 @@ class DistributedExecutor(Executor):
                 model, tokenizer = loaded or (None, None)
             elif call == "record":
                 shared = None
-                shared, _ = attempt(partial(record, model, *arguments))
+                shared, _ = attempt(partial(record, model, tokenizer, *arguments))
             elif call == "answer":
-                policies, samples, is_shared = arguments
-                shared = shared if is_shared else None
+                policies, samples, given = arguments
+                if given is None or shared is None:
+                    shared = None
+                elif given == "continuations":
+                    shared = shared.without_prompt()
                 answers, _ = attempt(partial(answer_batch, model, tokenizer, policies, samples, shared))
                 _combine_ranks(answers)
 

@@ -55,6 +55,11 @@ def word_in_answer(answer: str, truth: str) -> float:
     return float(truth in re.split(r"[\s:\"'.,?!{}]+", answer))
 
 
+def exact_match(answer: str, truth: str) -> float:
+    """1 if the words are the same, without articles, punctuation and case."""
+    return float(_english_words(answer) == _english_words(truth))
+
+
 def qa_f1(answer: str, truth: str) -> float:
     """F1 of the words, without articles, punctuation and case."""
     return _f1(_english_words(answer), _english_words(truth))

@@ -7,7 +7,7 @@ from importlib.resources import files
 
 from kvpress.evals.charts import SHAPES, Mark, heat_map, scatter, shape
 from kvpress.evals.results import Figures, PolicyResult, Result, Row, Setting, differences, label, length_of
-from kvpress.evals.statistics import Difference, Estimate, pareto
+from kvpress.evals.statistics import RULE, Difference, Estimate, pareto
 
 NONE = "–"
 MEASURES = ("cache, MiB", "of full, %", "kept, %", "read, %", "prompt, ms", "token, ms")
@@ -47,8 +47,8 @@ def page(
     )
 
 
-HOW_TO_READ = """<p class="soft">Scores are means over samples (over tasks first), with 95 % bootstrap intervals. A difference
-is to full attention on the same samples; n.s. marks one that chance alone may have made. Bytes and times are measured, never
+HOW_TO_READ = f"""<p class="soft">Scores are means over samples (over tasks first), with 95 % bootstrap intervals. A difference
+is to full attention on the same samples. {RULE}. Bytes and times are measured, never
 nominal. Each number leads to its runs, each run to its rows. One difference in twenty without any cause would still
 be taken for significant: look for what several tasks agree on.</p>"""
 
@@ -145,7 +145,8 @@ def policy_of(entry: PolicyResult) -> str:
 
 def policies_table(setting: Setting) -> str:
     """One row per policy and parameters."""
-    columns = ("policy", "kind", "n", score_title(setting.percent), "to full", *MEASURES)
+    compared = any(entry.figures.kl for entry in setting.policies)
+    columns = ("policy", "kind", "n", score_title(setting.percent), "to full", *["KL per token"] * compared, *MEASURES)
     rows = []
     for entry in setting.policies:
         figures = entry.figures
@@ -158,6 +159,7 @@ def policies_table(setting: Setting) -> str:
                 number(len(figures.samples), f"{{:.0f}}{failed}", figures.runs),
                 estimate_cell(figures.estimate, figures.runs, setting.percent),
                 difference_cell(None if entry.is_reference else figures.difference(setting.reference), figures.runs),
+                *[divergence_cell(figures.kl, figures.runs)] * compared,
                 *measure_cells(figures),
             ]
         )
@@ -339,6 +341,14 @@ def estimate_cell(found: Estimate | None, runs: Sequence[str], percent: bool) ->
         return Cell(NONE, None)
     interval = f"{score(found.low, percent)} to {score(found.high, percent)}"
     return Cell(f"{link(score(found.mean, percent), runs)} <small>{interval}</small>", found.mean)
+
+
+def divergence_cell(found: Estimate | None, runs: Sequence[str]) -> Cell:
+    """KL divergence per token, and its interval."""
+    if found is None:
+        return Cell(NONE, None)
+    interval = "" if found.low == found.high else f" <small>{found.low:.3g} to {found.high:.3g}</small>"
+    return Cell(f"{link(f'{found.mean:.3g}', runs)}{interval}", found.mean)
 
 
 def difference_cell(found: Difference | None, runs: Sequence[str]) -> Cell:

@@ -8,6 +8,7 @@ from urllib.parse import quote
 
 from kvpress.evals.page import page
 from kvpress.evals.results import Result, Setting, differences, load_results, settings
+from kvpress.evals.statistics import RULE
 from kvpress.evals.store import StoreError, csv_text, make_folder, write_whole
 
 
@@ -81,6 +82,7 @@ def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, 
                 "to_full_high": apart and apart.high,
                 "to_full_n": apart and apart.n,
                 "to_full_significant": apart and apart.significant,
+                "kl": figures.kl and figures.kl.mean,
                 "bytes": figures.mean("bytes"),
                 "bytes_of_full": figures.share("bytes", "full_bytes"),
                 "tokens_seen": figures.mean("seen"),
@@ -108,8 +110,9 @@ def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> s
         lines += [_line(setting, i) for i in range(len(setting.policies))]
         lines.append("")
     lines.append(
-        "Scores and differences in points of a hundred, with 95 % bootstrap intervals; n.s.: chance alone may have made the "
-        "difference to full attention on the same samples. *: lacks samples that others have. Bytes and times are measured."
+        f"Scores and differences to full attention in points of a hundred, with 95 % bootstrap intervals. {RULE}. "
+        "*: lacks samples that others have. "
+        "Bytes and times are measured."
     )
     return "\n".join(lines) + "\n"
 

@@ -7,7 +7,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from kvpress.evals.statistics import Difference, Estimate, difference, estimate
+from kvpress.evals.config import AGREEMENT
+from kvpress.evals.statistics import Difference, Estimate, difference, estimate, spread
 from kvpress.evals.store import find_runs
 
 REFERENCE = ["full"]
@@ -121,6 +122,12 @@ class Figures:
         """The sum of one measure over that of another."""
         total = sum(self._values(of))
         return sum(self._values(name)) / total if total else None
+
+    @cached_property
+    def kl(self) -> Estimate | None:
+        """KL divergence per token from full attention, in nats, where answers were compared with its."""
+        values = self._values("kl")
+        return spread(values) if values else None
 
     @cached_property
     def prompts_shared(self) -> bool:
@@ -240,6 +247,8 @@ def settings(results: Iterable[Result]) -> list[Setting]:
     by_setting: dict[tuple[str, str, bool, str], list[Result]] = {}
     for result in results:
         family = result.config["definition"]["task"]["name"]
+        if result.config["metric"] == AGREEMENT:
+            family = f"agreement with full attention, {family}"
         key = (result.config["definition"]["model"], result.machine, result.query_aware, family)
         by_setting.setdefault(key, []).append(result)
     found = []

@@ -21,21 +21,40 @@ def read_rows(path: Path, required: Mapping[str, Kind], how_to_get: str) -> Iter
         how_to_get: ends the message about a missing file.
 
     Raises:
-        TaskError: no such file, or a row that is no JSON object or lacks a field; with the line's number.
+        TaskError: as `located_rows`, or a row that is no JSON object or lacks a field.
+    """
+    for where, row in located_rows(path, how_to_get):
+        yield check_row(row, required, where)
+
+
+def located_rows(path: Path, how_to_get: str) -> Iterator[tuple[str, Any]]:
+    """What stands on each line of a JSON lines file, and where: "file, line 7".
+
+    Raises:
+        TaskError: no such file, nothing in it, or a line that is no UTF-8 text or no JSON; with the line's number.
     """
     if not path.is_file():
         raise TaskError(f"there is no file {path}; {how_to_get}")
-    with path.open(encoding="utf-8") as file:
+    is_empty = True
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+            where = f"{path}, line {number}"
             try:
-                row = json.loads(line)
-            except ValueError as error:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
                 raise TaskError(
-                    f"{path}, line {number}: not valid JSON ({error}); one object per line is needed"
+                    f"{where}: no UTF-8 text (byte {error.start + 1} is {line[error.start]:#04x}); save the file as UTF-8"
                 ) from error
-            yield check_row(row, required, f"{path}, line {number}")
+            if not text.strip():
+                continue
+            is_empty = False
+            try:
+                row = json.loads(text)
+            except ValueError as error:
+                raise TaskError(f"{where}: not valid JSON ({error}); one object per line is needed") from error
+            yield where, row
+    if is_empty:
+        raise TaskError(f"{path} has no rows; put one JSON object on each line")
 
 
 def hub_rows(
@@ -45,6 +64,18 @@ def hub_rows(
 
     Raises:
         TaskError: the library is missing, the hub cannot be reached, or a row lacks a field.
+    """
+    for where, row in located_hub_rows(what, how_to_get, path, *args, **options):
+        yield check_row(row, required, where)
+
+
+def located_hub_rows(
+    what: str, how_to_get: str, path: str, *args: str, **options: Any
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a data set, and where each is: "name, row 7"; the arguments are those of `hub_rows`.
+
+    Raises:
+        TaskError: the library is missing, the hub cannot be reached, or there are no rows.
     """
     try:
         from datasets import load_dataset
@@ -57,8 +88,11 @@ def hub_rows(
     except Exception as error:  # no network, no such revision, a full disk: they have no common class
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise TaskError(f"cannot load {what} from the hub ({first}); {how_to_get}") from error
+    number = 0
     for number, row in enumerate(rows, 1):
-        yield check_row(dict(row), required, f"{what}, row {number}")
+        yield f"{what}, row {number}", dict(row)
+    if not number:
+        raise TaskError(f"{what} has no rows; {how_to_get}")
 
 
 def check_row(row: Any, required: Mapping[str, Kind], where: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Make a plan's runs: models outside, samples inside, policies innermost, so that one prompt pass serves them all."""
 
 import math
+import statistics
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,13 +15,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import kvpress
 from kvpress.errors import PolicyError, UnsupportedModelError
-from kvpress.evals.answer import Answer, EncodedSample, SharedPass, attempt, encode_sample, free_memory
+from kvpress.evals.answer import Answer, EncodedSample, attempt, encode_sample, free_memory
 from kvpress.evals.config import ModelSpec, Plan, Run
 from kvpress.evals.environment import GitError, changed_files, checkout, describe, documentation_tree
 from kvpress.evals.executor import DistributedExecutor, Executor, Loader, is_distributed, is_main_process
 from kvpress.evals.metrics import check_library
 from kvpress.evals.store import ResultsFolder, RunStore, StoreError
 from kvpress.models import load_model
+
+SECONDS_PER_LINE = 30.0
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,14 +83,39 @@ class PreparedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that answer the same samples with the same model."""
+    """Runs that answer the same samples with the same model.
+
+    Attributes:
+        runs: the runs.
+        samples: all that they have.
+        wanted: those that are answered now.
+    """
 
     runs: list[PreparedRun]
     samples: list[EncodedSample]
+    wanted: list[EncodedSample]
+
+
+@dataclass(frozen=True)
+class Portion:
+    """A part of a plan's work.
+
+    Attributes:
+        indices: of the samples that are answered, in each run; None for all.
+        until: no sample is begun after this time of `time.monotonic`.
+    """
+
+    indices: frozenset[int] | None = None
+    until: float = math.inf
 
 
 def run_plan(
-    plan: Plan, console: Console | None = None, *, retry: bool = False, loader: Loader = load_model
+    plan: Plan,
+    console: Console | None = None,
+    *,
+    retry: bool = False,
+    loader: Loader = load_model,
+    portion: Portion = Portion(),
 ) -> Outcome:
     """Answer every sample of every run that has no row yet, in this process.
 
@@ -96,6 +125,7 @@ def run_plan(
     Args:
         retry: answer those again that failed.
         loader: makes a model and its tokenizer from name, device and dtype; device_map or tp_plan as keywords where given.
+        portion: what is done of it now; a run whose samples do not all have a row stays unfinished.
 
     Raises:
         ConfigError, TaskError, PolicyError, UnsupportedModelError, ModelLoadError, RunError: a run cannot run; before the
@@ -104,7 +134,7 @@ def run_plan(
     """
     split = [run for run in plan.runs if run.fields.tp_plan]
     if not (split and is_distributed()):
-        return _run_plan(plan, Executor(), console or Console(), retry, loader)
+        return _run_plan(plan, Executor(), console or Console(), retry, loader, portion)
     if len(split) < len(plan.runs):
         raise RunError("some runs have a tp_plan and some have none; give them configurations of their own")
     executor = DistributedExecutor()
@@ -113,22 +143,26 @@ def run_plan(
             executor.serve(loader)
             return Outcome()
         try:
-            return _run_plan(plan, executor, console or Console(), retry, loader)
+            return _run_plan(plan, executor, console or Console(), retry, loader, portion)
         finally:
             executor.stop()
     finally:
         executor.close()
 
 
-def _run_plan(plan: Plan, executor: Executor, console: Console, retry: bool, loader: Loader) -> Outcome:
+def _run_plan(
+    plan: Plan, executor: Executor, console: Console, retry: bool, loader: Loader, portion: Portion
+) -> Outcome:
     outcome = Outcome()
     by_model: dict[ModelSpec, list[Run]] = {}
     missing = pending(plan, outcome, retry)
     if missing:
         check_clean(plan.out)
     for run in missing:
-        check_library(run.task.metric)
+        check_library(run.metric)
         by_model.setdefault(run.model, []).append(run)
+    for run in {run.samples_id: run for run in missing}.values():
+        run.task.check(scored=run.fields.agreement is None)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -136,15 +170,16 @@ def _run_plan(plan: Plan, executor: Executor, console: Console, retry: bool, loa
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
+    lines = Lines(console)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         for spec, runs in by_model.items():
             bar = progress.add_task(f"loading {spec.name}", total=None)
             model, tokenizer = executor.load(spec, loader)
-            groups = prepare(plan, runs, model, tokenizer)
-            progress.update(bar, total=sum(len(group.runs) * len(group.samples) for group in groups))
+            groups = prepare(plan, runs, model, tokenizer, portion)
+            progress.update(bar, total=sum(len(group.runs) * len(group.wanted) for group in groups))
             for group in groups:
-                advance = partial(_advance, progress, bar)
-                run_group(plan, group, executor, model, tokenizer, outcome, advance, retry=retry)
+                advance = partial(_advance, progress, lines, bar)
+                run_group(plan, group, executor, model, tokenizer, outcome, advance, retry=retry, until=portion.until)
             progress.remove_task(bar)
             del model, tokenizer
             free_memory()
@@ -190,7 +225,11 @@ def check_clean(out: Path) -> None:
 
 
 def prepare(
-    plan: Plan, runs: Iterable[Run], model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase"
+    plan: Plan,
+    runs: Iterable[Run],
+    model: "PreTrainedModel",
+    tokenizer: "PreTrainedTokenizerBase",
+    portion: Portion = Portion(),
 ) -> list[Group]:
     """The runs in groups, with their questions; everything that can be refused is refused here.
 
@@ -214,7 +253,9 @@ def prepare(
             except (PolicyError, UnsupportedModelError) as error:
                 raise type(error)(f"{run.policy} on {run.fields.model}: {error}") from error
             prepared.append(PreparedRun(run, shares, RunStore(plan.out / run.id)))
-        groups.append(Group(prepared, samples))
+        chosen = portion.indices
+        wanted = [sample for sample in samples if chosen is None or sample.source.index in chosen]
+        groups.append(Group(prepared, samples, wanted))
     return groups
 
 
@@ -223,7 +264,10 @@ def encode_samples(run: Run, tokenizer: "PreTrainedTokenizerBase") -> Iterator[E
     for number, sample in enumerate(run.task.samples(tokenizer)):
         if number == run.fields.samples:
             return
-        yield encode_sample(sample, run.task.prompt(sample, tokenizer), run.fields.query_aware)
+        prompt, tokens = run.task.prompt(sample, tokenizer), run.fields.agreement
+        if tokens is not None:
+            sample = sample.with_answers_of(tokens)
+        yield encode_sample(sample, prompt, run.fields.query_aware, tokens is not None)
 
 
 def check_lengths(samples: list[EncodedSample], run: Run, model: "PreTrainedModel", allow_extrapolation: bool) -> None:
@@ -236,11 +280,10 @@ def check_lengths(samples: list[EncodedSample], run: Run, model: "PreTrainedMode
     if limit is None or allow_extrapolation:
         return
     for sample in samples:
-        length = sample.length + sample.source.max_new_tokens
-        if length > limit:
+        if sample.longest > limit:
             raise RunError(
-                f"{run.where}: sample {sample.source.index} has {length} tokens with its answer, and {run.fields.model} "
-                f"was made for {limit}; give a smaller length, or allow_extrapolation: true"
+                f"{run.where}: {run.task.name_of(sample.source)} has {sample.longest} tokens with its answer, and "
+                f"{run.fields.model} was made for {limit}; shorten it, give a smaller length, or allow_extrapolation: true"
             )
 
 
@@ -254,24 +297,28 @@ def run_group(
     advance: "Callable[[PreparedRun, int, bool], None]",
     *,
     retry: bool = False,
+    until: float = math.inf,
 ) -> None:
     """Answer what is missing of a group's runs, sample by sample, or batch by batch of like samples.
 
     Args:
         outcome: counts on.
         advance: called with the run, how many samples are behind it, and whether they were answered now.
+        until: see `Portion`.
     """
     with ExitStack() as locks:
         mine = []
         for prepared in group.runs:
             if not locks.enter_context(prepared.store.locked()):
                 outcome.left_to_others += 1
-                advance(prepared, len(group.samples), False)
+                advance(prepared, len(group.wanted), False)
                 continue
             prepared.store.open(prepared.run.to_dict(), describe(model, prepared.run.task.seed))
             check_rows(prepared, group.samples)
             mine.append(prepared)
-        for missing, samples in batches(mine, group.samples, plan.batch_size, retry):
+        for missing, samples in batches(mine, group.wanted, plan.batch_size, retry):
+            if time.monotonic() > until:
+                break
             for prepared in mine:
                 if prepared not in missing:
                     advance(prepared, len(samples), False)
@@ -280,6 +327,8 @@ def run_group(
                 outcome.answered += row["error"] is None
                 advance(prepared, 1, True)
         for prepared in mine:
+            if len(prepared.store.rows) < len(group.samples):
+                continue
             prepared.store.finish(len(group.samples))
             outcome.finished += 1
             outcome.failed += sum(row["error"] is not None for row in prepared.store.rows.values())
@@ -325,44 +374,71 @@ def answer_all(
     tokenizer: "PreTrainedTokenizerBase",
 ) -> Iterator[tuple[PreparedRun, dict[str, Any]]]:
     """The rows of samples of one shape for each run, as they are made. An error in one is its row, and the others go on."""
-    shared: SharedPass | None = None
-    if sum(prepared.shares for prepared in runs) > 1 and len(samples[0].prompt) > 1:
-        shared, _ = attempt(partial(executor.record, model, samples))  # where it fails, each runs the prompt itself
+    compared = samples[0].compared
+    shares = sum(prepared.shares for prepared in runs) > 1 and len(samples[0].prompt) > 1
+    shared, failure = None, None
+    for share in dict.fromkeys((shares, False)):  # where the first fails, each runs the prompt itself
+        if shared is None and (share or compared):
+            shared, failure = attempt(partial(executor.record, model, tokenizer, samples, share))
+    if shared is None and compared:
+        for sample in samples:
+            if len(samples) > 1:
+                yield from answer_all(executor, runs, [sample], model, tokenizer)
+                continue
+            for prepared in runs:
+                yield prepared, row_of(prepared.run, sample, None, f"full attention, which is compared with: {failure}")
+        return
     for prepared in sorted(runs, key=lambda prepared: not prepared.shares):
-        given = shared if prepared.shares else None
-        if given is None:
-            shared = None  # no other run needs it: its memory is free for those that run the prompt themselves
+        if shared is not None and not prepared.shares:
+            # no other run needs the prompt: its memory is free for those that run it themselves
+            shared = shared.without_prompt() if compared else None
         answers, reason = None, None
         if prepared.batches or len(samples) == 1:
-            answers, reason = attempt(partial(executor.answer, model, tokenizer, prepared.run.policies, samples, given))
+            answers, reason = attempt(
+                partial(executor.answer, model, tokenizer, prepared.run.policies, samples, shared)
+            )
         if answers is None and len(samples) > 1:  # or it was too much at once, perhaps
             for sample in samples:
                 yield from answer_all(executor, [prepared], [sample], model, tokenizer)
             continue
         for sample, found in zip(samples, answers or [None] * len(samples), strict=True):
-            row: dict[str, Any] = {
-                "index": sample.source.index,
-                "prompt_hash": sample.hash,
-                "prompt_tokens": sample.length,
-                "meta": {key: value for key, value in sample.source.meta.items() if key != "classes"},
-            }
-            failure = reason
-            if found is not None:
-                measured, failure = attempt(partial(measures, prepared.run, sample, found))
-                row |= measured or {}
-            yield prepared, row | {"error": failure} | ({} if failure is None else {"score": None})
+            yield prepared, row_of(prepared.run, sample, found, reason)
+
+
+def row_of(run: Run, sample: EncodedSample, found: Answer | None, failure: str | None) -> dict[str, Any]:
+    """The row of a sample; `failure` says why there is no answer, None if there is one."""
+    row: dict[str, Any] = {
+        "index": sample.source.index,
+        "prompt_hash": sample.hash,
+        "prompt_tokens": sample.length,
+        "meta": {key: value for key, value in sample.source.meta.items() if key != "classes"},
+    }
+    if found is not None:
+        measured, failure = attempt(partial(measures, run, sample, found))
+        row |= measured or {}
+    return row | {"error": failure} | ({} if failure is None else {"score": None})
 
 
 def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
     """What a row says of an answer."""
+    extra: dict[str, Any] = {}
     if sample.scored:
         mean = math.fsum(found.log_probs) / len(found.log_probs)
-        score, text = math.exp(mean), ""  # one over the perplexity: the mean probability of a token
-        extra = {"perplexity": math.exp(-mean)}
+        score = math.exp(mean)  # one over the perplexity: the mean probability of a token
+        extra["perplexity"] = math.exp(-mean)
+    elif sample.compared:
+        score = statistics.fmean(found.same)
+        extra["kl"] = statistics.fmean(found.divergences)
     else:
-        score, text, extra = run.task.score(sample.source, found.text), found.text, {}
+        turns: list[dict[str, Any]] = [
+            {"answer": text, "answers": list(asked.answers), "score": float(run.task.score(asked, text))}
+            for asked, text in zip(sample.source.each_turn, found.texts, strict=True)
+        ]
+        score = statistics.fmean(turn["score"] for turn in turns)
+        if len(turns) > 1:
+            extra["turns"] = turns
     return {
-        "answer": text,
+        "answer": "\n\n".join(found.texts),
         "answers": list(sample.source.answers),
         "score": float(score),
         **extra,
@@ -375,7 +451,28 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
     }
 
 
-def _advance(progress: Progress, bar: Any, prepared: PreparedRun, steps: int, now: bool) -> None:
+class Lines:
+    """Progress where there is no terminal: a line every half minute.
+
+    Args:
+        console: where to; nothing is written to a terminal, which has a bar.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console, self._next = console, time.monotonic() + SECONDS_PER_LINE
+
+    def tell(self, progress: Progress) -> None:
+        """Write how far the last task is, if it is time."""
+        if not self._console.is_terminal and time.monotonic() > self._next:
+            self._next = time.monotonic() + SECONDS_PER_LINE
+            task = progress.tasks[-1]
+            self._console.print(
+                f"{task.completed:.0f} of {task.total:.0f}: {task.description}", highlight=False, soft_wrap=True
+            )
+
+
+def _advance(progress: Progress, lines: Lines, bar: Any, prepared: PreparedRun, steps: int, now: bool) -> None:
     scores = [row["score"] for row in prepared.store.rows.values() if row["score"] is not None]
     score = f", {sum(scores) / len(scores):.2f} over {len(scores)}" if scores and now else ""
     progress.update(bar, advance=steps, description=f"{prepared.run.where}: {prepared.run.policy}{score}", refresh=now)
+    lines.tell(progress)

@@ -19,6 +19,11 @@ Key = TypeVar("Key", bound=Hashable)
 # With fewer samples that differ, even all of them differing the same way happens by chance in more than 5 % of cases
 # (two-sided sign test: 2 * 0.5 ** 6 = 3 %, 2 * 0.5 ** 5 = 6 %).
 LEAST_DIFFERING = 6
+RULE = (
+    f"n.s. (not significant): the {LEVEL:.0%} interval of the difference on the same samples holds 0, or fewer than "
+    f"{LEAST_DIFFERING} samples differ"
+)
+"""What is said of differences wherever they are shown."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,10 @@ def estimate(strata: Sequence[Sequence[float]]) -> Estimate:
 
 
 def difference(scores: Sequence[Mapping[Key, float]], reference: Sequence[Mapping[Key, float]]) -> Difference | None:
-    """How much better `scores` are than `reference`, on the samples that both have.
+    """How much better `scores` are than `reference`, on the samples that both have; scores in [0, 1].
+
+    Where all pairs differ by the same, most often not at all, the bootstrap would claim certainty. The interval is then that of
+    samples of which as large a share as n equal ones leave possible (Wilson's upper end for none of n) differ by 1 or -1.
 
     Args:
         scores, reference: sample -> score, for each stratum.
@@ -75,9 +83,19 @@ def difference(scores: Sequence[Mapping[Key, float]], reference: Sequence[Mappin
     if not pairs:
         return None
     low, mean, high = _bootstrap(pairs)
+    n = sum(map(len, pairs))
+    if low == high:  # the share of others that may differ, by up to 1 in either direction
+        unseen = wilson_interval(0, n)[1]
+        low, high = ((1 - unseen) * mean + unseen * end for end in (-1.0, 1.0))
     differing = sum(value != 0 for stratum in pairs for value in stratum)
     significant = differing >= LEAST_DIFFERING and (low > 0 or high < 0)
-    return Difference(mean, low, high, sum(map(len, pairs)), significant)
+    return Difference(mean, low, high, n, significant)
+
+
+def spread(values: Sequence[float]) -> Estimate:
+    """The mean of values that have no upper limit; without an interval (both ends are the mean) where all are equal."""
+    low, mean, high = _bootstrap([values])
+    return Estimate(mean, low, high, len(values))
 
 
 def pareto(points: Sequence[tuple[float, float]]) -> list[int]:

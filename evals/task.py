@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,8 +11,9 @@ from kvpress.errors import nearest
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Marks in a chat message where the question begins. A private-use character: no text of a task has it.
-_QUESTION_MARK = "\ue0ff"
+# Stands in chat messages where the question begins and for the model's answers. A private-use character: no text of a task
+# has it.
+_MARK = "\ue0ff"
 
 
 class TaskError(ValueError):
@@ -20,8 +21,18 @@ class TaskError(ValueError):
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A further question in the same conversation; the attributes are those of `Sample`."""
+
+    question: str
+    answers: tuple[str, ...]
+    max_new_tokens: int
+    answer_prefix: str = ""
+
+
+@dataclass(frozen=True)
 class Sample:
-    """One question about one context.
+    """One question about one context, or several in turn.
 
     Attributes:
         index: its place among the task's samples.
@@ -32,6 +43,7 @@ class Sample:
         answer_prefix: the answer's first words, given to the model; in a chat they stand in its turn.
         meta: what the sample was made from (length, depth, ...), for tables. `meta["stop"]`, if there, is a text at whose
             first appearance an answer may be ended.
+        turns: questions that are asked one after the other when the first is answered; the cache goes on.
     """
 
     index: int
@@ -41,14 +53,37 @@ class Sample:
     max_new_tokens: int
     answer_prefix: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def each_turn(self) -> list["Sample"]:
+        """A sample for each question, in order, with the same context: what an answer is scored by."""
+        later = [
+            replace(
+                self,
+                question=turn.question,
+                answers=turn.answers,
+                max_new_tokens=turn.max_new_tokens,
+                answer_prefix=turn.answer_prefix,
+                turns=(),
+            )
+            for turn in self.turns
+        ]
+        return [replace(self, turns=()), *later]
+
+    def with_answers_of(self, tokens: int) -> "Sample":
+        """The same with as many tokens for each answer."""
+        turns = tuple(replace(turn, max_new_tokens=tokens) for turn in self.turns)
+        return replace(self, max_new_tokens=tokens, turns=turns)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a sample's prompt: the model reads `context`, then `question`."""
+    """Token ids of a sample's prompt: the model reads `context`, then `question`, and after each answer one of `turns`."""
 
     context: list[int]
     question: list[int]
+    turns: list[list[int]] = field(default_factory=list)
 
     @property
     def length(self) -> int:
@@ -93,6 +128,18 @@ class Task(ABC):
         """Whether an instruction-tuned model should see the prompts as a user's message."""
         return True
 
+    def check(self, scored: bool = True) -> None:
+        """Refuse what cannot work before a model is loaded, as far as a task knows it then.
+
+        Args:
+            scored: whether answers will be scored; else only the texts are used.
+
+        Raises:
+            TaskError: broken data, or no way to score.
+        """
+        if scored and not self.metric:
+            raise TaskError(f"{self.label} has no metric, so that answers cannot be scored; give metric")
+
     @abstractmethod
     def samples(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
         """The samples, in a fixed order.
@@ -105,25 +152,39 @@ class Task(ABC):
     def score(self, sample: Sample, answer: str) -> float:
         """How right an answer is, 0 to 1. `answer` is what the model wrote after `sample.answer_prefix`."""
 
+    def name_of(self, sample: Sample) -> str:
+        """What an error calls a sample."""
+        return f"sample {sample.index}"
+
     def prompt(self, sample: Sample, tokenizer: "PreTrainedTokenizerBase") -> Prompt:
         """The sample's token ids, context and question apart, with special tokens or the chat template around them.
 
         Raises:
-            TaskError: `chat=True` with a tokenizer that has no chat template.
+            TaskError: `chat=True` with a tokenizer that has no chat template, or turns that the template does not show.
         """
-        context, question, special = sample.context, sample.question, True
+        first, *later = questions = sample.each_turn
+        context, texts, special = sample.context, [one.question for one in questions], True
         if self._uses_chat(tokenizer):
-            message = [{"role": "user", "content": context + _QUESTION_MARK + question}]
+            messages = [{"role": "user", "content": context + _MARK + first.question}]
+            for one in later:
+                messages.append({"role": "assistant", "content": _MARK})
+                messages.append({"role": "user", "content": one.question.strip()})
             # enable_thinking is for models that would reason before they answer; the others' templates ignore it
             rendered = tokenizer.apply_chat_template(
-                message, add_generation_prompt=True, tokenize=False, enable_thinking=False
+                messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
             )
-            context, _, question = rendered.partition(_QUESTION_MARK)
+            context, *texts = rendered.split(_MARK)
+            if len(texts) != len(questions):
+                raise TaskError(
+                    f"sample {sample.index} has {len(questions)} turns, and the chat template of {tokenizer.name_or_path!r} does "
+                    "not show all of them; set chat=False"
+                )
             special = False
-        return Prompt(
-            encode(tokenizer, context, special=special),
-            encode(tokenizer, question + sample.answer_prefix, special=False),
-        )
+        pieces = [
+            encode(tokenizer, text + one.answer_prefix, special=False)
+            for text, one in zip(texts, questions, strict=True)
+        ]
+        return Prompt(encode(tokenizer, context, special=special), pieces[0], pieces[1:])
 
     def _uses_chat(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         has_template = bool(tokenizer.chat_template)

@@ -41,6 +41,7 @@ _HOMES = {
     "patch": "kvpress.patching",
     "record_prompt": "kvpress.sharing",
     "score": "kvpress.scoring",
+    "tune": "kvpress.evals.tune",
     "unpatch": "kvpress.patching",
 }
 
@@ -58,6 +59,7 @@ __all__ = [
     "policies",
     "record_prompt",
     "score",
+    "tune",
     "unpatch",
 ]
 

@@ -13,7 +13,7 @@ from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.patching import Handle, patch
 from kvpress.policy import Policy
-from kvpress.registry import path_of
+from kvpress.registry import policy_spec
 from kvpress.sharing import SharedPrompt, record_prompt
 from kvpress.support import find_attention, find_decoder, input_device
 
@@ -103,9 +103,4 @@ def best(trials: Sequence[Trial]) -> Trial:
 
 def write_policy(path: Path, policy: Policy) -> None:
     """Write a policy into a YAML file that `kvpress.patch` takes, every field that differs from its default."""
-    values = {"name": path_of(type(policy)) or policy.name}
-    for field in policy.parameters():
-        value = getattr(policy, field.name)
-        if value != field.default:
-            values[field.name] = value
-    path.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+    path.write_text(yaml.safe_dump(policy_spec(policy), sort_keys=False), encoding="utf-8")

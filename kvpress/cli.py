@@ -30,7 +30,7 @@ Model = Annotated[
 PolicyName = Annotated[
     str,
     typer.Option(
-        help="A name from 'kvpress policies', or a class of your own: package.module:MyPolicy, ./file.py:MyPolicy."
+        help="A name from 'kvpress policies', a YAML file, or a class of your own: package.module:MyPolicy, ./file.py:MyPolicy."
     ),
 ]
 Device = Annotated[str, typer.Option(help="A torch device; 'auto' is the GPU if there is one, else the CPU.")]
@@ -49,6 +49,24 @@ class UsageError(ValueError):
 def main() -> None:
     """The console entry point."""
     app()
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop, if that was asked for."""
+    if wanted:
+        import kvpress
+
+        typer.echo(f"kvpress {kvpress.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Show the version and stop.")
+    ] = False,
+) -> None:
+    """The options before a command."""
 
 
 @app.command()
@@ -201,7 +219,9 @@ def ablate(
 
 @app.command("eval")
 def evaluate(
-    task: Annotated[str, typer.Option(help="needle, passkey, kv_retrieval, ruler, longbench, ...")] = "needle",
+    task: Annotated[
+        str, typer.Option(help="needle, ruler, longbench, jsonl, ...; or a class of your own: ./file.py:MyTask.")
+    ] = "needle",
     policy: PolicyName = "full",
     budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
     length: Annotated[int | None, typer.Option(min=1, help="Sets the task's length.")] = None,
@@ -222,6 +242,10 @@ def evaluate(
         str | None, typer.Option(help="Split every layer over the processes that torchrun started: auto.")
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples of the same length answered together.")] = 1,
+    agreement: Annotated[
+        int | None,
+        typer.Option(min=1, help="Compare so many tokens with full attention's, instead of scoring answers."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the run's directory.")] = Path("results"),
     export: Export = None,
 ) -> None:
@@ -241,6 +265,7 @@ def evaluate(
             "seed": seed,
             "device_map": device_map,
             "tp_plan": tp_plan,
+            "agreement": agreement,
         }
         fields |= {name: value for name, value in options.items() if value is not None}
         if budget:
@@ -251,6 +276,83 @@ def evaluate(
         tree = {"out": str(out), "defaults": fields, "batch_size": batch_size}
         code = commands.ablate(make_plan(tree, {(): "kvpress eval"}, set_ or []), Console(), export=export)
     raise typer.Exit(code)
+
+
+@app.command()
+def tune(
+    data: Annotated[str, typer.Option(help="A JSON lines file, or a data set's name; see docs/evaluation.md.")],
+    model: Model = SMOLLM2,
+    memory: Annotated[str | None, typer.Option(help="What a sequence's cache may have at the context: 2GiB.")] = None,
+    ms_per_token: Annotated[float | None, typer.Option(help="What a decode step may take there.")] = None,
+    max_loss: Annotated[str | None, typer.Option(help="Share of full attention's tokens that may be lost: 1%.")] = None,
+    context: Annotated[
+        int | None, typer.Option(min=2, help="Tokens to measure memory and time at; by default the longest row's.")
+    ] = None,
+    policies: Annotated[
+        str, typer.Option(help="As for generate, comma-separated; 'all', or empty for the common ones.")
+    ] = "",
+    budgets: Annotated[str, typer.Option(help="Shares (0.1, 10%) or entries (128), comma-separated.")] = "",
+    metric: Annotated[str, typer.Option(help="Also score answers: exact_match, qa_f1, rouge, words_found, ...")] = "",
+    columns: Annotated[str, typer.Option(help="What the rows call theirs: context=document,answers=label.")] = "",
+    agreement: Annotated[int, typer.Option(min=1, help="Tokens of each continuation that are compared.")] = 32,
+    samples: Annotated[int | None, typer.Option(min=1, help="The first so many rows.")] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin no row after so much time.")] = None,
+    prefer: Annotated[
+        str | None, typer.Option(help="loss, memory or time; by default memory where there is a --max-loss, else loss.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the order of the rows.")] = 0,
+    query_aware: Annotated[bool, typer.Option(help="Whether the compressed prompt holds the question.")] = True,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another field (task.chat=false).")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path, typer.Option(help="The YAML file to write; page and runs lie beside it.")] = Path(
+        "tuned.yaml"
+    ),
+) -> None:
+    """Find the policy and budget for a model, your own texts, and limits; started again, it goes on where it was."""
+    with user_errors(), eval_errors():
+        from kvpress.evals import tune as tuning
+
+        pairs = [pair.partition("=") for pair in columns.split(",") if pair.strip()]
+        if not all(equals and role.strip() and name.strip() for role, equals, name in pairs):
+            raise UsageError(f"--columns {columns!r} does not work; write context=document,answers=label")
+        names: list[Any] = [part.strip() for part in policies.split(",") if part.strip()]
+        if names == ["all"]:
+            import kvpress
+
+            names = [name for name in kvpress.available() if name != "full"]
+        found = tuning.tune(
+            model,
+            data,
+            out=out,
+            memory=memory,
+            ms_per_token=ms_per_token,
+            max_loss=max_loss,
+            context=context,
+            policies=names or tuning.POLICIES,
+            budgets=[parse(part, number, "--budgets") for part in budgets.split(",") if part.strip()] or tuning.BUDGETS,
+            metric=metric,
+            columns={role.strip(): name.strip() for role, _, name in pairs},
+            agreement=agreement,
+            samples=samples,
+            minutes=minutes,
+            prefer=prefer,
+            seed=seed,
+            query_aware=query_aware,
+            device=device,
+            dtype=dtype,
+            settings=set_ or (),
+            console=Console(),
+        )
+        console = Console()
+        console.print(found.sentence, style="bold", highlight=False, soft_wrap=True)
+        for note in found.notes:
+            console.print(note, highlight=False, soft_wrap=True)
+        written = f"{found.path} is for kvpress.patch; " if found.path is not None else f"{out} is not written; "
+        console.print(f"{written}{found.page} shows all candidates", highlight=False, soft_wrap=True)
+    raise typer.Exit(0 if found.meets else 1)
 
 
 @app.command()
@@ -278,6 +380,18 @@ def report(
             written.append(export)
         for path in written:
             Console().print(str(path), highlight=False, soft_wrap=True)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A", help="A run's directory, a folder of runs, or FOLDER/RUN.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="The same.")],
+) -> None:
+    """How much better B is than A on the same samples: each policy beside itself, or a single one beside all."""
+    with user_errors(), eval_errors():
+        from kvpress.evals import commands
+
+        commands.compare(first, second, Console())
 
 
 @app.command()
@@ -334,6 +448,7 @@ def eval_errors() -> Iterator[None]:
     """Make what the evaluation says of wrong input a user's error; name the extra where its packages are missing."""
     try:
         from kvpress.evals.config import ConfigError
+        from kvpress.evals.request import TuneError
         from kvpress.evals.runner import RunError
         from kvpress.evals.store import StoreError
         from kvpress.evals.task import TaskError
@@ -343,7 +458,7 @@ def eval_errors() -> Iterator[None]:
         ) from error
     try:
         yield
-    except (ConfigError, RunError, StoreError, TaskError) as error:
+    except (ConfigError, RunError, StoreError, TaskError, TuneError) as error:
         raise UsageError(str(error)) from error
 
 
@@ -378,7 +493,9 @@ def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool | None) -
 
 
 def number(text: str) -> int | float:
-    """An int where it is one (entries), else a float (a share)."""
+    """An int where it is one (entries), else a float (a share); 20% is 0.2."""
+    if text.endswith("%"):
+        return float(text[:-1]) / 100
     return int(text) if text.lstrip("+-").isdigit() else float(text)
 
 

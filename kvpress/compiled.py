@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor.exc import InductorError
 
 from kvpress.attention import TRACING
 from kvpress.compat import Cache, DynamicCache
@@ -100,6 +101,14 @@ class CompiledSteps:
                 f"torch makes at most {torch._dynamo.config.recompile_limit} graphs of one function, for all batch sizes, dtypes, "
                 "kinds of step and models in this process, so some decode steps run uncompiled; raise "
                 "torch._dynamo.config.recompile_limit",
+            )
+            return type(module).forward(module, *args, **kwargs)
+        except InductorError as error:  # the compiler's own fault, likewise
+            self._without.add(kind)
+            self.warn(
+                "compiler",
+                f"torch's compiler failed on a step of {type(module).__name__} ({str(error).strip().splitlines()[0]}), so such steps "
+                "run uncompiled",
             )
             return type(module).forward(module, *args, **kwargs)
         except torch._dynamo.exc.Unsupported as error:

@@ -100,6 +100,34 @@ def load_tokenizer(name_or_path: str = SMOLLM2) -> "PreTrainedTokenizerBase":
         raise ModelLoadError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
 
 
+def check_model(name_or_path: str = SMOLLM2) -> None:
+    """Refuse what `load_model` could not load, as far as can be told without reading or fetching weights.
+
+    Raises:
+        ModelLoadError: no such folder or hub model, no configuration, one of no causal LM, or no weights.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+    from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+    from transformers.utils.hub import has_file
+
+    source = str(_converted_smollm2()) if name_or_path == SMOLLM2 else name_or_path
+    folder = Path(source).expanduser()
+    here = folder.is_dir()
+    weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(source, local_files_only=here)
+            found = any((folder / name).is_file() if here else has_file(source, name) for name in weights)
+    except Exception as error:  # as in `_load`
+        raise ModelLoadError(f"cannot load a model from {source!r}: {_first_line(error)}") from error
+    kinds = {type(config), type(config.get_text_config(decoder=True))}
+    if not kinds & set(MODEL_FOR_CAUSAL_LM_MAPPING) and not getattr(config, "auto_map", None):
+        raise ModelLoadError(f"{source!r} is a {config.model_type!r}, which transformers has no causal LM of")
+    if not found:
+        raise ModelLoadError(f"there are no weights in {source!r}: none of {', '.join(weights)}")
+
+
 def cache_folder() -> Path:
     """Where converted models are kept: $KVPRESS_CACHE, else kvpress in $XDG_CACHE_HOME, else ~/.cache/kvpress."""
     if chosen := os.environ.get("KVPRESS_CACHE"):

@@ -21,7 +21,7 @@ from kvpress.linear import check_variable
 from kvpress.passes import expecting
 from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy
 from kvpress.probe import find_rotary
-from kvpress.registry import PolicySpec, make_policies
+from kvpress.registry import PolicySpec, make_policies, make_policy
 from kvpress.replay import ReplayedSteps
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary
@@ -36,7 +36,7 @@ _handles: "weakref.WeakKeyDictionary[Any, Handle]" = weakref.WeakKeyDictionary()
 _handles_lock = threading.Lock()
 
 
-def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
+def patch(model: Any, policy: PolicySpec, *, compile: bool = False, **fields: Any) -> "Handle":
     """Put a policy on a loaded transformers causal LM.
 
     From then on `model.generate`, `model(...)` and pipelines over the model use caches that follow the policy, until
@@ -48,6 +48,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
         policy: a policy, a name ("h2o"), a mapping ({"name": "h2o", "budget": 0.2}), the path of a YAML file that holds
             one, or a list of policies that play different roles.
         compile: run decode steps as a graph compiled by `torch.compile`, see `Handle.compile`.
+        fields: of the policy that a name, mapping or path means: `patch(model, "h2o", budget=0.2)`.
 
     Returns:
         A handle: `report()`, `unpatch()`, and a context manager that unpatches at its end.
@@ -61,7 +62,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
         ...     model.generate(**inputs, max_new_tokens=50)
         ...     print(handle.report())
     """
-    policies = make_policies(policy)
+    policies = make_policies(make_policy(policy, **fields) if fields else policy)
     check_transformers(KVLayer)
     check_variable()
     model = unwrapped(model)

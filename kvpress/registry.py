@@ -1,5 +1,6 @@
 """Policies by name: from a string, a mapping, a YAML file, a class elsewhere, or as they are."""
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -31,30 +32,8 @@ def find_policy(name: Any) -> type[Policy]:
     Raises:
         PolicyError: there is none, or the name means two.
     """
-    built_in = _built_in()
-    if not isinstance(name, str):
-        raise PolicyError(f"unknown policy {name!r}{nearest(str(name), _names())}")
-    classes = [cls for cls in [*built_in.values(), *outside.imported()] if cls.name == name]
-    if name in outside.registered():
-        classes.append(outside.load_registered(name))
-    if not classes and outside.is_reference(name):
-        found = outside.load_class(name)
-        classes = [cls for cls in (built_in.get(found.name), found) if cls is not None]
-    classes = list(dict.fromkeys(classes))
-    if not classes:
-        raise PolicyError(
-            f"unknown policy {name!r}{nearest(name, _names())}; one of your own is named as {outside.FORMS}"
-        )
-    if len(classes) > 1:
-        called = classes[0].name
-        paths = " and ".join(path_of(cls) or f"kvpress.policies.{cls.__name__}" for cls in classes)
-        remedy = (
-            "give your own class another name"
-            if called in built_in
-            else "write the path of the one that you mean instead of the name"
-        )
-        raise PolicyError(f"the policy {name!r}: {paths} are both named {called!r}; {remedy}")
-    return classes[0]
+    found: type[Policy] = outside.find_class(name, _built_in())
+    return found
 
 
 def path_of(cls: type[Policy]) -> str:
@@ -88,7 +67,7 @@ def import_all(wanted: Mapping[str, str]) -> None:
             raise PolicyError(f"{path}: this process found {here}, another one {there}; all need the same file")
 
 
-def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any) -> Policy:
+def make_policy(spec: PolicySpec, **overrides: Any) -> Policy:
     """Build one policy.
 
     Args:
@@ -126,11 +105,27 @@ def make_policy(spec: Policy | str | Path | Mapping[str, Any], **overrides: Any)
         values[cls.wraps] = make_policy(values[cls.wraps])
     if "budget" not in values:
         return cls(**values)
-    budget = values.pop("budget")
+    budget = read_budget(values.pop("budget"))
     try:
         return cls.at_budget(budget, **values)
     except TypeError as error:  # a field that the budget itself sets
         raise PolicyError(f"budget={budget!r} does not go with {values} for {name}; keep one of them") from error
+
+
+def policy_spec(policy: Policy) -> dict[str, Any]:
+    """The mapping from which `make_policy` builds a policy again: its name and every field that differs from its default."""
+    values: dict[str, Any] = {"name": path_of(type(policy)) or policy.name}
+    for field in policy.parameters():
+        value = getattr(policy, field.name)
+        if value != field.default:
+            values[field.name] = policy_spec(value) if isinstance(value, Policy) else value
+    return values
+
+
+def read_budget(value: Any) -> Any:
+    """A budget as it may be written: the text "20%" is the share 0.2; anything else stays as it is."""
+    written = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    return value if written is None else float(written[1]) / 100
 
 
 def make_policies(spec: PolicySpec, budget: Budget | None = None, tokens: int | None = None) -> list[Policy]:
@@ -150,7 +145,7 @@ def make_policies(spec: PolicySpec, budget: Budget | None = None, tokens: int | 
     if not specs:
         raise PolicyError(f"an empty list of policies; give one of {', '.join(_names())}")
     if budget is not None:
-        specs = _with_budget(specs, budget, tokens)
+        specs = _with_budget(specs, read_budget(budget), tokens)
     policies = [make_policy(item) for item in specs]
     taken: dict[str, Policy] = {}
     for policy in policies:
@@ -233,7 +228,7 @@ def _built_in() -> dict[str, type[Policy]]:
 
 def _names() -> list[str]:
     """All names that there are; nothing is imported for it."""
-    return sorted({*_built_in(), *outside.registered(), *(cls.name for cls in outside.imported())})
+    return outside.names(_built_in())
 
 
 def _outside(policy: Policy) -> Iterator[type[Policy]]:

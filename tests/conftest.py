@@ -85,13 +85,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Genera
 
 @pytest.fixture
 def without_traces():
-    """Policies that a test imports from files, or from modules named mine..., are gone afterwards."""
+    """Policies and tasks that a test imports from files, or from modules named mine..., are gone afterwards."""
     from kvpress import outside
 
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name.startswith(("kvpress_policy_", "mine")):
+        if name.startswith(("kvpress_policy_", "kvpress_task_", "mine")):
             del sys.modules[name]
     outside._files.clear()
     gc.collect()

@@ -10,11 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from transformers import DynamicCache, PreTrainedTokenizerFast, pipeline
 
 import kvpress
 from kvpress.compat import CACHE
-from kvpress.policies import H2O, Full, SnapKV, StreamingLLM
+from kvpress.errors import PolicyError
+from kvpress.policies import H2O, AdaKV, Full, SnapKV, StreamingLLM, TidalDecode
+from kvpress.registry import policy_spec
 from support.matrix import prompt, sharp_llama
 
 
@@ -275,3 +278,20 @@ kvpress.patch(model, "full").unpatch()
 assert set(attention) - before[0] == {"kvpress"} and set(masks) - before[1] == {"kvpress"}
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(sys.prefix))
+
+
+def test_a_name_with_fields(model):
+    """Those of the policy, as `make_policy` takes them; 20% is a share."""
+    for budget in (0.2, "20%"):
+        with kvpress.patch(model, "h2o", budget=budget) as handle:
+            assert list(handle.policies) == [H2O(budget=0.2)]
+    with pytest.raises(PolicyError, match="h2o has no field 'window'"):
+        kvpress.patch(model, "h2o", window=3)
+    with pytest.raises(PolicyError, match="is a finished policy"):
+        kvpress.patch(model, H2O(budget=0.2), budget=0.3)
+
+
+def test_a_policys_mapping_makes_it_again():
+    for policy in (H2O(budget=0.2), AdaKV(SnapKV(budget=64, window=8), alpha=0.3), TidalDecode(k=99)):
+        spec = policy_spec(policy)
+        assert kvpress.make_policy(yaml.safe_load(yaml.safe_dump(spec))) == policy

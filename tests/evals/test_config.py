@@ -10,6 +10,7 @@ from kvpress.evals.config import make_plan, read_plan
 from kvpress.evals.locations import ConfigError
 from kvpress.models import ModelLoadError
 from support.models import shipped_policies
+from support.plans import tree, write
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -231,10 +232,10 @@ def test_the_shipped_configurations(name, monkeypatch):
 @pytest.mark.parametrize("name", sorted(path.name for path in (CONFIGS / "paper").glob("*.yaml")))
 def test_the_papers_configurations(name, monkeypatch):
     """Each is checked whole by a dry run, has full attention to compare with, and says whose numbers it repeats."""
-    monkeypatch.setattr("kvpress.evals.commands.load_tokenizer", no_tokenizer)  # nothing is asked of the hub
+    monkeypatch.setattr("kvpress.evals.commands.check_model", no_model)  # nothing is asked of the hub
     path = CONFIGS / "paper" / name
     result = CliRunner().invoke(app, ["ablate", str(path), "--dry-run"], env={"COLUMNS": "300"})
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 2 and "no model of" in result.stderr
     plan = read_plan(path)
     assert plan.out == Path("results/paper", name.removesuffix(".yaml"))
     assert f"{len(plan.runs)} runs" in result.output or len({run.model for run in plan.runs}) > 1
@@ -253,8 +254,33 @@ def test_every_paper_has_a_configuration():
     assert {paper for paper in papers if paper and not any(f"({paper})" in head for head in heads)} == set()
 
 
-def no_tokenizer(name):
-    raise ModelLoadError(f"no tokenizer of {name}")
+def no_model(name):
+    raise ModelLoadError(f"no model of {name}")
+
+
+def test_a_dry_run_fails_on_a_model_that_cannot_be_loaded(folder, tmp_path):
+    """A folder without weights, one of another kind of model, and a name of nothing; the grid is shown all the same."""
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes(Path(folder, name).read_bytes())
+    config = write(tmp_path / "a.yaml", tree(str(tmp_path), tmp_path / "out"))
+    dry_run = ["ablate", str(config), "--dry-run"]
+    result = CliRunner().invoke(app, dry_run)
+    assert result.exit_code == 2 and "there are no weights in" in result.stderr
+    assert "full()" in result.stdout
+    result = CliRunner().invoke(app, [*dry_run, "--set", f"model={folder}"])
+    assert result.exit_code == 0, result.output
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}', encoding="utf-8")
+    assert "no causal LM of" in CliRunner().invoke(app, dry_run).stderr
+    result = CliRunner().invoke(app, [*dry_run, "--set", f"model={tmp_path / 'none'}"])
+    assert result.exit_code == 2 and "cannot load a model from" in result.stderr
+
+
+def test_a_budget_in_percent_is_a_share(tmp_path):
+    text = GOOD.replace("[0.25, 64]", '[25%, "25 %", 0.25]')
+    runs = read(tmp_path, text, "length=400").runs
+    assert [run.policy for run in runs] == ["h2o(budget=0.25)"]
+    with pytest.raises(ConfigError, match=r"budget='a%' is a str; give a float share"):
+        read(tmp_path, GOOD.replace("[0.25, 64]", "[a%]"))
 
 
 def test_the_needle_configuration_has_every_policy():

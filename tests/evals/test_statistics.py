@@ -99,7 +99,9 @@ def test_differences_average_over_tasks():
 
 def test_chance_is_not_significant():
     same = difference([as_samples([1.0, 0.0] * 4)], [as_samples([1.0, 0.0] * 4)])
-    assert (same.mean, same.low, same.high, same.significant) == (0, 0, 0, False)
+    # of 8 samples without a difference, as many as Wilson's upper end for 0 of 8 may differ by 1
+    end = wilson_interval(0, 8)[1]
+    assert (same.mean, same.low, same.high, same.significant) == (0, -end, end, False)
     rng = random.Random(1)
     marked = 0
     for _ in range(200):
@@ -112,7 +114,8 @@ def test_chance_is_not_significant():
 def test_a_few_samples_prove_nothing(lost, significant):
     """Five of five lost happen by chance in 2 of 32 cases, six of six in 2 of 64."""
     found = difference([as_samples([0.0] * lost)], [as_samples([1.0] * lost)])
-    assert found.high < 0
+    # and as many as Wilson's upper end for none of n may be gained
+    assert (found.mean, found.low, found.high) == (-1, -1, pytest.approx(2 * wilson_interval(0, lost)[1] - 1))
     assert found.significant == significant
 
 

@@ -31,7 +31,7 @@ def spec(request):
 
 
 def test_every_task_has_its_name():
-    assert set(TASKS) == {*SPECS, "longbench"}
+    assert set(TASKS) == {*SPECS, "longbench", "jsonl"}
     assert all(name == task.name for name, task in TASKS.items())
 
 
