@@ -105,10 +105,10 @@ class CompiledSteps:
             return type(module).forward(module, *args, **kwargs)
         except InductorError as error:  # the compiler's own fault, likewise
             self._without.add(kind)
+            reason = str(error).strip().splitlines()[0]
             self.warn(
                 "compiler",
-                f"torch's compiler failed on a step of {type(module).__name__} ({str(error).strip().splitlines()[0]}), so such steps "
-                "run uncompiled",
+                f"torch's compiler failed on a step of {type(module).__name__} ({reason}), so such steps run uncompiled",
             )
             return type(module).forward(module, *args, **kwargs)
         except torch._dynamo.exc.Unsupported as error:

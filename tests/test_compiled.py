@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch._inductor.exc import InductorError
 
 import kvpress
 from kvpress import PolicyError, UnsupportedModelError
@@ -213,6 +214,21 @@ def test_more_batch_sizes_than_torch_makes_graphs_of():
         assert len([one for one in told if one.category is UserWarning]) == 1
     assert counter.frame_count == 1
     assert all(map(torch.equal, found, [*expected, expected[0]]))
+
+
+def test_where_the_compiler_fails_steps_run_uncompiled():
+    model, inputs = tiny_llama(), {"input_ids": token_ids(1, 24)}
+
+    def failing(*_):
+        raise InductorError(KeyError("buf1"), KeyError)
+
+    with kvpress.patch(model, H2O(budget=8)) as handle:
+        expected = generate(model, inputs).sequences
+        handle.compile("eager")
+        handle._forward().run._run = failing
+        with pytest.warns(UserWarning, match="torch's compiler failed on a step of LlamaDecoderLayer .*buf1"):
+            found = generate(model, inputs).sequences
+    assert torch.equal(found, expected)
 
 
 def test_patching_again_and_other_models_use_the_graph_there_is():
