@@ -54,12 +54,20 @@ def main() -> None:
 @app.command()
 def demo(
     model: Model = SMOLLM2,
-    policies: Annotated[str, typer.Option(help="As for generate, comma-separated; empty for all.")] = "",
+    policies: Annotated[
+        str, typer.Option(help="As for generate, comma-separated; all for all of them.")
+    ] = "h2o,snapkv,streaming_llm,tidal_decode,quest",
+    compiled: Annotated[
+        str | None,
+        typer.Option(
+            help="Those of them to time with compiled steps, too; '' for none.", show_default="snapkv, if compared"
+        ),
+    ] = None,
     budgets: Annotated[
         str, typer.Option(help="Shares of the prompt (0.1) or entries (128), comma-separated.")
     ] = "0.25,0.5",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
-    depths: Annotated[int, typer.Option(help="How many needle depths, from the text's start to its end.")] = 4,
+    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "2000,4000",
+    depths: Annotated[int, typer.Option(help="How many needle depths, from the text's start to its end.")] = 3,
     samples: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 1,
     minutes: Annotated[float, typer.Option(help="Time for the prompts; 0 for no limit.")] = 3.5,
     seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 0,
@@ -71,12 +79,16 @@ def demo(
     with user_errors():
         shares = tuple(parse(part, number, "--budgets") for part in budgets.split(","))
         tokens = tuple(parse(part, int, "--lengths") for part in lengths.split(","))
-        names = tuple(part.strip() for part in policies.split(",") if part.strip())
+        names = () if policies.strip() == "all" else split_names(policies)
+        if compiled is None:
+            to_compile = ("snapkv",) if not names or "snapkv" in names else ()
+        else:
+            to_compile = split_names(compiled)
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("the demo draws with matplotlib, which is not installed. " + DEMO_INSTALL)
         from kvpress.demo.run import Plan, run_demo
 
-        plan = Plan(names, shares, tokens, depths, samples, seed, minutes)
+        plan = Plan(names, to_compile, shares, tokens, depths, samples, seed, minutes)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -376,6 +388,11 @@ def parse(text: str, convert: Callable[[str], Item], option: str) -> Item:
         return convert(text.strip())
     except ValueError as error:
         raise UsageError(f"{option} {text!r} does not work; give a number") from error
+
+
+def split_names(text: str) -> tuple[str, ...]:
+    """Names that are separated by commas."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def parse_fields(pairs: list[str]) -> dict[str, Any]:

@@ -431,7 +431,7 @@ class KVLayer(CacheLayerMixin):
         tokens: Tokens,
         scores: Scores,
         number: int | Tensor,
-        new_tokens: int | None,
+        new_tokens: int | Tensor | None,
         mass: Tensor | None,
     ) -> None:
         """Let the observer see one row, and what it gave each entry, where the attention counted that.
@@ -444,7 +444,7 @@ class KVLayer(CacheLayerMixin):
         self.observer.step(self.observed, rows, mass)
 
     def perturbed(
-        self, tokens: Tokens, number: int | Tensor, new_tokens: int | None
+        self, tokens: Tokens, number: int | Tensor, new_tokens: int | Tensor | None
     ) -> tuple[Perturbation, Tensor, Tensor] | None:
         """Noise and temperature of what is observed of a row, for `decode_attention`; None for none."""
         assert self.step is not None
@@ -460,7 +460,7 @@ class KVLayer(CacheLayerMixin):
         tokens: Tokens,
         scores: Scores,
         number: int | Tensor,
-        new_tokens: int | None,
+        new_tokens: int | Tensor | None,
         padded: bool,
         in_order: bool,
         stop: int | None,
@@ -604,7 +604,8 @@ class KVLayer(CacheLayerMixin):
         entries = self._entries(tokens.seen_tensor, step.stop, step.full)
         if every == 1 and not self.eviction.merges:
             scores, limits = self.eviction.score(entries), self.totals if step.evicts == "over" else None
-            freed = evict_slot(scores, positions, entries.tokens, self.recents, limits, full=step.full)
+            seen = tokens.seen_tensor.to(positions.device)
+            freed = evict_slot(scores, positions, seen, self.recents, limits, full=step.full)
             self.free = kept_in_place(self.free, freed)
             return
         priority = priorities(self.eviction, entries, step.full)

@@ -17,6 +17,7 @@ from kvpress.decoder import PatchedForward
 from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
+from kvpress.linear import check_variable
 from kvpress.passes import expecting
 from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy
 from kvpress.probe import find_rotary
@@ -62,6 +63,7 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False) -> "Handle":
     """
     policies = make_policies(policy)
     check_transformers(KVLayer)
+    check_variable()
     model = unwrapped(model)
     decoder = find_decoder(model)
     attention = find_attention(decoder)

@@ -16,6 +16,9 @@ from support.pairwise import Pairwise
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# The same numbers in every run: nothing is measured to choose how linear layers run.
+os.environ.setdefault("KVPRESS_LINEAR", "bmm")
+
 # Tiny models gain nothing from more threads, and several test processes on one machine would wait for each other.
 torch.set_num_threads(1)
 

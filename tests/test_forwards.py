@@ -9,7 +9,7 @@ from torch.nn.utils import prune
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpress
-from kvpress import forwards
+from kvpress import forwards, linear
 from kvpress.compat import CACHE
 from support.kernel_calls import Largest
 from support.models import tiny_llama, token_ids
@@ -37,34 +37,6 @@ class Calls(TorchDispatchMode):
 def model() -> Any:
     """MLPs that are worth splitting, attention that is not."""
     return tiny_llama(hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, max_position_embeddings=2048)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 1), (1, 32), (1, 33), (7,), (), (0, 1), (2, 0)], ids=str)
-@pytest.mark.parametrize(("inputs", "outputs"), [(64, 1024), (700, 100), (1100, 77), (130, 576)])
-def test_few_rows_are_multiplied_as_in_float64(inputs: int, outputs: int, shape: tuple[int, ...], bias: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    layer = torch.nn.Linear(inputs, outputs, bias=bias)
-    for parameter in layer.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    rows = torch.randn(*shape, inputs, generator=generator)
-    expected = torch.nn.functional.linear(
-        *(None if x is None else x.double() for x in (rows, layer.weight, layer.bias))
-    )
-    found = forwards.linear_of_few_rows(layer, rows)
-    assert found.shape == expected.shape and found.dtype == torch.float32
-    assert torch.allclose(found.double(), expected, atol=1e-3, rtol=1e-5)
-
-
-def test_other_weights_are_torchs_matter() -> None:
-    rows = torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(0))
-    low = torch.nn.Linear(256, 512).to(torch.bfloat16)
-    turned = torch.nn.Linear(256, 512)
-    turned.weight = torch.nn.Parameter(turned.weight.detach().T.contiguous().T)
-    for layer in (low, turned):
-        given = rows.to(layer.weight.dtype)
-        assert torch.equal(forwards.linear_of_few_rows(layer, given), layer(given))
 
 
 class Opaque(torch.Tensor):
@@ -132,23 +104,10 @@ def test_unusual_weights_before_and_after_patching(model: Any, change: Any, when
     assert all(torch.allclose(one, other, atol=1e-4) for one, other in zip(found, dense, strict=True))
 
 
-def test_an_input_of_the_wrong_width_is_refused() -> None:
-    """As torch does: two rows of 128 are not four of 64."""
-    layer = torch.nn.Linear(64, 1024, bias=False)
-    for shape in ((2, 128), (4, 32), (32,), (1, 1, 128)):
-        with pytest.raises(RuntimeError, match=r"shape|size"):
-            forwards.linear_of_few_rows(layer, torch.zeros(shape))
-
-
-def test_under_autocast_a_product_is_that_of_torch() -> None:
-    layer, rows = torch.nn.Linear(256, 512), torch.randn(1, 1, 256, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(forwards.linear_of_few_rows(layer, rows), layer(rows))
-
-
 @torch.no_grad()
-def test_a_step_splits_large_weights_over_threads(model: Any) -> None:
+def test_a_step_splits_large_weights_over_threads(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gate and up of 2048 outputs in 64 parts, down of 64 outputs in 2; the small attention projections are torch's."""
+    monkeypatch.setenv("KVPRESS_LINEAR", "bmm")
     with kvpress.patch(model, "full"), Calls() as calls:
         cache = model(token_ids(1, 50))[CACHE]
         calls.seen.clear()
@@ -233,8 +192,10 @@ TILED = {"qwen3-moe": 0, "gpt-oss-sinks": 0, "opt": 0}
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_in_small_tiles_and_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"SPLIT_SIZE": 1, "PART_OUTPUTS": 4, "MLP_TOKENS": {"cpu": 7}}.items():
-        monkeypatch.setattr(forwards, name, value)
+    monkeypatch.setenv("KVPRESS_LINEAR", "bmm")
+    monkeypatch.setattr(linear, "SMALLEST", 1)
+    monkeypatch.setattr(linear, "PART_OUTPUTS", 4)
+    monkeypatch.setattr(forwards, "MLP_TOKENS", {"cpu": 7})
     model = build(family)
     ids = torch.randint(3, 97, (2, 41), generator=torch.Generator().manual_seed(2))
 
@@ -246,6 +207,6 @@ def test_every_family_in_small_tiles_and_parts(family: str, monkeypatch: pytest.
     with kvpress.patch(model, "full"):
         functions = [getattr(vars(module).get("forward"), "__func__", None) for module in model.modules()]
         assert functions.count(forwards.mlp_in_tiles) == TILED.get(family, 3)
-        assert functions.count(forwards.linear_of_few_rows) > 3
+        assert sum(map(linear.is_chosen, functions)) > 3
         found = logits()
     assert all(torch.allclose(one, other, atol=2e-5) for one, other in zip(found, dense, strict=True))

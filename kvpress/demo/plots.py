@@ -65,7 +65,10 @@ def draw_heat_map(path: Path, records: Sequence[Record], title: str) -> None:
 
 
 def draw_memory_accuracy(path: Path, summaries: Sequence[Summary], title: str) -> None:
-    """Accuracy with its 95 % interval over the measured share of full attention's cache, one labelled point per variant."""
+    """Accuracy with its 95 % interval over the measured share of full attention's cache, a point per variant.
+
+    Points that fall together are drawn side by side and have one label, which names them from left to right.
+    """
     figure = Figure(figsize=(8.6, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -81,51 +84,75 @@ def draw_memory_accuracy(path: Path, summaries: Sequence[Summary], title: str) -
 
     policies = list(dict.fromkeys(summary.policy for summary in summaries))
     labels = []
-    for summary in summaries:
-        beside = [other for other in summaries if abs(other.share_of_full - summary.share_of_full) < 0.012]
-        shift = (beside.index(summary) - (len(beside) - 1) / 2) * min(9.0, 36 / len(beside))
-        place = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
-        accuracy, style = summary.found / summary.prompts, policies.index(summary.policy)
-        point = (summary.share_of_full, accuracy)
-        colour = COLOURS[style % len(COLOURS)]
-        axes.errorbar(
-            *point,
-            [[accuracy - summary.low], [summary.high - accuracy]],
-            fmt=MARKERS[style % len(MARKERS)],
-            color=colour,
-            capsize=3,
-            elinewidth=1.2,
-            transform=place,
-        )
-        line = {"arrowstyle": "-", "color": colour, "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
+    for together in _groups(summaries):
+        intervals = []
+        for summary in together:
+            beside = [other for other in summaries if _is_beside(other, summary)]
+            shift = (beside.index(summary) - (len(beside) - 1) / 2) * min(9.0, 36 / len(beside))
+            place = axes.transData + ScaledTranslation(shift / 72, 0, figure.dpi_scale_trans)
+            accuracy, style = _accuracy(summary), policies.index(summary.policy)
+            axes.errorbar(
+                summary.share_of_full,
+                accuracy,
+                [[accuracy - summary.low], [summary.high - accuracy]],
+                fmt=MARKERS[style % len(MARKERS)],
+                color=COLOURS[style % len(COLOURS)],
+                capsize=3,
+                elinewidth=1.2,
+                transform=place,
+            )
+            ends = [(summary.share_of_full, summary.low), (summary.share_of_full, summary.high)]
+            intervals.append((place, Bbox(ends)))
+        place = intervals[0][0]
         text = axes.annotate(
-            summary.variant,
-            point,
+            "\n".join(summary.variant for summary in together),
+            (together[0].share_of_full, _accuracy(together[0])),
             (0, 0),
             place,
             "offset points",
-            line,
+            {"arrowstyle": "-", "color": "0.4", "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3},
             fontsize=9,
             va="center",
             annotation_clip=False,
         )
         text.set_in_layout(False)  # or moving it would move the axes
-        ends = [(summary.share_of_full, summary.low), (summary.share_of_full, summary.high)]
-        labels.append((text, place, TransformedBbox(Bbox(ends), place)))
+        labels.append((text, place, [TransformedBbox(ends, at) for at, ends in intervals]))
     figure.draw_without_rendering()  # from here on it is known where things are
     _spread_labels(axes, labels)
     figure.savefig(path, dpi=150)
 
 
-def _spread_labels(axes: Axes, labels: Sequence[tuple[Annotation, Transform, BboxBase]]) -> None:
+def _accuracy(summary: Summary) -> float:
+    return summary.found / summary.prompts
+
+
+def _is_beside(one: Summary, other: Summary) -> bool:
+    """Whether two points would hide each other's intervals."""
+    return abs(one.share_of_full - other.share_of_full) < 0.012
+
+
+def _groups(summaries: Sequence[Summary]) -> list[list[Summary]]:
+    """Those whose points fall together, in the order of the first of each."""
+    groups: list[list[Summary]] = []
+    for summary in summaries:
+        for group in groups:
+            if _is_beside(group[0], summary) and _accuracy(group[0]) == _accuracy(summary):
+                group.append(summary)
+                break
+        else:
+            groups.append([summary])
+    return groups
+
+
+def _spread_labels(axes: Axes, labels: Sequence[tuple[Annotation, Transform, Sequence[BboxBase]]]) -> None:
     """Move every label to a free place near its point, rather with no interval between the two.
 
     Args:
-        labels: each with the transform that its point is drawn with, and the box of its interval.
+        labels: each with the transform that its first point is drawn with, and the boxes of its points' intervals.
     """
     offsets = [(dx, dy) for dx in range(-240, 241, 8) for dy in range(-240, 241, 8) if abs(dx) > 8]
     offsets.sort(key=lambda offset: math.hypot(*offset))
-    intervals = [interval.padded(6) for _, _, interval in labels]
+    intervals = [Bbox.union(boxes).padded(6) for _, _, boxes in labels]
     taken = list(intervals)
     for (text, place, _), own in zip(labels, intervals, strict=True):
         point = Bbox([place.transform(text.xy)] * 2)

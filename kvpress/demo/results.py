@@ -24,6 +24,9 @@ class Record:
         prompt_seconds, plain_prompt_seconds: the prompt pass, patched and unpatched; nan where it was not timed.
         step_ms, plain_step_ms: milliseconds per decode step in each timed block, the two taken in turns; empty where
             nothing was timed.
+        compiled_ms, plain_compiled_ms: the same with compiled steps; empty where nothing was compiled.
+        compile_seconds: the steps in which the graph was made; nan where none was.
+        not_compiled: why not, where it was to be.
     """
 
     variant: str
@@ -42,6 +45,10 @@ class Record:
     plain_prompt_seconds: float
     step_ms: tuple[float, ...]
     plain_step_ms: tuple[float, ...]
+    compiled_ms: tuple[float, ...] = ()
+    plain_compiled_ms: tuple[float, ...] = ()
+    compile_seconds: float = math.nan
+    not_compiled: str = ""
 
 
 @dataclass(frozen=True)
@@ -55,6 +62,7 @@ class Summary:
         prompt_seconds, prompt_ratio: median prompt pass of the timed prompts, and median ratio to unpatched.
         step_ms, step_ratio: median decode step there, and median over the blocks of the ratio to the unpatched block
             beside it; nan when nothing was timed.
+        compiled_ms, compiled_ratio: the same with compiled steps; nan where nothing was compiled.
     """
 
     variant: str
@@ -71,6 +79,8 @@ class Summary:
     prompt_ratio: float
     step_ms: float
     step_ratio: float
+    compiled_ms: float = math.nan
+    compiled_ratio: float = math.nan
 
 
 def summarise(records: Iterable[Record]) -> list[Summary]:
@@ -86,6 +96,7 @@ def _summary(records: list[Record]) -> Summary:
     timed = [record for record in records if record.step_ms]
     prompts = [(r.prompt_seconds, r.plain_prompt_seconds) for r in timed if not math.isnan(r.prompt_seconds)]
     steps = [(ms, plain) for r in timed for ms, plain in zip(r.step_ms, r.plain_step_ms, strict=True)]
+    compiled = [(ms, plain) for r in timed for ms, plain in zip(r.compiled_ms, r.plain_compiled_ms, strict=True)]
     return Summary(
         records[0].variant,
         records[0].policy,
@@ -100,6 +111,8 @@ def _summary(records: list[Record]) -> Summary:
         prompt_ratio=median(own / plain for own, plain in prompts) if prompts else math.nan,
         step_ms=median(ms for ms, _ in steps) if steps else math.nan,
         step_ratio=median(ms / plain for ms, plain in steps) if steps else math.nan,
+        compiled_ms=median(ms for ms, _ in compiled) if compiled else math.nan,
+        compiled_ratio=median(ms / plain for ms, plain in compiled) if compiled else math.nan,
     )
 
 

@@ -17,7 +17,7 @@ import kvpress
 from kvpress.demo.needle import Haystack, Needle, PromptError
 from kvpress.demo.plots import draw_heat_map, draw_memory_accuracy
 from kvpress.demo.results import Record, summarise, write_results
-from kvpress.demo.runner import Comparison, Variant, make_variants
+from kvpress.demo.runner import PLAIN, Comparison, Variant, make_variants
 from kvpress.demo.table import results_table
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Plan:
 
     Attributes:
         policies: names; empty for all that there are.
+        compiled: those of them whose compiled steps are timed beside the others, at their first budget.
         budgets: shares (float) or entries (int), each tried with each policy that takes one.
         lengths: tokens per prompt.
         depths: how many, spread evenly from the text's start to its end.
@@ -42,14 +43,15 @@ class Plan:
         minutes: no new prompt is begun that would end later; 0 for no limit. The first is always answered.
 
     Raises:
-        PolicyError: an unknown policy, or a budget that does not work.
+        PolicyError: an unknown policy, a budget that does not work, or a policy to compile that is not compared.
         PromptError: fewer than one depth or sample.
     """
 
     policies: tuple[str, ...] = ()
+    compiled: tuple[str, ...] = ()
     budgets: tuple[int | float, ...] = (0.25, 0.5)
-    lengths: tuple[int, ...] = (1000, 2000)
-    depths: int = 4
+    lengths: tuple[int, ...] = (2000, 4000)
+    depths: int = 3
     samples: int = 1
     seed: int = 0
     minutes: float = 3.5
@@ -57,9 +59,12 @@ class Plan:
     def __post_init__(self) -> None:
         if min(self.depths, self.samples) < 1:
             raise PromptError(f"depths={self.depths}, samples={self.samples} make no prompt; give at least 1 of each")
-        make_variants(
-            self.policies, self.budgets, max(self.lengths)
-        )  # what cannot work is said before a model is loaded
+        self.variants()  # what cannot work is said before a model is loaded
+
+    def variants(self) -> list[Variant]:
+        """What is compared."""
+        names = self.policies or tuple(kvpress.available())
+        return make_variants(names, self.budgets, max(self.lengths), self.compiled)
 
 
 def run_demo(
@@ -84,8 +89,7 @@ def run_demo(
     started = time.perf_counter()
     haystack = Haystack(tokenizer)
     needles = make_needles(haystack, plan)
-    wanted = make_variants(plan.policies or tuple(kvpress.available()), plan.budgets, max(plan.lengths))
-    variants = patchable(model, wanted, plan, console)
+    variants = patchable(model, plan.variants(), console)
     setting = describe(model, name)
     console.print(
         "{model}: {dtype} on {device}, {threads} threads, torch {torch}, transformers {transformers}".format(**setting)
@@ -99,6 +103,11 @@ def run_demo(
 
     summaries = summarise(records)
     console.print(results_table(summaries, needles[0].length))
+    for record in records:
+        if record.not_compiled:
+            console.print(f"{record.variant} was not compiled: {record.not_compiled}")
+        elif record.compiled_ms:
+            console.print(f"compiling {record.variant} took {record.compile_seconds:.0f} s", highlight=False)
     setting |= {"plan": asdict(plan), "query_aware": True, "seconds": time.perf_counter() - started}
     write_results(out, setting | {"peak_memory_bytes": peak_memory()}, records, summaries)
     title = f"{name}, {setting['dtype']}, needle in a haystack, {done} prompts"
@@ -121,19 +130,26 @@ def make_needles(haystack: Haystack, plan: Plan) -> list[Needle]:
     ]
 
 
-def patchable(model: "PreTrainedModel", variants: Sequence[Variant], plan: Plan, console: Console) -> list[Variant]:
-    """The variants that this model can have; only where all policies are compared may one be left out, which is said."""
-    kept = []
+def patchable(model: "PreTrainedModel", variants: Sequence[Variant], console: Console) -> list[Variant]:
+    """The variants that this model can have; the others are left out, which is said.
+
+    Raises:
+        PolicyError, UnsupportedModelError: it cannot have full attention under kvpress, or no other policy.
+    """
+    kept, refused = [], None
     for variant in variants:
         try:
             if variant.instance is not None:
                 kvpress.patch(model, variant.instance).unpatch()
         except (kvpress.PolicyError, kvpress.UnsupportedModelError) as error:
-            if plan.policies or variant.policy == "full":
+            if variant.policy == "full":
                 raise
             console.print(f"left out {variant.label}: {error}")
+            refused = error
         else:
             kept.append(variant)
+    if refused is not None and {variant.policy for variant in kept} <= {PLAIN, "full"}:
+        raise refused
     return kept
 
 

@@ -14,6 +14,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.demo.needle import Needle, is_found
 from kvpress.demo.results import Record
+from kvpress.errors import nearest
 from kvpress.registry import make_policies
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 PLAIN = "transformers"
 BLOCKS, BLOCK_STEPS = 2, 4
 ANSWER_STEPS = 1 + BLOCKS * BLOCK_STEPS  # the first is not timed: it may still tidy up after the prompt
+COMPILE_STEPS = 3  # a kind of step runs as it is when it first comes, and is compiled when it comes again
 
 
 @dataclass(frozen=True)
@@ -32,30 +34,43 @@ class Variant:
         policy: a policy's name; `PLAIN` for the unpatched model.
         budget: as it is shown; empty where the policy takes none.
         instance: the policy itself; None for the unpatched model.
+        compiled: whether its compiled steps are timed, too.
     """
 
     policy: str
     budget: str = ""
     instance: "kvpress.Policy | None" = None
+    compiled: bool = False
 
     @property
     def label(self) -> str:
         return f"{self.policy} {self.budget}".strip()
 
 
-def make_variants(names: Sequence[str], budgets: Sequence[int | float], length: int) -> list[Variant]:
+def make_variants(
+    names: Sequence[str], budgets: Sequence[int | float], length: int, compiled: Sequence[str] = ()
+) -> list[Variant]:
     """The unpatched model, full attention under kvpress, and each named policy at each budget.
 
-    A policy that takes entries only gets as many as the share of a prompt of `length` tokens.
+    A policy that takes entries only gets as many as the share of a prompt of `length` tokens. Those named in `compiled` have
+    their compiled steps timed at their first budget.
 
     Raises:
-        PolicyError: a name or a budget that does not work.
+        PolicyError: a name or a budget that does not work, or a name in `compiled` that is not compared.
     """
     variants = [Variant(PLAIN)]
-    for name in dict.fromkeys(["full", *names]):
-        for budget in dict.fromkeys(budgets) if type(kvpress.make_policy(name)).takes_budget else (None,):
+    compared = list(dict.fromkeys(["full", *names]))
+    for name in compiled:
+        if name not in compared:
+            raise kvpress.PolicyError(
+                f"cannot time compiled steps of {name!r}, which is not compared{nearest(name, compared)}"
+            )
+    for name in compared:
+        choices = list(dict.fromkeys(budgets)) if type(kvpress.make_policy(name)).takes_budget else [None]
+        for budget in choices:
             (policy,) = make_policies(name, budget, tokens=length)
-            variants.append(Variant(name, "" if budget is None else str(budget), policy))
+            first = budget == choices[0]
+            variants.append(Variant(name, "" if budget is None else str(budget), policy, first and name in compiled))
     return variants
 
 
@@ -125,13 +140,10 @@ class Comparison:
                 with kvpress.patch(self.model, variant.instance) as handle:
                     own = timed and variant.policy not in run_prompts
                     run_prompts.add(variant.policy)
-                    if shared is not None and handle.shares_prompts and not own:
-                        first = shared.logits.argmax(-1, keepdim=True)
-                        answer = Answer(self.model, handle.adopt_prompt(shared), first)
-                    else:
-                        answer = Answer.begin(self.model, needle.input_ids)
+                    answer = self._answer(handle, needle, None if own else shared)
                     step_ms, beside_ms = _blocks(answer, prompt.copy()) if timed else (*_blocks(answer), ())
                     held = handle.report().to_dict()
+            compiled = self._compiled(variant, needle, shared, prompt) if timed and variant.compiled else {}
             text = answer.text(self.tokenizer)
             yield Record(
                 variant=variant.label,
@@ -150,7 +162,28 @@ class Comparison:
                 plain_prompt_seconds=prompt.prompt_seconds,
                 step_ms=step_ms if timed else (),
                 plain_step_ms=beside_ms if timed else (),
+                **compiled,
             )
+
+    def _answer(self, handle: "kvpress.Handle", needle: Needle, shared: "kvpress.SharedPrompt | None") -> Answer:
+        """The prompt as the handle's policy leaves it: from the pass that was recorded, where that is the same, or run."""
+        if shared is None or not handle.shares_prompts:
+            return Answer.begin(self.model, needle.input_ids)
+        return Answer(self.model, handle.adopt_prompt(shared), shared.logits.argmax(-1, keepdim=True))
+
+    def _compiled(
+        self, variant: Variant, needle: Needle, shared: "kvpress.SharedPrompt | None", prompt: Answer
+    ) -> dict[str, Any]:
+        """The fields of a record that are about compiled steps; the reason where there are none."""
+        assert variant.instance is not None
+        try:
+            with kvpress.patch(self.model, variant.instance, compile=True) as handle:
+                answer = self._answer(handle, needle, shared)
+                seconds = answer.extend(COMPILE_STEPS) * COMPILE_STEPS / 1e3
+                own, plain = _blocks(answer, prompt.copy())
+        except (kvpress.PolicyError, kvpress.UnsupportedModelError) as error:
+            return {"not_compiled": str(error)}
+        return {"compile_seconds": seconds, "compiled_ms": own, "plain_compiled_ms": plain}
 
 
 def _blocks(*answers: Answer) -> tuple[tuple[float, ...], ...]:

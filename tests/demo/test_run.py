@@ -125,6 +125,7 @@ def test_variants():
         ({"budgets": (1.5,)}, kvpress.PolicyError, "1.5"),
         ({"depths": 0}, PromptError, "depths=0"),
         ({"samples": 0}, PromptError, "samples=0"),
+        ({"compiled": ("snapvk",)}, kvpress.PolicyError, "'snapvk', which is not compared"),
     ],
 )
 def test_what_cannot_work_is_said_before_a_model_is_loaded(plan, error, said):
@@ -132,9 +133,7 @@ def test_what_cannot_work_is_said_before_a_model_is_loaded(plan, error, said):
         Plan(**{"policies": ("h2o",), **plan})
 
 
-def test_a_policy_that_the_model_cannot_have_is_left_out_only_when_not_asked_for(
-    model, tokenizer, tmp_path, monkeypatch
-):
+def test_a_policy_that_the_model_cannot_have_is_left_out(model, tokenizer, tmp_path, monkeypatch):
     patch = kvpress.patch
 
     def picky(model, policy):
@@ -143,11 +142,43 @@ def test_a_policy_that_the_model_cannot_have_is_left_out_only_when_not_asked_for
         return patch(model, policy)
 
     monkeypatch.setattr(kvpress, "patch", picky, raising=False)
-    records, shown = demo(model, tokenizer, tmp_path, depths=1, lengths=(360,))
+    records, shown = demo(model, tokenizer, tmp_path, policies=("h2o", "snapkv"), depths=1, lengths=(360,))
     assert "left out h2o 0.25: no h2o here" in shown
-    assert "h2o" not in {record.policy for record in records}
-    with pytest.raises(kvpress.UnsupportedModelError):
+    assert {record.policy for record in records} == {"transformers", "full", "snapkv"}
+    with pytest.raises(kvpress.UnsupportedModelError, match="no h2o here"):
         demo(model, tokenizer, tmp_path, policies=("h2o",))
+
+
+def test_compiled_steps_are_timed_at_the_first_budget(model, tokenizer, tmp_path, monkeypatch):
+    """With torch's own backend for tests instead of the one that builds C++ for a minute."""
+    made = []
+
+    def patched(model, policy, compile=False):
+        handle = patch(model, policy)
+        if compile:
+            made.append(policy)
+            handle.compile("eager")
+        return handle
+
+    patch = kvpress.patch
+    monkeypatch.setattr(kvpress, "patch", patched, raising=False)
+    plan = {"policies": ("snapkv", "h2o"), "compiled": ("snapkv",), "depths": 1}
+    records, shown = demo(model, tokenizer, tmp_path, **plan)
+    (snapkv,) = made
+    assert snapkv.budget == 0.25
+    timed = [record for record in records if record.compiled_ms]
+    assert [(record.variant, record.length) for record in timed] == [("snapkv 0.25", 420)]
+    assert len(timed[0].compiled_ms) == len(timed[0].plain_compiled_ms) == 2 and timed[0].compile_seconds > 0
+    assert "compiling snapkv 0.25 took" in shown
+    (row,) = [row for row in summarise(records) if row.variant == "snapkv 0.25"]
+    assert row.compiled_ms > 0 and f"{row.compiled_ratio:.2f}" in shown
+
+
+def test_what_cannot_be_compiled_is_said(model, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    records, shown = demo(model, tokenizer, tmp_path, policies=("h2o",), compiled=("h2o",), depths=1, lengths=(360,))
+    assert "h2o 0.25 was not compiled: compile=True builds C++ code" in shown.replace("\n", " ")
+    assert not any(record.compiled_ms for record in records)
 
 
 @pytest.mark.parametrize("count", [1, 9, 30])
