@@ -58,7 +58,7 @@ class Packing:
                 continue
             changed.append((entry, entry.key, entry.value))
             if id(entry) not in self.packed:
-                place = 0 if packing.turned_when_read else entry.position
+                place = entry.position % packing.piece if packing.piece else entry.position
                 stored = self.rounded(rotate(entry.key, place, theta))
                 self.packed[id(entry)] = entry, rotate(stored, -place, theta), self.rounded(entry.value)
             _, entry.key, entry.value = self.packed[id(entry)]
@@ -71,14 +71,15 @@ class Packing:
 class Packed:
     """The packing's numbers; what is kept and read say the rules `over`.
 
-    `turned_when_read`: those rules rotate keys anew in each step, so that they are stored without a rotation.
+    `piece`: keys are stored rotated at their places in pieces of so many tokens, by rules that rotate them or the queries to other
+    positions than their own; 1 where they are stored without a rotation, None where at their own positions.
     """
 
     bits: int = 8
     group: int = 64
     residual: int = 32
     over: Any = field(default_factory=Full)
-    turned_when_read: bool = False
+    piece: int | None = None
 
     def runner(self, model, rules):
         assert rules is self

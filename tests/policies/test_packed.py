@@ -16,6 +16,7 @@ from kvpress.policies import (
     EMS,
     H2O,
     AdaKV,
+    DualChunkAttention,
     KeyDiff,
     Packed,
     Quest,
@@ -48,8 +49,8 @@ class Pair:
         return f"{self.beside.describe()}+{self.packed.describe()}".replace(" ", "")
 
 
-def pair(beside: Any, fields: dict[str, Any], turned: bool = False, **packing: Any) -> Pair:
-    rules = oracle_of(Packed)(**packing, over=oracle_of(beside)(**fields), turned_when_read=turned)
+def pair(beside: Any, fields: dict[str, Any], piece: int | None = None, **packing: Any) -> Pair:
+    rules = oracle_of(Packed)(**packing, over=oracle_of(beside)(**fields), piece=piece)
     return Pair(beside(**fields), Packed(**packing), rules)
 
 
@@ -64,9 +65,10 @@ PAIRS = [
     pair(KeyDiff, {"budget": 7}, **EIGHT),
     pair(A2SF, {"budget": 7, "alpha": 0.5, "evict": "each_row"}, **EIGHT),
     pair(StreamingLLM, {"sink": 2, "recent": 6}, **EIGHT),
-    pair(H2O, {"budget": 0.4, "rope": "reindex"}, turned=True, **EIGHT),
-    pair(TokenSelect, {"n_init": 2, "n_local": 5, "k": 4, "chunk": 4, "theta": 0.3}, turned=True, **EIGHT),
+    pair(H2O, {"budget": 0.4, "rope": "reindex"}, piece=1, **EIGHT),
+    pair(TokenSelect, {"n_init": 2, "n_local": 5, "k": 4, "chunk": 4, "theta": 0.3}, piece=1, **EIGHT),
     pair(XAttention, {"stride": 2, "threshold": 0.5, "block_size": 4}, **EIGHT),
+    pair(DualChunkAttention, {"chunk_size": 8, "local_size": 3}, piece=5, **EIGHT),
 ]
 
 
