@@ -73,7 +73,8 @@ def test_the_same_text_as_without_kvpress(folder):
 
 
 def test_demo_writes_its_files(folder, tmp_path):
-    small = ("--policies", "h2o,snapkv", "--budgets", "0.25,64", "--lengths", "360,400", "--depths", "2", "--compiled", "")
+    options = "--policies h2o,snapkv --budgets 0.25,64 --lengths 360,400 --depths 2 --compiled="
+    small = options.split()
     result = run(
         "demo", "--model", folder, *small, "--device", "cpu", "--seed", "1", "--out", str(tmp_path / "new" / "out")
     )
