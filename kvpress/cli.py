@@ -98,10 +98,8 @@ def demo(
         shares = tuple(parse(part, number, "--budgets") for part in budgets.split(","))
         tokens = tuple(parse(part, int, "--lengths") for part in lengths.split(","))
         names = () if policies.strip() == "all" else split_names(policies)
-        if compiled is None:
-            to_compile = ("snapkv",) if not names or "snapkv" in names else ()
-        else:
-            to_compile = split_names(compiled)
+        default = "snapkv" if not names or "snapkv" in names else ""
+        to_compile = split_names(default if compiled is None else compiled)
         if importlib.util.find_spec("matplotlib") is None:
             raise UsageError("the demo draws with matplotlib, which is not installed. " + DEMO_INSTALL)
         from kvpress.demo.run import Plan, run_demo
