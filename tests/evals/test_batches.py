@@ -40,6 +40,7 @@ POLICIES = [
 ]
 CHUNKED = {"name": "token_select", "n_init": 4, "n_local": 32, "chunk": 32, "k": 16}
 CHUNKS = {"name": "dual_chunk", "chunk_size": 60, "local_size": 12}
+PACKED = {"name": "packed", "residual": 16}
 SPARSE = {"name": "x_attention", "stride": 4, "block_size": 16, "threshold": 0.6}
 SAME = (
     "index",
@@ -82,11 +83,11 @@ def rows(loaded):
 
 def sweep():
     listed = [one if isinstance(one, str) else one["name"] for one in POLICIES]
-    listed += ["token_select", "x_attention", "dual_chunk"]
+    listed += ["token_select", "x_attention", "dual_chunk", "packed"]
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [
         {"policy": [one for one in POLICIES if one not in fixed], "budget": [0.3]},
-        {"policy": [*fixed, CHUNKED, SPARSE, CHUNKS]},
+        {"policy": [*fixed, CHUNKED, SPARSE, CHUNKS, PACKED]},
     ]
 
 
@@ -106,7 +107,7 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
     parts = {"defaults": {"task": task | depths, "query_aware": query_aware}, "sweep": grids}
     single = rows(plan("tiny", tmp_path / "1", **parts))
     batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
-    assert len(single) == (len(POLICIES) + 3 if query_aware else 6)
+    assert len(single) == (len(POLICIES) + 4 if query_aware else 6)
     for policy, own in single.items():
         for index, row in own.items():
             other = batched[policy][index]
