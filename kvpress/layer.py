@@ -235,7 +235,7 @@ class KVLayer(CacheLayerMixin):
             self.storage = self.storage.as_slots(Slots(self.observer.slots), new)
         if not self.is_initialized:
             self.dtype, self.device = key.dtype, key.device
-        self._reserve(self.storage.length + new, (key, value))
+        self._reserve(max(1, self.storage.length + new), (key, value))  # a pass may be all padding
         self.is_initialized = True
         self.storage.put(key, value, tokens)
         if self.index == 0:

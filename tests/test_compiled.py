@@ -67,7 +67,7 @@ def kind_of_layer(policy, index):
     """What a policy does in a layer, as far as it differs from layer to layer; and the first, whose index is a constant."""
     if isinstance(policy, TidalDecode | Quest) or policy.name in ("keyformer", "pyramid_kv", "knorm"):
         return index
-    return 0
+    return index == 0 and "selection" in policy.roles
 
 
 @pytest.mark.every_case

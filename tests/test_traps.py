@@ -442,11 +442,10 @@ def test_memory_is_freed(model: Any, case: Case) -> None:
         head_dim, heads = layer.keys.shape[-1], layer.keys.shape[1]
         spare = case.policy.evict_every or 64  # type: ignore[attr-defined]
         slots = held + spare
-        holder = getattr(layer, "pages", None) or layer
-        tensors = [holder.keys, holder.values, holder.positions, *holder.stats.values()]
-        tensors += [] if layer.free is None else [layer.free]
-        tensors += [] if holder is layer else [holder.owner, holder.coming, holder.rest, holder.left]
-        assert holder.keys.untyped_storage().nbytes() <= slots * heads * head_dim * 4
+        holders = [*layer.storage.holders(), {"free": layer.free}]
+        tensors = [tensor for holder in holders for tensor in holder.values() if isinstance(tensor, torch.Tensor)]
+        keys = vars(layer.storage).get("paged_keys", layer.keys)
+        assert keys.untyped_storage().nbytes() <= slots * heads * head_dim * 4
         storages = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
         assert storages <= figures["bytes"] + 64 <= storages + 128
         assert figures["kept"] == held

@@ -179,7 +179,7 @@ def test_rows_are_in_the_file_while_a_part_runs(tmp_path, monkeypatch):
 def test_tests_write_failures_and_counts_as_they_come(tmp_path):
     """Twelve pass, one fails, and one is not started any more because the time is over."""
     (tmp_path / "tests" / "kernels" / "gpu").mkdir(parents=True)
-    (tmp_path / "tests" / "kernels" / "gpu" / "conftest.py").write_text("")
+    (tmp_path / "tests" / "kernels" / "conftest.py").write_text("")
     (tmp_path / "tests" / "kernels" / "gpu" / "test_it.py").write_text(
         "import pytest, time\n"
         "@pytest.mark.parametrize('i', range(12))\ndef test_good(i): pass\n"
@@ -202,7 +202,7 @@ def test_tests_write_failures_and_counts_as_they_come(tmp_path):
 
 def test_fewer_cases_have_every_value(tmp_path):
     """Each value of each parameter once, and of heads and groups those that models have."""
-    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "kernels" / "gpu" / "conftest.py").read_text())
+    (tmp_path / "conftest.py").write_text((ROOT / "tests" / "kernels" / "conftest.py").read_text())
     (tmp_path / "test_it.py").write_text(
         "import pytest\n"
         "@pytest.mark.parametrize('head_dim', [16, 64, 128])\n@pytest.mark.parametrize('group', [1, 3, 4])\n"

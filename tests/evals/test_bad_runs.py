@@ -57,7 +57,7 @@ def test_a_context_longer_than_the_model(ablate):
     task = {"name": "needle", "lengths": [1010], "depths": [0.5]}
     line = refused(*ablate({"task": task}))
     assert "sample 0 has 1026 tokens with its answer" in line
-    assert "was made for 1024; give a smaller length, or allow_extrapolation: true" in line
+    assert "was made for 1024; shorten it, give a smaller length, or allow_extrapolation: true" in line
     result, _ = ablate({"task": task}, "--set", "allow_extrapolation=true")
     assert result.exit_code == 0
 

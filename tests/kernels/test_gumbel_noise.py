@@ -112,7 +112,7 @@ def test_no_random_state():
     one = noise(seed=11)
     assert torch.equal(torch.random.get_rng_state(), state)
     gumbel_table.cache_clear()
-    module.gumbel_table_on.cache_clear()
+    module._table_on.cache_clear()
     with torch.random.fork_rng():
         torch.manual_seed(123)
         assert torch.equal(noise(seed=11), one)
@@ -137,7 +137,7 @@ def test_in_order_wraps_around(monkeypatch):
     """More entries than the table has numbers."""
     monkeypatch.setattr(module, "TABLE", 16)
     gumbel_table.cache_clear()
-    module.gumbel_table_on.cache_clear()
+    module._table_on.cache_clear()
     try:
         rows = positions(0, 1, 2)
         for count in (15, 16, 17, 50):
@@ -146,4 +146,4 @@ def test_in_order_wraps_around(monkeypatch):
         assert torch.equal(drawn[..., :34], drawn[..., 16:])
     finally:
         gumbel_table.cache_clear()
-        module.gumbel_table_on.cache_clear()
+        module._table_on.cache_clear()
