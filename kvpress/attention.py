@@ -11,7 +11,8 @@ from kvpress.contexts import no_autocast
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
 from kvpress.observe import Scores
-from kvpress.passes import Pass, active_pass
+from kvpress.passes import Looked, Pass, active_pass
+from kvpress.policy import Look
 from kvpress.prompt import exact_pass, prompt_pass
 from kvpress.step import StepInputs, decode_step
 
@@ -157,6 +158,8 @@ def attention(
         function = default if name == "eager" else AttentionInterface().get(name, default)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     current.attend(index, type(module).__name__)
+    if index == current.last_layer:
+        raise Looked(Look(query, key))
     if current.seen is not None:  # a probe: what one token alone attends to is its own value
         current.seen[index] = query, key
         return value.repeat_interleave(query.shape[1] // value.shape[1], 1).transpose(1, 2).contiguous(), None

@@ -8,11 +8,21 @@ from torch import Tensor
 from kvpress.attention import NAME, causal_padding
 from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argument, forward_parameters, rename_cache
 from kvpress.contexts import lasting_tensors, no_autocast
-from kvpress.errors import PolicyError
+from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.layer import KVLayer
-from kvpress.passes import Pass, active_pass, current_record, expected_tokens, in_generate, set_pass
+from kvpress.passes import (
+    Looked,
+    Pass,
+    active_pass,
+    current_record,
+    expected_chunk,
+    expected_tokens,
+    in_generate,
+    set_pass,
+    wanted_rows,
+)
 from kvpress.places import check_consecutive
-from kvpress.policy import Feed, Policy, Roles
+from kvpress.policy import Call, Feed, Feeds, Look, Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.step import StepInputs, show_last_row
 from kvpress.support import check_cache
@@ -157,7 +167,7 @@ class PatchedForward(Wrapper):
         if cache is None and not wants_cache:
             self._check_no_checkpointing()
             _check_not_packed(kwargs.get("position_ids"), mask)
-            tokens = self._tokens(batch, count, mask, inputs.device, None)
+            tokens = self._tokens(batch, count, mask, inputs.device, None, prompt=True)
             return self._run_pass(Pass(self._modules, tokens, [], prompt=True), kwargs)
         self._check_no_training()
         if cache is None:
@@ -165,18 +175,32 @@ class PatchedForward(Wrapper):
         layers = self.layers(cache, mask, batch, count)
         acted = [layers[index] for index in self.indices]
         texts = acted[0].texts
-        tokens = self._tokens(batch, count, mask, inputs.device, texts)
+        prompt = count > 1 or texts.columns == 0
+        tokens = self._tokens(batch, count, mask, inputs.device, texts, prompt)
+        _count_on(kwargs, tokens, texts)
         self._check_positions(kwargs.get("position_ids"), tokens, acted[0])
-        output, call = None, Feed(inputs, kwargs.get("position_ids"))
-        for feed in self.roles.route.feeds(call, texts):
+        call = Call(
+            inputs,
+            kwargs.get("position_ids"),
+            places=tokens.positions,
+            layers=len(acted),
+            rows=wanted_rows(),
+            is_chunk=expected_chunk() == count,
+        )
+        feeds, look, output = self.roles.route.feeds(call, texts), None, None
+        while (feed := _following(feeds, look)) is not None:
+            look = None
+            if feed.last_layer is not None:
+                look = self._look(feed, call, mask, kwargs)
+                continue
             if feed is not call:
                 if feed.back:
                     for layer in acted:
                         layer.take_back(feed.back)
-                fed = None if mask is None else mask[:, : texts.columns + feed.count]
-                kwargs = _arguments(feed, kwargs, fed)
-                tokens = self._tokens(batch, feed.count, fed, inputs.device, texts)
-            prompt = tokens.count > 1 or texts.columns == 0
+                fed = _mask_of(feed, mask, texts)
+                kwargs = _arguments(feed, call, kwargs, fed, self.roles.route.describe())
+                prompt = feed.count > 1 or texts.columns == 0 or feed.columns is not None
+                tokens = self._tokens(batch, feed.count, fed, inputs.device, texts, prompt)
             cache.layers[:] = layers  # only now that nothing can be refused any more
             cache.layer_class_to_replicate = None
             self.handle.watch(cache)
@@ -190,12 +214,32 @@ class PatchedForward(Wrapper):
                 record=current_record(),
             )
             output = self._run_pass(current, kwargs)
+            if feed.columns is not None:
+                _leave_out(feed, feed.columns, call, texts)
             if prompt and count == 1 and feed is not call:  # a decode step all the same, which read everything
                 for layer in acted:
                     layer.facts.readable += texts.columns
                     layer.facts.read += layer.facts.length
             output = _from_row(feed.first, output)
         return output
+
+    def _look(self, feed: Feed, call: Call, mask: Tensor | None, kwargs: dict[str, Any]) -> Look:
+        """Run the call's tokens alone, without the cache, up to the attention of one layer."""
+        own = None if mask is None else mask[:, -feed.count :]
+        batch, device = len(feed.tokens), feed.tokens.device
+        tokens = self._tokens(batch, feed.count, own, device, None, prompt=True)
+        given = _arguments(feed, call, kwargs, own, self.roles.route.describe())
+        given |= {self.cache_argument: None, "use_cache": False}
+        set_pass(Pass(self._modules, tokens, [], prompt=True, last_layer=feed.last_layer))
+        try:
+            with torch.no_grad():
+                self.inner(**given)
+        except Looked as looked:
+            return looked.look
+        raise UnsupportedModelError(
+            f"layer {feed.last_layer} of {type(self.decoder).__name__} did not call the attention function, so there is nothing to "
+            f"choose by; kvpress cannot run {self.roles.route.describe()} on this model"
+        )
 
     def _run_pass(self, current: Pass, kwargs: dict[str, Any]) -> Any:
         set_pass(current)
@@ -232,7 +276,9 @@ class PatchedForward(Wrapper):
             places, tokens, offset, self._moving.describe(), self._moving.place_remedy
         )
 
-    def _tokens(self, batch: int, count: int, mask: Tensor | None, device: Any, texts: Texts | None) -> Tokens:
+    def _tokens(
+        self, batch: int, count: int, mask: Tensor | None, device: Any, texts: Texts | None, prompt: bool
+    ) -> Tokens:
         before, before_tensor, seen = None, None, 0
         if texts is not None and texts.seen_tensor is not None:
             before, before_tensor, seen = texts.seen, texts.seen_tensor, texts.columns
@@ -241,7 +287,6 @@ class PatchedForward(Wrapper):
                     f"the cache holds {before_tensor.shape[0]} sequences and the input has {batch}; give as many"
                 )
             before_tensor = before_tensor.to(device)
-        prompt = count > 1 or seen == 0
         if mask is None:
             if prompt and before is None and before_tensor is not None:
                 before = before_tensor.tolist()
@@ -252,14 +297,14 @@ class PatchedForward(Wrapper):
                 f"must have {seen + count}"
             )
         mask = mask.to(device=device, dtype=torch.bool)
-        if prompt and before_tensor is not None:
-            known, told = before_tensor.tolist(), mask[:, :seen].sum(1).tolist()
+        if prompt and texts is not None and before_tensor is not None:
+            known, told = texts.real.tolist(), mask[:, :seen].sum(1).tolist()
             if known != told:
                 raise PolicyError(
                     f"attention_mask calls {told} of the tokens seen before real, and the cache took {known} for real; pass the "
                     "mask of the earlier passes, extended"
                 )
-            before = known
+            before = before_tensor.tolist()
         return masked_tokens(mask[:, -count:], before, before_tensor, prompt)
 
     # ------------------------------------------------------------------ the cache
@@ -376,11 +421,56 @@ def _share_texts(layers: list[KVLayer]) -> None:
         layer.texts = texts
 
 
-def _arguments(feed: Feed, kwargs: dict[str, Any], mask: Tensor | None) -> dict[str, Any]:
-    """A call's arguments with a feed's tokens, and their mask, in the place of its own."""
+def _following(feeds: Feeds, look: Look | None) -> Feed | None:
+    """The next run of a route, which is sent what the last one was for."""
+    try:
+        return feeds.send(look)
+    except StopIteration:
+        return None
+
+
+def _count_on(kwargs: dict[str, Any], tokens: Tokens, texts: Texts) -> None:
+    """Take off a call's position ids the tokens of its sequences that a route left out: the model does not know of them."""
+    if texts.left_out is None:
+        return
+    places: Tensor | None = kwargs.get("position_ids")
+    if places is None:
+        kwargs["position_ids"] = tokens.positions.clamp(min=0).long()
+    else:
+        kwargs["position_ids"] = places - texts.left_out.to(places.device)[:, None]
+
+
+def _leave_out(feed: Feed, columns: Tensor, call: Call, texts: Texts) -> None:
+    """Count the columns of a call that its run did not have."""
+    chosen = columns >= 0
+    real = (call.places >= 0).sum(1) - chosen.sum(1)
+    kept = torch.where(chosen, feed.tokens, -1) if feed.tokens.ndim == 2 else None
+    texts.leave_out(call.count - feed.count, real, kept)
+
+
+def _mask_of(feed: Feed, mask: Tensor | None, texts: Texts) -> Tensor | None:
+    """The padding mask of a feed, the columns before it included; None where none of them is padding."""
+    if feed.columns is None:
+        return None if mask is None else mask[:, : texts.columns + feed.count]
+    chosen = feed.columns >= 0
+    if mask is None:
+        if bool(chosen.all()):
+            return None
+        mask = chosen.new_ones(len(chosen), texts.columns)
+    return torch.cat((mask[:, : texts.columns], chosen.to(mask.device, mask.dtype)), dim=1)
+
+
+def _arguments(feed: Feed, call: Call, kwargs: dict[str, Any], mask: Tensor | None, describe: str) -> dict[str, Any]:
+    """A call's arguments with a feed's tokens, and their mask, in the place of its own; `describe` names who makes feeds."""
     name = "input_ids" if kwargs.get("input_ids") is not None else "inputs_embeds"
     others = {key: value for key, value in kwargs.items() if key != "cache_position"}
-    if isinstance(others.get("attention_mask"), Tensor):
+    for key in others.keys() - {name, "position_ids", "attention_mask"}:
+        if isinstance(others[key], Tensor) and others[key].shape[:2] == call.tokens.shape[:2]:
+            raise PolicyError(
+                f"this call brings {key} for each token, and {describe} runs other tokens in its place; leave {key} out, or use "
+                "another policy"
+            )
+    if not isinstance(others.get("attention_mask"), dict):
         others["attention_mask"] = mask
     return {**others, name: feed.tokens, "position_ids": feed.positions}
 

@@ -770,7 +770,7 @@ class KVLayer(CacheLayerMixin):
             PolicyError: the policy evicts, or the batch is padded: slots are not in the order of tokens then.
         """
         # Before transformers 5.23 a positive number is the length to keep. Behind the first layer the texts are shorter already.
-        length = self.texts.columns if self.index == 0 else self.length
+        length = self.texts.columns if self.index == 0 else self.length + self.texts.skipped
         removed = -tokens_to_remove if tokens_to_remove <= 0 else length - tokens_to_remove
         if removed <= 0 or not self.is_initialized:
             return
@@ -778,6 +778,11 @@ class KVLayer(CacheLayerMixin):
             raise PolicyError(
                 f"this cache cannot take back {removed} tokens: {self.eviction.describe()} evicts entries. Assisted and "
                 "prompt-lookup decoding need a policy that keeps everything, as Full, or a model that is not patched"
+            )
+        if self.index == 0 and self.texts.columns - removed < self.texts.fixed:
+            raise PolicyError(
+                f"this cache cannot take back {removed} tokens: {self.roles.route.describe()} left tokens out of the prompt that "
+                f"ended {self.texts.columns - self.texts.fixed} tokens ago; take back at most these, or start a new cache"
             )
         if not self.uniform:
             raise PolicyError(

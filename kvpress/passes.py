@@ -13,6 +13,7 @@ from kvpress.tokens import Tokens
 
 if TYPE_CHECKING:
     from kvpress.layer import KVLayer
+    from kvpress.policy import Look
     from kvpress.step import StepInputs
 
 
@@ -28,6 +29,7 @@ class Pass:
         new_tokens: how many tokens the `generate` that runs was asked for, if one runs and that is known.
         exact: its rows are those of steps that are run once more to be exact: the prefill policy is not asked.
         step: what a decode step brings to its layers, once they are ready for it.
+        last_layer: the layer in which a look ends: it raises `Looked`; see `kvpress.policy.Feed`.
         attended: the layers that have attended so far.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
@@ -42,6 +44,7 @@ class Pass:
     step: "StepInputs | None" = None
     record: list[Any] | None = None
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
+    last_layer: int | None = None
     attended: set[int] = field(default_factory=set)
 
     def attend(self, layer: int, name: str) -> None:
@@ -69,6 +72,14 @@ class Pass:
     def holds(self, layer: "KVLayer") -> bool:
         """Whether the layer belongs to the cache of this pass."""
         return layer.index < len(self.layers) and self.layers[layer.index] is layer
+
+
+class Looked(Exception):
+    """Ends a look in the layer that it was for: nothing is run of the layers behind."""
+
+    def __init__(self, look: "Look") -> None:
+        super().__init__("a look ends here")
+        self.look = look
 
 
 _thread = threading.local()
@@ -104,16 +115,37 @@ def in_generate() -> bool:
     return getattr(_thread, "generates", 0) > 0
 
 
+def expected_chunk() -> int | None:
+    """In how many tokens at a time the `generate` that runs on this thread feeds a prompt; None for all at once."""
+    return getattr(_thread, "chunk", None)
+
+
 @contextmanager
-def expecting(new_tokens: int | None) -> Iterator[None]:
-    """Within the block a `generate` runs on this thread, and `expected_tokens` is `new_tokens`."""
-    before, _thread.expected = expected_tokens(), new_tokens
+def expecting(new_tokens: int | None, chunk: int | None = None) -> Iterator[None]:
+    """Within the block a `generate` runs on this thread; `expected_tokens` and `expected_chunk` are what is given."""
+    before = expected_tokens(), expected_chunk()
+    _thread.expected, _thread.chunk = new_tokens, chunk
     _thread.generates = getattr(_thread, "generates", 0) + 1
     try:
         yield
     finally:
-        _thread.expected = before
+        _thread.expected, _thread.chunk = before
         _thread.generates -= 1
+
+
+def wanted_rows() -> int | None:
+    """How many of the last rows the model that runs on this thread was asked logits of, 0 for all; None if not known."""
+    return getattr(_thread, "rows", None)
+
+
+@contextmanager
+def wanting(rows: int | None) -> Iterator[None]:
+    """Within the block a model runs on this thread, and `wanted_rows` is `rows`."""
+    before, _thread.rows = wanted_rows(), rows
+    try:
+        yield
+    finally:
+        _thread.rows = before
 
 
 def set_pass(current: Pass | None) -> None:

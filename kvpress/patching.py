@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
 from kvpress.linear import check_variable
-from kvpress.passes import expecting
+from kvpress.passes import expecting, wanting
 from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy
 from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies, make_policy
@@ -78,10 +79,9 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False, **fields: An
             )
         one.check_layers(len(attention))
         hybrid = len(DynamicCache(config=decoder.config).layers) > len(attention)
-        if hybrid and isinstance(one, RoutePolicy) and one.back_remedy is not None:
+        if hybrid and isinstance(one, RoutePolicy) and one.no_hybrids is not None:
             raise PolicyError(
-                f"{one.describe()} takes tokens back to run them again, and {type(model).__name__} has layers without full "
-                f"attention, whose cache cannot; {one.back_remedy}"
+                f"{one.describe()} cannot act on {type(model).__name__}, which has layers without full attention: {one.no_hybrids}"
             )
     with _handles_lock:
         if decoder in _handles:
@@ -158,6 +158,8 @@ class Handle:
             originals.switch(config)
         self._forward = weakref.ref(PatchedForward(decoder, self, policies, attention, rotary))
         replace_forwards(model, decoder)
+        routes = Roles.of(policies).routes and model is not decoder
+        self._whole = weakref.ref(PatchedModel(model)) if routes else None
         self._generate = weakref.ref(PatchedGenerate(model, self)) if hasattr(model, "generate") else None
 
     def describe(self) -> str:
@@ -196,7 +198,7 @@ class Handle:
         forward = self._forward()
         if decoder is not None and forward is not None and isinstance(forward.run, CompiledSteps):
             forward.run.remove(decoder)
-        for wrapper, owner in ((self._generate, model), (self._forward, decoder)):
+        for wrapper, owner in ((self._generate, model), (self._whole, model), (self._forward, decoder)):
             held = None if wrapper is None else wrapper()
             if held is not None and owner is not None:
                 held.remove(owner)
@@ -278,7 +280,8 @@ class Handle:
             full_bytes=sum(layer.full_bytes for layer in layers.values()),
             read_share=read / readable if readable else 1.0,
         )
-        return Report(self.describe(), total, dict(sorted(layers.items())))
+        kept = None if texts.kept_ids is None else [[one for one in row if one >= 0] for row in texts.kept_ids.tolist()]
+        return Report(self.describe(), total, dict(sorted(layers.items())), kept)
 
     def _owns(self, cache: Any) -> bool:
         """Whether a cache's layers are those of this handle's policies."""
@@ -312,10 +315,12 @@ class Handle:
                 "assistant_model or prompt_lookup_num_tokens, or leave it out"
             )
 
-    def new_tokens(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+    def expected(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int | None]:
+        """What a call of `generate` says of the passes to come: its `max_new_tokens` and `prefill_chunk_size`."""
         config = (args[1] if len(args) > 1 else kwargs.get("generation_config")) or model.generation_config
-        number = kwargs.get("max_new_tokens", getattr(config, "max_new_tokens", None))
-        return number if isinstance(number, int) else None
+        names = ("max_new_tokens", "prefill_chunk_size")
+        numbers = [kwargs.get(name, getattr(config, name, None)) for name in names]
+        return [number if isinstance(number, int) else None for number in numbers]
 
     def adopt_prompt(self, prompt: "SharedPrompt") -> DynamicCache:
         """A cache as this handle's policies leave it after a prompt, made from one that was recorded.
@@ -393,6 +398,31 @@ class Handle:
             self._others = _others_of(cache)
 
 
+class PatchedModel(Wrapper):
+    """A model's `forward` that lets the decoder inside know of how many rows logits are wanted."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__(model, "forward")
+        self._signature = inspect.signature(type(model).forward)
+
+    @torch.compiler.disable
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active:
+            return self.inner(*args, **kwargs)
+        with wanting(self._rows(args, kwargs)):
+            return self.inner(*args, **kwargs)
+
+    def _rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
+        """The last rows whose logits are wanted, 0 for all, or for a list of rows; None for a model that does not say."""
+        if "logits_to_keep" not in self._signature.parameters:
+            return None
+        wanted = kwargs.get("logits_to_keep")
+        if wanted is None:
+            names = list(self._signature.parameters)[1:]
+            wanted = dict(zip(names, args, strict=False)).get("logits_to_keep", 0)
+        return wanted if isinstance(wanted, int) else 0
+
+
 class PatchedGenerate(Wrapper):
     """`model.generate` that refuses what cannot work before it starts, and holds off unpatching while it runs.
 
@@ -414,7 +444,7 @@ class PatchedGenerate(Wrapper):
         self.handle.check_generate(model, told, known)
         try:
             self.handle.begin(run)
-            with expecting(self.handle.new_tokens(model, told, known)):
+            with expecting(*self.handle.expected(model, told, known)):
                 return self.inner(*args, **kwargs)
         finally:
             self.handle.end(run)
@@ -452,7 +482,7 @@ def _nbytes(tensor: Tensor) -> int:
 def _layer_report(facts: Facts, texts: Texts) -> LayerReport:
     assert facts.positions is not None and texts.seen_tensor is not None
     return LayerReport(
-        seen=int(texts.seen_tensor.sum()),
+        seen=int(texts.real.sum()),
         kept=int((facts.positions >= 0).sum()) / facts.kv_heads,
         bytes=facts.nbytes,
         full_bytes=facts.entry_bytes * texts.columns,

@@ -8,7 +8,7 @@ can act together, and one may play several. A policy without a role may still sa
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
@@ -25,12 +25,15 @@ from kvpress.texts import Texts
 
 __all__ = [
     "Budget",
+    "Call",
     "Consecutive",
     "Dropped",
     "DualChunk",
     "Entries",
     "EvictionPolicy",
     "Feed",
+    "Feeds",
+    "Look",
     "Mass",
     "Merge",
     "Noise",
@@ -706,17 +709,77 @@ class Feed:
         positions: position ids with the axes that the model has, [..., batch or 1, count]; None where the model counts columns.
         back: how many of the newest columns are taken back from the cache first.
         first: the first row of its output that the caller gets, if it is the last run.
+        columns: int64 [batch, count], which column of the call each token is, -1 (in front) for none: the other columns of
+            the call are never stored. See `Call.only`. None where nothing is left out.
+        last_layer: for a look: the run has nothing to do with the cache and ends in this layer (of those that the policies
+            act on), whose `Look` the route is sent. None for a run of all layers.
     """
 
     tokens: Tensor
     positions: Tensor | None
     back: int = 0
     first: int = 0
+    columns: Tensor | None = None
+    last_layer: int | None = None
 
     @property
     def count(self) -> int:
         """Columns fed."""
         return self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a layer would have attended with in a run that ended there.
+
+    Attributes:
+        query: [batch, heads, count, head_dim], rotated; anything where there is padding.
+        key: [batch, kv_heads, count, head_dim], likewise.
+    """
+
+    query: Tensor
+    key: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call(Feed):
+    """The run that a caller asked for.
+
+    `positions` are the caller's, less the tokens of each sequence that were left out of earlier prompts.
+
+    Attributes:
+        places: int32 [batch, count], the number of each token among those of its sequence that were not left out, from 0
+            over all passes; -1 for padding.
+        layers: number of layers that the policies act on.
+        rows: how many of the last rows the caller wants logits of, 0 for all; None if that is not known, as where the
+            decoder is called without the model around it.
+        is_chunk: it is a chunk of a prompt that `generate` has cut (`prefill_chunk_size`).
+    """
+
+    places: Tensor
+    layers: int
+    rows: int | None = None
+    is_chunk: bool = False
+
+    def only(self, columns: Tensor) -> Feed:
+        """The run of some tokens as if there were no others: at consecutive positions, from that of a sequence's first token.
+
+        The caller gets its last row, and goes on counting all columns.
+
+        Args:
+            columns: int64 [batch, k], ascending; -1 (in front) where a sequence has fewer than k.
+        """
+        chosen, at = columns >= 0, columns.clamp(min=0)
+        places = self.places.clamp(min=0).long() if self.positions is None else self.positions
+        places = places.expand(len(columns), -1)
+        first = (self.places >= 0).to(torch.uint8).argmax(1, keepdim=True)
+        positions = places.gather(1, first) + (chosen.cumsum(1) - 1).clamp(min=0)
+        at = at if self.tokens.ndim == 2 else at[..., None].expand(-1, -1, self.tokens.shape[2])
+        return Feed(self.tokens.gather(1, at), positions, first=columns.shape[1] - 1, columns=columns)
+
+
+Feeds = Generator[Feed, Look | None, None]
+"""The runs of a call, one after the other: a generator that is sent the `Look` of each run that is one, else None."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -726,16 +789,16 @@ class RoutePolicy(Policy, role="route"):
     kind: ClassVar[str] = "routing"
 
     @property
-    def back_remedy(self) -> str | None:
-        """What to do where columns cannot be taken back from a cache; None for a route that never does that."""
+    def no_hybrids(self) -> str | None:
+        """Why it cannot act on a model some of whose layers have no full attention, and what to do; None if it can."""
         return None
 
     @abstractmethod
-    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
-        """The runs that take the place of the one that was asked for, one after the other; `feed` itself to run it as it is.
+    def feeds(self, call: Call, texts: Texts) -> Feeds:
+        """The runs that take the place of the one that was asked for, one after the other; `call` itself to run it as it is.
 
         Args:
-            feed: the tokens of the call.
+            call: the tokens of the call.
             texts: the cache's sequences, as the runs before have left them.
         """
 
@@ -744,8 +807,8 @@ class RoutePolicy(Policy, role="route"):
 class OneRun(RoutePolicy):
     """What was asked for, in one run: what plays the role where no policy does."""
 
-    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
-        yield feed
+    def feeds(self, call: Call, texts: Texts) -> Feeds:
+        yield call
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvpress.errors import PolicyError
+
 if TYPE_CHECKING:  # only a printed report needs rich
     from rich.console import Console, ConsoleOptions, RenderResult
 
@@ -35,6 +37,21 @@ class Report:
     policy: str
     total: LayerReport
     layers: dict[int, LayerReport]
+    kept_ids: list[list[int]] | None = None
+    """Of each sequence the ids that a route policy left of the prompts that it shortened."""
+
+    def kept_text(self, tokenizer: Any) -> list[str]:
+        """What a policy that shortens prompts left of them, as text, one for each sequence.
+
+        Raises:
+            PolicyError: no prompt was shortened, or they were embeddings.
+        """
+        if self.kept_ids is None:
+            raise PolicyError(
+                f"{self.policy} left no token ids out of a prompt: it was short enough, or given as embeddings, or no policy acts "
+                "that shortens prompts (gem_filter)"
+            )
+        return [tokenizer.decode(ids) for ids in self.kept_ids]
 
     def to_dict(self) -> dict[str, Any]:
         """The totals under `seen`, `kept`, `bytes`, `full_bytes`, `read_share`; the same per layer under `layers`."""

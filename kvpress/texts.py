@@ -22,6 +22,11 @@ class Texts:
         inputs: the input of the latest decode steps, ids [batch, steps] or embeddings [batch, steps, hidden], for a policy
             that feeds them once more; None for none.
         places: int64 [batch, steps], the position ids of these.
+        left_out: int64 [batch], real tokens that a route policy left out of prompts: `seen` does not count them, and the
+            caller's position ids do. None before anything was left out.
+        skipped: columns less than `columns` that the layers were fed.
+        fixed: columns that cannot be taken back, those of a prompt some of which was left out.
+        kept_ids: int64 [batch, n], the ids that stayed of such prompts, -1 for none; None if there were none, or embeddings.
     """
 
     columns: int = 0
@@ -30,6 +35,30 @@ class Texts:
     offset: Tensor | None = None
     inputs: Tensor | None = None
     places: Tensor | None = None
+    left_out: Tensor | None = None
+    skipped: int = 0
+    fixed: int = 0
+    kept_ids: Tensor | None = None
+
+    @property
+    def real(self) -> Tensor:
+        """Real tokens of each sequence, what was left out included: int [batch]."""
+        assert self.seen_tensor is not None
+        return self.seen_tensor if self.left_out is None else self.seen_tensor + self.left_out
+
+    def leave_out(self, columns: int, real: Tensor, kept: Tensor | None) -> None:
+        """Count `columns` more that no layer was fed, with so many real tokens of each sequence in them, int64 [batch].
+
+        Args:
+            kept: int64 [batch, n], the ids that stayed of the prompt, -1 for none; None for embeddings.
+        """
+        self.columns += columns
+        self.skipped += columns
+        self.fixed = self.columns
+        self.left_out = real if self.left_out is None else self.left_out + real.to(self.left_out.device)
+        if kept is not None:
+            before = [] if self.kept_ids is None else [self.kept_ids.to(kept.device)]
+            self.kept_ids = torch.cat((*before, kept), dim=1)
 
     def advance(self, count: int, seen: list[int] | None, seen_tensor: Tensor) -> None:
         """Count `count` new columns, after which so many real tokens were seen."""
@@ -82,5 +111,5 @@ class Texts:
     @property
     def nbytes(self) -> int:
         """Bytes of the inputs that are remembered."""
-        held = [tensor for tensor in (self.inputs, self.places) if tensor is not None]
+        held = [tensor for tensor in (self.inputs, self.places, self.kept_ids) if tensor is not None]
         return sum(tensor.untyped_storage().nbytes() for tensor in held)

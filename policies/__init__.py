@@ -6,6 +6,7 @@ from kvpress.policies.ada_kv import AdaKV
 from kvpress.policies.dual_chunk import DualChunkAttention
 from kvpress.policies.ems import EMS
 from kvpress.policies.full import Full
+from kvpress.policies.gem_filter import GemFilter
 from kvpress.policies.h2o import H2O
 from kvpress.policies.h2o_prefill import H2OPrefill
 from kvpress.policies.key_diff import KeyDiff
@@ -32,6 +33,7 @@ __all__ = [
     "AdaKV",
     "DualChunkAttention",
     "Full",
+    "GemFilter",
     "H2OPrefill",
     "KeyDiff",
     "Keyformer",

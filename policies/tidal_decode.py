@@ -1,6 +1,6 @@
 """TidalDecode: choose once for many layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,8 +12,10 @@ from kvpress.kernels.decode_scores import decode_scores
 from kvpress.kernels.topk_select import topk_select
 from kvpress.policy import (
     Budget,
+    Call,
     EvictionPolicy,
     Feed,
+    Feeds,
     Policy,
     RoutePolicy,
     Selected,
@@ -120,22 +122,27 @@ class TidalDecode(SelectionPolicy, RoutePolicy):
         return first, second
 
     @property
-    def back_remedy(self) -> str | None:
-        return "use correct_every=0" if self.correct_every else None
+    def no_hybrids(self) -> str | None:
+        return (
+            "its decode steps cannot be taken back there to be run again; use correct_every=0"
+            if self.correct_every
+            else None
+        )
 
-    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
+    def feeds(self, call: Call, texts: Texts) -> Feeds:
         """Remember decode steps until there are `correct_every`, or a prompt pass follows; then feed them once more, before it."""
+        feed: Feed = call
         if self.correct_every and texts.columns:
-            places = feed.positions
+            places = call.positions
             if places is None:
-                places = torch.arange(texts.columns, texts.columns + feed.count, device=feed.tokens.device)[None]
+                places = torch.arange(texts.columns, texts.columns + call.count, device=call.tokens.device)[None]
             if places.ndim != 2:
                 raise PolicyError(
                     f"correct_every needs 2-D position_ids, and these have {places.ndim}; use correct_every=0"
                 )
-            tokens, places = texts.behind_inputs(feed.tokens, places.expand(len(feed.tokens), -1))
-            steps = tokens.shape[1] - feed.count
-            if feed.count == 1 and steps < self.correct_every:
+            tokens, places = texts.behind_inputs(call.tokens, places.expand(len(call.tokens), -1))
+            steps = tokens.shape[1] - call.count
+            if call.count == 1 and steps < self.correct_every:
                 texts.inputs, texts.places = tokens, places
             else:
                 texts.forget_inputs()

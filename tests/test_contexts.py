@@ -13,7 +13,7 @@ import kvpress
 from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full
-from support.matrix import CASES, check, conversation, expect, prompt, sharp_llama
+from support.matrix import CASES, check, conversation, expect, prompt, rows_to_ask, sharp_llama
 from support.models import tiny_llama, tiny_opt
 from test_families import FAMILIES, build
 
@@ -35,8 +35,10 @@ def autocast(dtype=torch.bfloat16):
 
 
 def feed(model, ids, cache, mask=None):
-    """The logits of a pass, [batch, count, vocab]."""
-    return model(torch.as_tensor(ids), attention_mask=mask, **{CACHE: cache}).logits.detach().clone()
+    """The logits of a pass, [batch, count, vocab]; [batch, 1, vocab] where some of its tokens are left out."""
+    ids = torch.as_tensor(ids)
+    options = {CACHE: cache, **rows_to_ask(model, ids.shape[1])}
+    return model(ids, attention_mask=mask, **options).logits.detach().clone()
 
 
 def padded():

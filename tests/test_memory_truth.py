@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.policies import EMS, H2O, Full, Quest, RecycledAttention, SnapKV, TidalDecode
-from support.matrix import CASES, prompt
+from support.matrix import CASES, prompt, rows_to_ask
 from support.models import tiny_llama
 
 PROMPT = 300
@@ -77,7 +77,7 @@ def check_truth(handle: kvpress.Handle, cache: DynamicCache, when: str) -> None:
 
 @torch.no_grad()
 def feed(model: Any, ids: torch.Tensor, cache: DynamicCache, mask: torch.Tensor | None = None) -> None:
-    model(ids, **{CACHE: cache}, attention_mask=mask, use_cache=True)
+    model(ids, **{CACHE: cache}, attention_mask=mask, use_cache=True, **rows_to_ask(model, ids.shape[1]))
 
 
 def texts(*lengths: int, seed: int = 0) -> torch.Tensor:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -13,7 +12,7 @@ import kvpress
 from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full, TidalDecode
-from kvpress.policy import Feed, RoutePolicy, Texts
+from kvpress.policy import Call, Feed, Feeds, RoutePolicy, Texts
 from kvpress.registry import make_policies
 from support.matrix import prompt, sharp_llama
 
@@ -112,15 +111,15 @@ class Halves(RoutePolicy):
 
     name = "halves"
 
-    def feeds(self, feed: Feed, texts: Texts) -> Iterator[Feed]:
-        if feed.count == 1:
-            yield feed
+    def feeds(self, call: Call, texts: Texts) -> Feeds:
+        if call.count == 1:
+            yield call
             return
-        half = feed.count // 2
+        half = call.count // 2
         before = texts.columns
-        yield Feed(feed.tokens[:, :half], None)
+        yield Feed(call.tokens[:, :half], None)
         assert texts.columns == before + half
-        yield Feed(feed.tokens[:, half:], None, first=1)
+        yield Feed(call.tokens[:, half:], None, first=1)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kvpress
 from kvpress.compat import CACHE
-from support.matrix import CASES
+from support.matrix import CASES, rows_to_ask
 from support.models import tiny_llama, token_ids
 
 # What hands a number of the device, or a shape that depends on one, to the host.
@@ -41,7 +41,7 @@ def test_steps(case):
     layers, steps = 3, 6
     model, ids = tiny_llama(layers=layers), token_ids(1, 24)
     with kvpress.patch(model, case.policy), torch.no_grad():
-        cache = model(ids[:, :16], use_cache=True)[CACHE]
+        cache = model(ids[:, :16], use_cache=True, **rows_to_ask(model, 16))[CACHE]
         for _ in range(2):  # the first may still evict what the prompt left
             model(ids[:, 16:17], **{CACHE: cache})
         with Waits() as waits:

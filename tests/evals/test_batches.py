@@ -42,6 +42,7 @@ CHUNKED = {"name": "token_select", "n_init": 4, "n_local": 32, "chunk": 32, "k":
 CHUNKS = {"name": "dual_chunk", "chunk_size": 60, "local_size": 12}
 PACKED = {"name": "packed", "residual": 16}
 SPARSE = {"name": "x_attention", "stride": 4, "block_size": 16, "threshold": 0.6}
+CUT = {"name": "gem_filter", "r": 0}
 SAME = (
     "index",
     "prompt_hash",
@@ -82,11 +83,11 @@ def rows(loaded):
 
 
 def sweep():
-    listed = [one if isinstance(one, str) else one["name"] for one in POLICIES]
-    listed += ["token_select", "x_attention", "dual_chunk", "packed"]
+    others = [CHUNKED, CHUNKS, SPARSE, CUT, PACKED]
+    listed = [one if isinstance(one, str) else one["name"] for one in [*POLICIES, *others]]
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [
-        {"policy": [one for one in POLICIES if one not in fixed], "budget": [0.3]},
+        {"policy": [*(one for one in POLICIES if one not in fixed), CUT], "budget": [0.3]},
         {"policy": [*fixed, CHUNKED, SPARSE, CHUNKS, PACKED]},
     ]
 
@@ -112,8 +113,10 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
         for index, row in own.items():
             other = batched[policy][index]
             assert [other[name] for name in SAME] == [row[name] for name in SAME], (policy, index)
-            if "evict='each_row'" in policy or policy.startswith(("token_select", "x_attention", "dual_chunk")):
-                # these change a prompt's own attention
+            if "evict='each_row'" in policy or policy.startswith(
+                ("token_select", "x_attention", "dual_chunk", "gem_filter")
+            ):
+                # these change a prompt's own attention, or cut it
                 assert other["batch"] == 1 and other["read_share"] == row["read_share"]
                 continue
             # a batch's few numbers per sequence, and slots as wide as its widest, are shared out; pages come whole

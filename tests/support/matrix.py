@@ -8,6 +8,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 import kvpress
 from kvpress.compat import CACHE
+from kvpress.patching import handle_of
 from kvpress.policies import (
     A2SF,
     EMS,
@@ -17,6 +18,7 @@ from kvpress.policies import (
     AdaKV,
     DualChunkAttention,
     Full,
+    GemFilter,
     H2OPrefill,
     KeyDiff,
     Keyformer,
@@ -32,7 +34,7 @@ from kvpress.policies import (
     TokenSelect,
     XAttention,
 )
-from kvpress.policy import EvictionPolicy, Policy
+from kvpress.policy import EvictionPolicy, Policy, entries_for
 from oracles import oracle_of
 from oracles.common.llama import Oracle
 from support.models import VOCAB, tiny_llama
@@ -49,6 +51,10 @@ class Case:
     @property
     def id(self) -> str:
         return self.policy.describe().replace(" ", "")
+
+    def run_of(self, count: int) -> int:
+        """How many tokens of a prompt of so many the whole model is run on."""
+        return min(count, entries_for(self.policy.k, count)) if isinstance(self.policy, GemFilter) else count
 
     @property
     def traits(self) -> set[Any]:
@@ -295,6 +301,8 @@ CASES = [
     ),
     both(XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
     both(XAttention, {"min_len": 500}, stride=1, threshold=0.3, block_size=2, norm=0.5),
+    both(GemFilter, {"k": 500}, k=7, r=1),
+    both(GemFilter, {"k": 1.0}, k=0.5, r=0, kernel_size=3, keep_first=1, keep_last=2),
     # Two bits: with more, the last bit of a number would tell now and then which of two codes is nearer.
     both(Packed, {"residual": 500}, bits=2, group=4, residual=3),
     both(DualChunkAttention, {"chunk_size": 500}, chunk_size=8, local_size=3),
@@ -320,6 +328,14 @@ def prompt(count: int, seed: int = 0) -> list[int]:
     return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
 
 
+def rows_to_ask(model: Any, count: int) -> dict[str, int]:
+    """How a pass of `count` tokens asks a patched model for logits: of the last one alone if others are left out of it."""
+    handle = handle_of(model)
+    policies = [] if handle is None else handle.policies
+    cut = any(isinstance(policy, GemFilter) and entries_for(policy.k, count) < count for policy in policies)
+    return {"logits_to_keep": 1} if cut else {}
+
+
 def conversation(steps: int) -> list[list[int]]:
     """The passes of a prompt, so many decode steps, a second turn and three steps more."""
     return [prompt(24), *([token] for token in prompt(steps, 1)), prompt(7, 2), *([token] for token in prompt(3, 3))]
@@ -331,7 +347,7 @@ def run(model: Any, policy: Any, passes: list[list[int]]) -> tuple[list[torch.Te
     cache, logits, sets = DynamicCache(config=model.config), [], []
     with kvpress.patch(model, policy):
         for ids in passes:
-            logits.append(model(torch.tensor([ids]), **{CACHE: cache}).logits[0])
+            logits.append(model(torch.tensor([ids]), **{CACHE: cache}, **rows_to_ask(model, len(ids))).logits[0])
             sets.append(kept(cache))
     return logits, sets
 
