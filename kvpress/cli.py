@@ -151,6 +151,33 @@ def generate(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help=f"Hub name or folder of a chat model, or '{SMOLLM2}'.")] = SMOLLM2,
+    policy: PolicyName = "full",
+    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model under a policy: answers stream, and the cache stays from turn to turn."""
+    with user_errors():
+        chosen = chosen_policy(policy, budget, set_)
+        import kvpress
+
+        console = Console()
+        loaded, tokenizer = load(model, device, dtype, console)
+        if not tokenizer.chat_template:
+            raise UsageError(f"{model}: its tokenizer has no chat template; use kvpress generate")
+        from kvpress.chat import Chat, converse
+
+        with kvpress.patch(loaded, chosen) as handle:
+            converse(Chat(loaded, tokenizer, max_new_tokens), handle, console)
+
+
+@app.command()
 def serve(
     model: Annotated[str, typer.Argument(help=f"Hub name or folder of a causal LM, or '{SMOLLM2}'.")] = SMOLLM2,
     policy: PolicyName = "full",
