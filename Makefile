@@ -127,7 +127,7 @@ define try
 	@echo "== $(1) in an empty environment"
 	rm -rf $(RELEASE_VENV)/empty
 	$(PYTHON) -m venv $(RELEASE_VENV)/empty
-	$(LOCKED) $(RELEASE_VENV)/empty/bin/python -m pip install --quiet $(1)
+	$(LOCKED) $(RELEASE_VENV)/empty/bin/python -m pip install --quiet --no-compile $(1)
 	cp scripts/smoke.py $(RELEASE_VENV)/empty
 	cd $(RELEASE_VENV)/empty && bin/python smoke.py
 endef
