@@ -105,10 +105,13 @@ lint: install
 	$(call check,$(CURDIR)/$(VENV)/bin,$(LINT_TREE))
 
 # The documentation site, in build/site. Warnings are errors, links and anchors within it are checked (mkdocs.yml).
-docs: install
-	test -e $(DOCS_STAMP) || $(LOCKED) $(VENV)/bin/python -m pip install --quiet --editable ".[docs]"
-	@touch $(DOCS_STAMP)
+docs: $(DOCS_STAMP)
 	$(VENV)/bin/mkdocs build
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "== install what the site needs into $(VENV)"
+	$(LOCKED) $(VENV)/bin/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
 
 # The wheel and the sdist as they would be uploaded, in dist/, each installed into an empty environment and tried there.
 release-check:

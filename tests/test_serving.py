@@ -126,6 +126,13 @@ def test_two_requests_at_once(smollm2, direct):
         assert answer.choices[0].message.content == direct(messages, 3)[0]
 
 
+@real
+def test_the_responses_api(smollm2, direct):
+    turns = [user("Name a colour.")]
+    answer = smollm2.client.responses.create(model="smollm2", input=turns, max_output_tokens=3, temperature=0)
+    assert answer.output_text == direct(turns, 3)[0]
+
+
 def caches():
     gc.collect()
     return sum(isinstance(one, KVLayer) for one in gc.get_objects())
