@@ -64,7 +64,7 @@ def on_page_markdown(markdown: str, page: Any, **rest: Any) -> str:
 def overview() -> str:
     """The page above the policies': what each is, in a line."""
     rows = [
-        f"| [{policy.__name__}]({name}.md) | `{name}` | {policy.kind} | {first_line(policy)} |"
+        f"| [{policy.__name__}]({name}.md) | `{name}` | {policy.kind} | {idea(policy)} |"
         for name, policy in policies().items()
     ]
     return "\n".join(["# Policies", "", "| class | name | kind | idea |", "|---|---|---|---|", *rows, ""])
@@ -82,9 +82,9 @@ def page_of(name: str, policy: type[kvpress.Policy]) -> str:
     return "\n".join([*lines, "", f"::: {policy.__module__}.{policy.__name__}", ""])
 
 
-def first_line(policy: type[kvpress.Policy]) -> str:
-    """The first line of its docstring, as a cell of a table."""
-    return (policy.__doc__ or "").strip().splitlines()[0].replace("|", "\\|")
+def idea(policy: type[kvpress.Policy]) -> str:
+    """The first sentence or two of its docstring, as a cell of a table."""
+    return " ".join((policy.__doc__ or "").split("\n\n")[0].split()).replace("|", "\\|")
 
 
 def home(file: Any) -> Path:
