@@ -9,7 +9,6 @@ import asyncio
 import importlib
 import inspect
 import logging
-import os
 import socket
 import threading
 import time
@@ -327,10 +326,9 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, OverflowError) as error:
-        reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
+    except OSError as error:
         raise ServeError(
-            f"cannot listen at {host}, port {port}: {reason}; give another --port (0 takes a free one) or --host"
+            f"cannot listen at {host}, port {port}: {error.strerror}; give another --port (0 takes a free one) or --host"
         ) from error
 
 

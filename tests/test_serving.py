@@ -225,7 +225,9 @@ def test_a_port_in_use(run, tiny):
     with socket.create_server(("127.0.0.1", 0)) as used:
         result = run(tiny, "--port", str(used.getsockname()[1]))
     assert result.exit_code == 2
-    assert "Address already in use; give another --port" in result.output
+    assert re.search("Address already in use.*; give another --port", result.output)
+    result = run(tiny, "--host", "300.0.0.1")
+    assert (result.exit_code, "cannot listen at 300.0.0.1, port 8000: " in result.output) == (2, True)
 
 
 def test_models_that_cannot_be_served(run, tmp_path):
