@@ -153,8 +153,8 @@ class PatchedModel:
             raise
         finally:
             made = tokens.shape[-1] - prompt.shape[-1] or getattr(streamer, "total_tokens", 0)
-            self._figures.waiting.dec()
             self._figures.ended(outcome, made, report)
+            self._figures.waiting.dec()
             log.info(_line(self._id, outcome, prompt.shape[-1], made, time.perf_counter() - started, report))
 
     def _stop(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
