@@ -129,7 +129,9 @@ def test_two_requests_at_once(smollm2, direct):
 @real
 def test_the_responses_api(smollm2, direct):
     turns = [user("Name a colour.")]
-    answer = smollm2.client.responses.create(model="smollm2", input=turns, max_output_tokens=3, temperature=0)
+    answer = smollm2.client.responses.create(
+        model="smollm2", input=turns, max_output_tokens=3, temperature=0, stream=False
+    )
     assert answer.output_text == direct(turns, 3)[0]
 
 
