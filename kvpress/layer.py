@@ -591,8 +591,9 @@ class KVLayer(CacheLayerMixin):
         if every == 1 and not self.eviction.merges:
             scores, limits = self.eviction.score(entries), self.totals if step.evicts == "over" else None
             seen = tokens.seen_tensor.to(positions.device)
-            freed = evict_slot(scores, positions, seen, self.recents, limits, full=step.full)
-            self.free = kept_in_place(self.free, freed)
+            # In one place from step to step, for what is replayed.
+            out = self.free if self.free is not None and self.free.shape == positions.shape[:2] else None
+            self.free = evict_slot(scores, positions, seen, self.recents, limits, out=out, full=step.full)
             return
         priority = priorities(self.eviction, entries, step.full)
         if not step.full:
@@ -623,10 +624,11 @@ class KVLayer(CacheLayerMixin):
         if order is not None:
             positions = positions.gather(2, order)
             observed = {name: counted.gather(2, order) for name, counted in observed.items()}
-        tokens = seen.to(positions.device)
-        candidates = positions < (tokens - self.recents)[:, None, None]
-        if not full:
-            candidates &= positions >= 0
+        tokens, recents = seen.to(positions.device), self.recents
+
+        def candidates() -> Tensor:
+            older = positions < (tokens - recents)[:, None, None]
+            return older if full else older & (positions >= 0)
 
         def fetch() -> tuple[Tensor, Tensor]:
             keys, values = self._keys_in_place(stop), self.storage.read(stop=stop)[1]
@@ -809,10 +811,3 @@ class KVLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given sequences."""
         self._change_batch(lambda tensor: tensor[indices.to(tensor.device)])
-
-
-def kept_in_place(held: Tensor | None, new: Tensor) -> Tensor:
-    """The new numbers, in the tensor that held the old ones where it fits: what is replayed reads and writes one place."""
-    if held is None or held.shape != new.shape:
-        return new.clone()
-    return held.copy_(new)
