@@ -95,14 +95,15 @@ def _cells(layer: LayerReport) -> list[str]:
     return [
         f"{layer.seen:g}",
         f"{layer.kept:g}",
-        _size(layer.bytes),
-        _size(layer.full_bytes),
+        size(layer.bytes),
+        size(layer.full_bytes),
         f"{share:.1%}",
         f"{layer.read_share:.1%}",
     ]
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """A number of bytes as people read it: 5.6 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
