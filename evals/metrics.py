@@ -50,6 +50,13 @@ def first_number(answer: str, truth: str) -> float:
     return float(digits is not None and digits[0] == truth)
 
 
+def first_value(answer: str, truth: str) -> float:
+    """SCBench's for numbers: 1 if the first number in the answer is the truth; its fraction does not count for a whole one."""
+    found = re.search(r"\d+\.\d+|\d+", answer)
+    whole = re.fullmatch(r"\d+", truth) is not None
+    return float(found is not None and (int(float(found[0])) if whole else float(found[0])) == float(truth))
+
+
 def word_in_answer(answer: str, truth: str) -> float:
     """InfiniteBench's for key-value pairs: 1 if the truth is one of the words between spaces and punctuation."""
     return float(truth in re.split(r"[\s:\"'.,?!{}]+", answer))

@@ -7,7 +7,17 @@ from typing import Any
 from urllib.parse import quote
 
 from kvpress.evals.page import page
-from kvpress.evals.results import Result, Setting, differences, load_results, settings
+from kvpress.evals.results import (
+    Columns,
+    PolicyResult,
+    Result,
+    Setting,
+    breakdowns,
+    differences,
+    load_results,
+    settings,
+    turn_columns,
+)
 from kvpress.evals.statistics import RULE
 from kvpress.evals.store import StoreError, csv_text, make_folder, write_whole
 
@@ -52,8 +62,9 @@ def notes(results: Sequence[Result]) -> list[str]:
 
 
 def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, Any]]:
-    """One flat row per run, with numbers as they were measured."""
-    rows = []
+    """One flat row per run, with numbers as they were measured; `score@turnN` and `kept@turnN` where samples have turns."""
+    rows: list[dict[str, Any]] = []
+    turns = max((result.figures.turns for result in results), default=0)
     for result, apart in zip(results, differences(results), strict=True):
         config, figures, last = result.config, result.figures, result.sessions[-1]
         mean = figures.estimate
@@ -96,6 +107,10 @@ def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, 
                 "path": links[result.id],
             }
         )
+        for number in range(turns):  # the last columns, and only where samples have turns
+            part = figures.turn(number)
+            rows[-1][f"score@turn{number + 1}"] = part.estimate and part.estimate.mean
+            rows[-1][f"kept@turn{number + 1}"] = part.share("kept", "seen")
     return rows
 
 
@@ -109,12 +124,22 @@ def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> s
         lines += ["| policy | n | score | 95 % | to full | MiB | of full | read | token ms | runs |", "|---" * 10 + "|"]
         lines += [_line(setting, i) for i in range(len(setting.policies))]
         lines.append("")
+        for by, columns in (breakdowns(setting) | ({"turn": turn_columns(setting)} if setting.turns else {})).items():
+            lines += [f"Score by {by}:", "", f"| policy | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
+            lines += [_parts_line(entry, columns) for entry in setting.policies]
+            lines.append("")
     lines.append(
         f"Scores and differences to full attention in points of a hundred, with 95 % bootstrap intervals. {RULE}. "
         "*: lacks samples that others have. "
         "Bytes and times are measured."
     )
     return "\n".join(lines) + "\n"
+
+
+def _parts_line(entry: PolicyResult, columns: Columns) -> str:
+    means = [part(entry.figures).estimate for part in columns.values()]
+    cells = (entry.label, *("–" if mean is None else f"{mean.mean * 100:.1f}" for mean in means))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def _line(setting: Setting, index: int) -> str:

@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,17 @@ class Figures:
         """The same for some of the samples."""
         return Figures([(result, row) for result, row in self.samples if wanted(result, row)])
 
+    @property
+    def turns(self) -> int:
+        """The most turns that a sample has."""
+        return max((len(row.get("turns", [])) for _, row in self.samples), default=0)
+
+    def turn(self, number: int) -> "Figures":
+        """The same for the turn of this number, from 0, of the samples that have one."""
+        return Figures(
+            [(result, row | row["turns"][number]) for result, row in self.samples if len(row.get("turns", [])) > number]
+        )
+
     def mean(self, name: str) -> float | None:
         values = self._values(name)
         return statistics.fmean(values) if values else None
@@ -197,10 +208,55 @@ class Setting:
         return sorted({task for entry in self.policies for task in entry.figures.scores})
 
     @property
+    def turns(self) -> int:
+        """The most turns that a sample has; 0 where there is one question."""
+        return max(entry.figures.turns for entry in self.policies)
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Name -> the groups that samples belong to by their `meta["groups"]`, in the order in which they come."""
+        found: dict[str, dict[str, None]] = {}
+        for entry in self.policies:
+            for _, row in entry.figures.samples:
+                for name, group in row["meta"].get("groups", {}).items():
+                    found.setdefault(name, {})[str(group)] = None
+        return {name: list(groups) for name, groups in found.items()}
+
+    @property
     def lengths(self) -> list[str]:
         """In order, from the shortest."""
         found = {length_of(row) for entry in self.policies for _, row in entry.figures.samples}
         return [name for _, name in sorted(found)]
+
+
+Columns = dict[str, Callable[[Figures], Figures]]
+"""A table's columns: what each is called, and the samples that it is about."""
+
+
+def breakdowns(setting: Setting) -> dict[str, Columns]:
+    """What scores are shown by, and the parts: tasks, lengths and the groups of the tasks' own, where there are several."""
+
+    def part(wanted: Callable[[Result, Row], bool]) -> Callable[[Figures], Figures]:
+        return lambda figures: figures.part(wanted)
+
+    found = {
+        "task": {name: part(lambda result, row, name=name: result.config["task"] == name) for name in setting.tasks},
+        "length of the prompt, in tokens": {
+            name: part(lambda result, row, name=name: length_of(row)[1] == name) for name in setting.lengths
+        },
+        **{name: {group: part(in_group(name, group)) for group in groups} for name, groups in setting.groups.items()},
+    }
+    return {name: columns for name, columns in found.items() if len(columns) > 1}
+
+
+def turn_columns(setting: Setting) -> Columns:
+    """The turns of a setting's samples."""
+    return {f"turn {number + 1}": partial(Figures.turn, number=number) for number in range(setting.turns)}
+
+
+def in_group(name: str, group: str) -> Callable[[Result, Row], bool]:
+    """Whether a sample belongs to a group."""
+    return lambda result, row: str(row["meta"].get("groups", {}).get(name)) == group
 
 
 def label(policy: str) -> str:

@@ -22,17 +22,18 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """A further question in the same conversation; the attributes are those of `Sample`."""
+    """A further question about the same context; the attributes are those of `Sample`."""
 
     question: str
     answers: tuple[str, ...]
     max_new_tokens: int
     answer_prefix: str = ""
+    golden: str = ""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one context, or several in turn.
+    """One question about one context, or several: as a conversation, or each by itself.
 
     Attributes:
         index: its place among the task's samples.
@@ -42,8 +43,13 @@ class Sample:
         max_new_tokens: how many tokens an answer may have.
         answer_prefix: the answer's first words, given to the model; in a chat they stand in its turn.
         meta: what the sample was made from (length, depth, ...), for tables. `meta["stop"]`, if there, is a text at whose
-            first appearance an answer may be ended.
-        turns: questions that are asked one after the other when the first is answered; the cache goes on.
+            first appearance an answer may be ended. `meta["groups"]` names the groups that the sample belongs to, as
+            {"difficulty": "hard"}: reports have a table of scores for each such name.
+        turns: further questions.
+        golden: a right answer, with the space before it, as it stands in the conversation when the next turn is asked,
+            whatever the model wrote; empty: what the model wrote stands there.
+        requests: whether each question is asked about the context alone, whose cache they share; else they are one
+            conversation, and the cache goes on.
     """
 
     index: int
@@ -54,6 +60,8 @@ class Sample:
     answer_prefix: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
+    golden: str = ""
+    requests: bool = False
 
     @property
     def each_turn(self) -> list["Sample"]:
@@ -65,6 +73,7 @@ class Sample:
                 answers=turn.answers,
                 max_new_tokens=turn.max_new_tokens,
                 answer_prefix=turn.answer_prefix,
+                golden=turn.golden,
                 turns=(),
             )
             for turn in self.turns
@@ -79,7 +88,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a sample's prompt: the model reads `context`, then `question`, and after each answer one of `turns`."""
+    """Token ids of a sample's prompt: the model reads `context`, then `question`, and after each answer one of `turns`.
+
+    Of a conversation with golden answers, one of `turns` begins with the golden answer to the question before it. Of requests,
+    each of `turns` is read after `context`.
+    """
 
     context: list[int]
     question: list[int]
@@ -140,6 +153,11 @@ class Task(ABC):
         if scored and not self.metric:
             raise TaskError(f"{self.label} has no metric, so that answers cannot be scored; give metric")
 
+    @property
+    def unseen_because(self) -> str:
+        """Why the compressed prompt cannot hold the question; empty where it can."""
+        return ""
+
     @abstractmethod
     def samples(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
         """The samples, in a fixed order.
@@ -162,29 +180,42 @@ class Task(ABC):
         Raises:
             TaskError: `chat=True` with a tokenizer that has no chat template, or turns that the template does not show.
         """
-        first, *later = questions = sample.each_turn
+        questions = sample.each_turn
         context, texts, special = sample.context, [one.question for one in questions], True
         if self._uses_chat(tokenizer):
-            messages = [{"role": "user", "content": context + _MARK + first.question}]
-            for one in later:
-                messages.append({"role": "assistant", "content": _MARK})
-                messages.append({"role": "user", "content": one.question.strip()})
-            # enable_thinking is for models that would reason before they answer; the others' templates ignore it
-            rendered = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
-            )
-            context, *texts = rendered.split(_MARK)
-            if len(texts) != len(questions):
-                raise TaskError(
-                    f"sample {sample.index} has {len(questions)} turns, and the chat template of {tokenizer.name_or_path!r} does "
-                    "not show all of them; set chat=False"
-                )
-            special = False
+            conversations = [[one] for one in questions] if sample.requests else [questions]
+            rendered = [self._render(sample, conversation, tokenizer) for conversation in conversations]
+            context, texts, special = rendered[0][0], [text for one in rendered for text in one[1:]], False
+        golden = ["", *("" if sample.requests else self._golden(one, tokenizer) for one in questions[:-1])]
         pieces = [
-            encode(tokenizer, text + one.answer_prefix, special=False)
-            for text, one in zip(texts, questions, strict=True)
+            encode(tokenizer, before + text + one.answer_prefix, special=False)
+            for before, text, one in zip(golden, texts, questions, strict=True)
         ]
         return Prompt(encode(tokenizer, context, special=special), pieces[0], pieces[1:])
+
+    def _golden(self, question: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """A golden answer; in a chat it begins the model's turn, without a space."""
+        begins = self._uses_chat(tokenizer) and not question.answer_prefix
+        return question.golden.lstrip() if begins else question.golden
+
+    def _render(self, sample: Sample, questions: Sequence[Sample], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+        """The parts of a conversation in the chat template: up to the first question, then up to each answer."""
+        first, *later = questions
+        messages = [{"role": "user", "content": sample.context + _MARK + first.question}]
+        for one in later:
+            messages.append({"role": "assistant", "content": _MARK})
+            messages.append({"role": "user", "content": one.question.strip()})
+        # enable_thinking is for models that would reason before they answer; the others' templates ignore it
+        rendered = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+        )
+        parts: list[str] = rendered.split(_MARK)
+        if len(parts) != len(questions) + 1:
+            raise TaskError(
+                f"sample {sample.index} has {len(questions)} turns, and the chat template of {tokenizer.name_or_path!r} does "
+                "not show all of them; set chat=False"
+            )
+        return parts
 
     def _uses_chat(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         has_template = bool(tokenizer.chat_template)
@@ -215,6 +246,12 @@ def check_count(value: object, name: str, least: int) -> None:
     """Raise a TaskError unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise TaskError(f"{name}={value!r} is no count; give an int of at least {least}")
+
+
+def check_flag(value: object, name: str) -> None:
+    """Raise a TaskError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise TaskError(f"{name}={value!r} is not known; give true or false")
 
 
 def check_counts(values: object, name: str, least: int) -> None:

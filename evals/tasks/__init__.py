@@ -16,6 +16,7 @@ from kvpress.evals.tasks.needle_threads import NeedleThreads
 from kvpress.evals.tasks.passkey import Passkey
 from kvpress.evals.tasks.perplexity import Perplexity
 from kvpress.evals.tasks.ruler import Ruler
+from kvpress.evals.tasks.scbench import SCBench
 
 __all__ = [
     "TASKS",
@@ -28,6 +29,7 @@ __all__ = [
     "Passkey",
     "Perplexity",
     "Ruler",
+    "SCBench",
     "find_task",
     "import_tasks",
     "make_task",
@@ -37,7 +39,18 @@ __all__ = [
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (InfiniteBench, JsonLines, KVRetrieval, LongBench, Needle, NeedleThreads, Passkey, Perplexity, Ruler)
+    for task in (
+        InfiniteBench,
+        JsonLines,
+        KVRetrieval,
+        LongBench,
+        Needle,
+        NeedleThreads,
+        Passkey,
+        Perplexity,
+        Ruler,
+        SCBench,
+    )
 }
 
 
