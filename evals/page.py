@@ -14,6 +14,7 @@ from kvpress.evals.results import (
     Setting,
     breakdowns,
     differences,
+    gap,
     label,
     length_of,
     turn_columns,
@@ -75,7 +76,7 @@ def section(setting: Setting) -> str:
             "not their score. They are hollow in the charts and never on the front.</p>"
         )
     parts += [chips(setting), charts(setting), "<h3>Policies</h3>", policies_table(setting)]
-    parts += [f"<h3>Score by {by}</h3>{pivot(setting, columns)}" for by, columns in breakdowns(setting).items()]
+    parts += [f"<h3>Score by {by}</h3>{pivot(setting, columns, by)}" for by, columns in breakdowns(setting).items()]
     if setting.turns:
         columns = turn_columns(setting)
         parts += [f"<h3>Score by turn</h3>{pivot(setting, columns)}", "<h3>Entries kept after each turn, in %</h3>"]
@@ -189,11 +190,13 @@ def measure_cells(figures: Figures) -> list[Cell]:
     ]
 
 
-def pivot(setting: Setting, columns: Columns) -> str:
-    """Scores by policy (rows) and something else (columns)."""
+def pivot(setting: Setting, columns: Columns, by: str = "") -> str:
+    """Scores by policy (rows) and something else (columns); with the difference of two groups whose samples are paired."""
+    gaps = [gap(columns, by, entry.figures) for entry in setting.policies]
+    heads = ["policy", *columns, *[" − ".join(columns)] * any(gaps)]
     references = [part(setting.reference) if setting.reference else None for part in columns.values()]
     rows = []
-    for entry in setting.policies:
+    for entry, apart_groups in zip(setting.policies, gaps, strict=True):
         cells = [Cell(escape(entry.label), entry.label, text=True)]
         for part, reference in zip(columns.values(), references, strict=True):
             figures = part(entry.figures)
@@ -205,8 +208,8 @@ def pivot(setting: Setting, columns: Columns) -> str:
             shown = link(score(found.mean, setting.percent), figures.runs)
             tip = f"{score(found.low, setting.percent)} to {score(found.high, setting.percent)}, n={found.n}"
             cells.append(Cell(f'<span title="{tip}">{shown}</span>{mark_of(apart)}', found.mean))
-        rows.append(cells)
-    return table(("policy", *columns), rows) + (
+        rows.append([*cells, *[difference_cell(apart_groups, entry.figures.runs)] * any(gaps)])
+    return table(heads, rows) + (
         '<p class="soft">▼ ▲: worse or better than full attention on the same samples, beyond chance.</p>'
     )
 

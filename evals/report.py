@@ -14,11 +14,12 @@ from kvpress.evals.results import (
     Setting,
     breakdowns,
     differences,
+    gap,
     load_results,
     settings,
     turn_columns,
 )
-from kvpress.evals.statistics import RULE
+from kvpress.evals.statistics import RULE, Difference
 from kvpress.evals.store import StoreError, csv_text, make_folder, write_whole
 
 
@@ -125,8 +126,11 @@ def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> s
         lines += [_line(setting, i) for i in range(len(setting.policies))]
         lines.append("")
         for by, columns in (breakdowns(setting) | ({"turn": turn_columns(setting)} if setting.turns else {})).items():
-            lines += [f"Score by {by}:", "", f"| policy | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|"]
-            lines += [_parts_line(entry, columns) for entry in setting.policies]
+            gaps = [gap(columns, by, entry.figures) for entry in setting.policies]
+            heads = ["policy", *columns, *[" − ".join(columns)] * any(gaps)]
+            lines += [f"Score by {by}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+            for entry, apart in zip(setting.policies, gaps, strict=True):
+                lines.append(_parts_line(entry, columns, [_points(apart)] * any(gaps)))
             lines.append("")
     lines.append(
         f"Scores and differences to full attention in points of a hundred, with 95 % bootstrap intervals. {RULE}. "
@@ -136,10 +140,14 @@ def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> s
     return "\n".join(lines) + "\n"
 
 
-def _parts_line(entry: PolicyResult, columns: Columns) -> str:
+def _parts_line(entry: PolicyResult, columns: Columns, more: Sequence[str]) -> str:
     means = [part(entry.figures).estimate for part in columns.values()]
-    cells = (entry.label, *("–" if mean is None else f"{mean.mean * 100:.1f}" for mean in means))
+    cells = (entry.label, *("–" if mean is None else f"{mean.mean * 100:.1f}" for mean in means), *more)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _points(apart: Difference | None) -> str:
+    return "–" if apart is None else f"{apart.mean * 100:+.1f}{'' if apart.significant else ' n.s.'}"
 
 
 def _line(setting: Setting, index: int) -> str:
@@ -147,8 +155,7 @@ def _line(setting: Setting, index: int) -> str:
     figures, mean = entry.figures, entry.figures.estimate
     assert mean is not None
     scale = 100
-    apart = None if entry.is_reference else figures.difference(setting.reference)
-    to_full = "–" if apart is None else f"{apart.mean * scale:+.1f}{'' if apart.significant else ' n.s.'}"
+    to_full = _points(None if entry.is_reference else figures.difference(setting.reference))
     token_ms = figures.median("token_ms")
     share = figures.share("bytes", "full_bytes")
     cells = (

@@ -14,8 +14,8 @@ from kvpress.evals.store import find_runs
 REFERENCE = ["full"]
 """The policies' names of what the others are compared with."""
 Row = dict[str, Any]
-Key = tuple[str, int]
-"""A sample: `samples_id` and index."""
+Key = tuple[str, int | str]
+"""A sample: `samples_id` and index; or a pair of samples: `samples_id` and what both have in common."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +247,22 @@ def breakdowns(setting: Setting) -> dict[str, Columns]:
         **{name: {group: part(in_group(name, group)) for group in groups} for name, groups in setting.groups.items()},
     }
     return {name: columns for name, columns in found.items() if len(columns) > 1}
+
+
+def gap(columns: Columns, by: str, figures: Figures) -> Difference | None:
+    """How much better the first of two groups was than the second on paired samples; None where they are not two, or not paired."""
+    if len(columns) != 2:
+        return None
+    sides: list[dict[str, dict[Key, float]]] = []
+    for part in columns.values():
+        sides.append({})
+        for result, row in part(figures).samples:
+            pair = row["meta"].get("pairs", {}).get(by)
+            if pair is not None:
+                scores = sides[-1].setdefault(result.config["task"], {})
+                scores[result.config["samples_id"], pair] = row["score"]
+    tasks = [task for task in sides[0] if task in sides[1]]
+    return difference([sides[0][task] for task in tasks], [sides[1][task] for task in tasks])
 
 
 def turn_columns(setting: Setting) -> Columns:

@@ -44,7 +44,8 @@ class Sample:
         answer_prefix: the answer's first words, given to the model; in a chat they stand in its turn.
         meta: what the sample was made from (length, depth, ...), for tables. `meta["stop"]`, if there, is a text at whose
             first appearance an answer may be ended. `meta["groups"]` names the groups that the sample belongs to, as
-            {"difficulty": "hard"}: reports have a table of scores for each such name.
+            {"difficulty": "hard"}: reports have a table of scores for each such name. Where there are two groups, and
+            `meta["pairs"]` gives the samples of both the same text under that name, the table has their difference too.
         turns: further questions.
         golden: a right answer, with the space before it, as it stands in the conversation when the next turn is asked,
             whatever the model wrote; empty: what the model wrote stands there.

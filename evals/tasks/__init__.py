@@ -13,6 +13,7 @@ from kvpress.evals.tasks.kv_retrieval import KVRetrieval
 from kvpress.evals.tasks.longbench import LongBench
 from kvpress.evals.tasks.needle import Needle
 from kvpress.evals.tasks.needle_threads import NeedleThreads
+from kvpress.evals.tasks.paraphrased_needle import ParaphrasedNeedle
 from kvpress.evals.tasks.passkey import Passkey
 from kvpress.evals.tasks.perplexity import Perplexity
 from kvpress.evals.tasks.ruler import Ruler
@@ -26,6 +27,7 @@ __all__ = [
     "LongBench",
     "Needle",
     "NeedleThreads",
+    "ParaphrasedNeedle",
     "Passkey",
     "Perplexity",
     "Ruler",
@@ -46,6 +48,7 @@ TASKS: dict[str, type[Task]] = {
         LongBench,
         Needle,
         NeedleThreads,
+        ParaphrasedNeedle,
         Passkey,
         Perplexity,
         Ruler,

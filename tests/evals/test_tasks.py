@@ -19,6 +19,7 @@ SPECS = {
     "kv_retrieval": {"pairs": 5, "repeats": 2},
     "needle_threads": {"length": 1500, "repeats": 2},
     "infinitebench": {"task": "kv_retrieval", "length": 1500, "repeats": 1},
+    "paraphrased_needle": {"lengths": [900], "depths": [0.2, 0.9], "wordings": ["literal"], "distractors": [0]},
     "scbench": {"length": 1500, "repeats": 2, "turns": 3},
     "perplexity": {"length": 300, "scored": 50, "stretches": 2},
     "ruler": {"task": "niah_single_1", "length": 1500, "repeats": 2},
