@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+LOOK_EVERY = 32
+"""Decode steps from one look at how much the cache holds to the next."""
+
+
 @dataclass(frozen=True)
 class EncodedSample:
     """A sample as token ids.
@@ -137,6 +141,7 @@ class Answer:
         shared: whether the prompt pass was shared.
         batch: how many samples were answered together; times are of the whole batch.
         totals: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
+        cut: how many of the answers were ended by the limit of their tokens.
         turn_totals: the same after each of several answers.
     """
 
@@ -150,6 +155,7 @@ class Answer:
     shared: bool = False
     batch: int = 1
     totals: dict[str, Any] = field(default_factory=dict)
+    cut: int = 0
     turn_totals: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -269,6 +275,8 @@ class Reader:
         logits: [batch, vocab] after what was read.
         prompt_ms: the prompt pass; with a shared one, that pass and making the policy's cache from it.
         times: milliseconds of each step by `feed`.
+        peak: the most entries that the cache held after the prompt, as far as it was looked at: every `LOOK_EVERY` steps, and
+            whenever `totals` are asked for.
     """
 
     def __init__(
@@ -287,6 +295,7 @@ class Reader:
             self._cache, self.logits = output[CACHE], output.logits[:, -1]
         self.prompt_ms = (now(model) - started) * 1e3 + (shared.ms if shared is not None else 0.0)
         self.times: list[float] = []
+        self.peak, self._fed = 0.0, 0
 
     def feed(self, tokens: Sequence[int]) -> None:
         """Feed the next token of each sequence, as a decode step."""
@@ -294,6 +303,9 @@ class Reader:
         ids = torch.tensor(tokens, device=self.model.device)[:, None]
         self.logits = self.model(ids, **{CACHE: self._cache}, use_cache=True).logits[:, -1]
         self.times.append((now(self.model) - started) * 1e3)
+        self._fed += 1
+        if self._fed % LOOK_EVERY == 0:
+            self.totals()
 
     def read(self, steps: Iterable[Sequence[int]]) -> None:
         """Feed tokens, [step][sequence], whose times do not count."""
@@ -316,6 +328,8 @@ class Reader:
         if self._batch > 1:  # the report sums over a batch's sequences
             totals |= {name: totals[name] // self._batch for name in ("seen", "bytes", "full_bytes")}
             totals["kept"] /= self._batch
+        self.peak = max(self.peak, totals["kept"])
+        totals["peak_kept"] = self.peak
         return {name: value for name, value in totals.items() if name not in ("policy", "layers")}
 
 
@@ -343,12 +357,10 @@ def _write(
             sample, tokens = asked[row], written[row]
             stop = sample.meta.get("stop")
             tokens.append(chosen[row])
-            if (
-                chosen[row] not in ends
-                and len(tokens) < sample.max_new_tokens
-                and not (stop and stop in tokenizer.decode(tokens, skip_special_tokens=True))
-            ):
+            ended = chosen[row] in ends or bool(stop and stop in tokenizer.decode(tokens, skip_special_tokens=True))
+            if not ended and len(tokens) < sample.max_new_tokens:
                 continue
+            found[row].cut += not ended
             writing.remove(row)
             if writing:  # the cache goes on growing
                 found[row].totals = reader.totals()

@@ -17,6 +17,7 @@ from kvpress.evals.results import (
     gap,
     label,
     length_of,
+    measures,
     turn_columns,
 )
 from kvpress.evals.statistics import RULE, Difference, Estimate, pareto
@@ -155,8 +156,10 @@ def policy_of(entry: PolicyResult) -> str:
 
 def policies_table(setting: Setting) -> str:
     """One row per policy and parameters."""
-    compared = any(entry.figures.kl for entry in setting.policies)
-    columns = ("policy", "kind", "n", score_title(setting.percent), "to full", *["KL per token"] * compared, *MEASURES)
+    compared, more = any(entry.figures.kl for entry in setting.policies), measures(setting)
+    columns = (
+        "policy", "kind", "n", score_title(setting.percent), "to full", *["KL per token"] * compared, *more, *MEASURES,
+    )  # fmt: skip
     rows = []
     for entry in setting.policies:
         figures = entry.figures
@@ -170,6 +173,7 @@ def policies_table(setting: Setting) -> str:
                 estimate_cell(figures.estimate, figures.runs, setting.percent),
                 difference_cell(None if entry.is_reference else figures.difference(setting.reference), figures.runs),
                 *[divergence_cell(figures.kl, figures.runs)] * compared,
+                *(number(measure(figures), form, figures.runs) for measure, form in more.values()),
                 *measure_cells(figures),
             ]
         )

@@ -110,6 +110,11 @@ class Figures:
         """The same for some of the samples."""
         return Figures([(result, row) for result, row in self.samples if wanted(result, row)])
 
+    def detail(self, name: str) -> float | None:
+        """The mean of one of the further figures that a task gives of answers, over those that have it."""
+        values = [row["details"][name] for _, row in self.samples if name in row.get("details", {})]
+        return statistics.fmean(values) if values else None
+
     @property
     def turns(self) -> int:
         """The most turns that a sample has."""
@@ -213,6 +218,17 @@ class Setting:
         return max(entry.figures.turns for entry in self.policies)
 
     @property
+    def details(self) -> list[str]:
+        """The further figures that the tasks give of answers."""
+        rows = (row for entry in self.policies for _, row in entry.figures.samples)
+        return list(dict.fromkeys(name for row in rows for name in row.get("details", {})))
+
+    @property
+    def reasons(self) -> bool:
+        """Whether answers are long, so that what they cost belongs beside their score."""
+        return any(result.config["metric"] == "boxed" for entry in self.policies for result, _ in entry.figures.samples)
+
+    @property
     def groups(self) -> dict[str, list[str]]:
         """Name -> the groups that samples belong to by their `meta["groups"]`, in the order in which they come."""
         found: dict[str, dict[str, None]] = {}
@@ -268,6 +284,41 @@ def gap(columns: Columns, by: str, figures: Figures) -> Difference | None:
 def turn_columns(setting: Setting) -> Columns:
     """The turns of a setting's samples."""
     return {f"turn {number + 1}": partial(Figures.turn, number=number) for number in range(setting.turns)}
+
+
+Measure = Callable[[Figures], float | None]
+
+
+def measures(setting: Setting) -> dict[str, tuple[Measure, str]]:
+    """What tables show beside a setting's scores: heading -> the figure, and its format."""
+
+    def detail(name: str) -> Measure:
+        def mean(figures: Figures) -> float | None:
+            found = figures.detail(name)
+            return None if found is None else 100 * found
+
+        return mean
+
+    def percent(name: str) -> Measure:
+        def mean(figures: Figures) -> float | None:
+            found = figures.mean(name)
+            return None if found is None else 100 * found
+
+        return mean
+
+    def of_full(figures: Figures) -> float | None:
+        held, full = figures.mean("peak_kept"), setting.reference and setting.reference.mean("seen")
+        return 100 * held / full if held is not None and full else None
+
+    found: dict[str, tuple[Measure, str]] = {f"{name}, %": (detail(name), "{:.1f}") for name in setting.details}
+    if setting.reasons:
+        found |= {
+            "new tokens": (lambda figures: figures.mean("new_tokens"), "{:.0f}"),
+            "cut off, %": (percent("cut_off"), "{:.1f}"),
+            "most entries": (lambda figures: figures.mean("peak_kept"), "{:.0f}"),
+            "of full's length, %": (of_full, "{:.1f}"),
+        }
+    return found
 
 
 def in_group(name: str, group: str) -> Callable[[Result, Row], bool]:

@@ -437,12 +437,19 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
                 row |= {"score": statistics.fmean(found.same[turn]), "kl": statistics.fmean(found.divergences[turn])}
             else:
                 row["score"] = float(run.task.score(asked, found.texts[turn]))
+                row["details"] = run.task.details(asked, found.texts[turn])
             turns.append(row)
         if sample.compared:  # over tokens, not over turns
             score = statistics.fmean(chain(*found.same))
             extra["kl"] = statistics.fmean(chain(*found.divergences))
         else:
             score = statistics.fmean(turn["score"] for turn in turns)
+            extra["cut_off"] = found.cut / len(turns)
+            names = dict.fromkeys(name for turn in turns for name in turn["details"])
+            extra["details"] = {
+                name: statistics.fmean(turn["details"][name] for turn in turns if name in turn["details"])
+                for name in names
+            }
         if len(turns) > 1:
             held = [{name: totals[name] for name in HELD} for totals in found.turn_totals]
             extra["turns"] = [turn | totals for turn, totals in zip(turns, held, strict=True)]

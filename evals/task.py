@@ -155,6 +155,11 @@ class Task(ABC):
             raise TaskError(f"{self.label} has no metric, so that answers cannot be scored; give metric")
 
     @property
+    def thinks(self) -> bool:
+        """Whether the chat template is asked to let the model think before it answers, where it can be."""
+        return False
+
+    @property
     def unseen_because(self) -> str:
         """Why the compressed prompt cannot hold the question; empty where it can."""
         return ""
@@ -170,6 +175,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, sample: Sample, answer: str) -> float:
         """How right an answer is, 0 to 1. `answer` is what the model wrote after `sample.answer_prefix`."""
+
+    def details(self, sample: Sample, answer: str) -> dict[str, float]:
+        """Further figures of an answer, each 0 to 1; a report has a column for the mean of each."""
+        return {}
 
     def name_of(self, sample: Sample) -> str:
         """What an error calls a sample."""
@@ -206,9 +215,9 @@ class Task(ABC):
         for one in later:
             messages.append({"role": "assistant", "content": _MARK})
             messages.append({"role": "user", "content": one.question.strip()})
-        # enable_thinking is for models that would reason before they answer; the others' templates ignore it
+        # enable_thinking is for models that reason before they answer; the others' templates ignore it
         rendered = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
+            messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinks
         )
         parts: list[str] = rendered.split(_MARK)
         if len(parts) != len(questions) + 1:

@@ -11,11 +11,13 @@ from kvpress.evals.tasks.infinitebench import InfiniteBench
 from kvpress.evals.tasks.json_lines import JsonLines
 from kvpress.evals.tasks.kv_retrieval import KVRetrieval
 from kvpress.evals.tasks.longbench import LongBench
+from kvpress.evals.tasks.longbench_v2 import LongBenchV2
 from kvpress.evals.tasks.needle import Needle
 from kvpress.evals.tasks.needle_threads import NeedleThreads
 from kvpress.evals.tasks.paraphrased_needle import ParaphrasedNeedle
 from kvpress.evals.tasks.passkey import Passkey
 from kvpress.evals.tasks.perplexity import Perplexity
+from kvpress.evals.tasks.reasoning import Reasoning
 from kvpress.evals.tasks.ruler import Ruler
 from kvpress.evals.tasks.scbench import SCBench
 
@@ -25,11 +27,13 @@ __all__ = [
     "JsonLines",
     "KVRetrieval",
     "LongBench",
+    "LongBenchV2",
     "Needle",
     "NeedleThreads",
     "ParaphrasedNeedle",
     "Passkey",
     "Perplexity",
+    "Reasoning",
     "Ruler",
     "SCBench",
     "find_task",
@@ -46,11 +50,13 @@ TASKS: dict[str, type[Task]] = {
         JsonLines,
         KVRetrieval,
         LongBench,
+        LongBenchV2,
         Needle,
         NeedleThreads,
         ParaphrasedNeedle,
         Passkey,
         Perplexity,
+        Reasoning,
         Ruler,
         SCBench,
     )
