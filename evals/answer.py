@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ class EncodedSample:
         scored: whether the steps' probability is what is measured, and nothing is generated.
         turns: tokens of each further question, fed one by one when the one before it is answered; of requests, after the
             prompt.
+        spans: parts of the prompt by name, (start, end) of its tokens; rows say how much of each is held.
         compared: whether what full attention writes is fed, and compared with what the policy would write.
     """
 
@@ -45,6 +46,7 @@ class EncodedSample:
     steps: list[int]
     scored: bool = False
     turns: list[list[int]] = field(default_factory=list)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
     compared: bool = False
 
     @property
@@ -71,9 +73,9 @@ class EncodedSample:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Samples of one shape can be answered as one batch, without padding. One with several turns has its own: their
-        answers end at different places."""
-        own = self.source.index if self.turns else -1
+        """Samples of one shape can be answered as one batch, without padding. One with several turns has its own, as their
+        answers end at different places; and so has one with spans, which are looked for in a cache of one sequence."""
+        own = self.source.index if self.turns or self.spans else -1
         return len(self.prompt), len(self.steps), self.source.max_new_tokens, self.scored, own
 
     @property
@@ -90,7 +92,7 @@ def encode_sample(sample: Sample, prompt: Prompt, query_aware: bool, compared: b
         if query_aware or not prompt.context
         else (prompt.context, prompt.question)
     )
-    return EncodedSample(sample, ids, steps, sample.max_new_tokens == 0, prompt.turns, compared)
+    return EncodedSample(sample, ids, steps, sample.max_new_tokens == 0, prompt.turns, prompt.spans, compared)
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,8 @@ class Answer:
         totals: `kvpress.Handle.report()`'s totals after the answer; of a batch the mean over its sequences.
         cut: how many of the answers were ended by the limit of their tokens.
         turn_totals: the same after each of several answers.
+        spans: "kept of" a span -> the share of its tokens that was held when the first answer began, mean over layers and kv
+            heads.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -157,6 +161,7 @@ class Answer:
     totals: dict[str, Any] = field(default_factory=dict)
     cut: int = 0
     turn_totals: list[dict[str, Any]] = field(default_factory=list)
+    spans: dict[str, float] = field(default_factory=dict)
 
 
 @torch.inference_mode()
@@ -215,6 +220,8 @@ def answer_batch(
             ends = end_tokens(model, tokenizer)
 
             def answer(turn: int) -> list[list[int]]:
+                if samples[0].spans and not turn:
+                    found[0].spans = reader.held(samples[0].spans)
                 if samples[0].compared:
                     assert shared is not None
                     written = shared.continuations[turn].tokens
@@ -321,6 +328,18 @@ class Reader:
         self._cache = copy.deepcopy(self._cache)
         yield
         self._cache, self.logits = kept
+
+    def held(self, spans: Mapping[str, tuple[int, int]]) -> dict[str, float]:
+        """The share of each span's tokens that the cache holds, mean over layers and kv heads; nothing where a policy left
+        tokens of the prompt out, so that entries do not tell which tokens they are of."""
+        if self._handle.report(self._cache).kept_ids is not None:
+            return {}
+        positions = [layer.positions[0] for layer in self._cache.layers if hasattr(layer, "positions")]
+        found = {}
+        for name, (start, end) in spans.items():
+            counts = [((layer >= start) & (layer < end)).sum(-1).float().mean() for layer in positions]
+            found[f"kept of {name}"] = float(torch.stack(counts).mean()) / max(1, end - start)
+        return found
 
     def totals(self) -> dict[str, Any]:
         """What the cache holds now; of a batch the mean over its sequences."""

@@ -157,7 +157,9 @@ class DistributedExecutor(Executor):
 
 def _combine_ranks(answers: list[Answer] | None) -> bool:
     """Make what the cache of each rank held of its heads into what all held; whether every rank has answers (not None)."""
-    own = None if answers is None else [totals for one in answers for totals in (one.totals, *one.turn_totals)]
+    own = (
+        None if answers is None else [totals for one in answers for totals in (one.totals, *one.turn_totals, one.spans)]
+    )
     every_rank: list[list[dict[str, Any]] | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(every_rank, own)
     parts = [part for part in every_rank if part is not None]
@@ -168,6 +170,6 @@ def _combine_ranks(answers: list[Answer] | None) -> bool:
             values = [part[at][name] for part in parts]
             if name in ("bytes", "full_bytes"):
                 totals[name] = sum(values)
-            elif name in ("kept", "peak_kept", "read_share"):
+            elif name in ("peak_kept", "read_share") or name.startswith("kept"):
                 totals[name] = value if len(set(values)) == 1 else statistics.fmean(values)
     return True

@@ -24,6 +24,7 @@ LIBRARIES = {
     "rouge": [("rouge_score.rouge_scorer", "rouge-score")],
     "rouge_zh": [("rouge_score.rouge_scorer", "rouge-score"), ("jieba", "jieba")],
     "qa_f1_zh": [("jieba", "jieba")],
+    "kept_secret": [("rouge_score.rouge_scorer", "rouge-score")],
 }
 """Metric -> the modules that it imports, and their distributions."""
 _LATEX = (
@@ -163,6 +164,12 @@ def rouge_zh(answer: str, truth: str) -> float:
     """`rouge` of the words that jieba cuts."""
     jieba = _library("jieba")
     return rouge(" ".join(jieba.cut(answer)), " ".join(jieba.cut(truth)))
+
+
+def share_told(answer: str, text: str) -> float:
+    """Share of a text's words that the answer has in the text's order: ROUGE-L's recall, without case and punctuation."""
+    scorer = _library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
+    return float(scorer.score(text, answer)["rougeL"].recall)
 
 
 def classification(answer: str, truth: str, classes: Sequence[str]) -> float:

@@ -449,7 +449,7 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
             extra["details"] = {
                 name: statistics.fmean(turn["details"][name] for turn in turns if name in turn["details"])
                 for name in names
-            }
+            } | found.spans
         if len(turns) > 1:
             held = [{name: totals[name] for name in HELD} for totals in found.turn_totals]
             extra["turns"] = [turn | totals for turn, totals in zip(turns, held, strict=True)]

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from jinja2.exceptions import TemplateError
+
 from kvpress.errors import nearest
 
 if TYPE_CHECKING:
@@ -49,6 +51,8 @@ class Sample:
         turns: further questions.
         golden: a right answer, with the space before it, as it stands in the conversation when the next turn is asked,
             whatever the model wrote; empty: what the model wrote stands there.
+        spans: parts of the context by name, (start, end) of its characters; rows say how much of each the cache held when the
+            first answer began.
         requests: whether each question is asked about the context alone, whose cache they share; else they are one
             conversation, and the cache goes on.
     """
@@ -63,6 +67,7 @@ class Sample:
     turns: tuple[Turn, ...] = ()
     golden: str = ""
     requests: bool = False
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def each_turn(self) -> list["Sample"]:
@@ -92,12 +97,13 @@ class Prompt:
     """Token ids of a sample's prompt: the model reads `context`, then `question`, and after each answer one of `turns`.
 
     Of a conversation with golden answers, one of `turns` begins with the golden answer to the question before it. Of requests,
-    each of `turns` is read after `context`.
+    each of `turns` is read after `context`. `spans` are the sample's, as (start, end) of tokens of `context`.
     """
 
     context: list[int]
     question: list[int]
     turns: list[list[int]] = field(default_factory=list)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -155,6 +161,11 @@ class Task(ABC):
             raise TaskError(f"{self.label} has no metric, so that answers cannot be scored; give metric")
 
     @property
+    def context_role(self) -> str:
+        """Whose message the context is in a chat: the "user"'s, with the question; or the "system"'s, before the question."""
+        return "user"
+
+    @property
     def thinks(self) -> bool:
         """Whether the chat template is asked to let the model think before it answers, where it can be."""
         return False
@@ -201,7 +212,33 @@ class Task(ABC):
             encode(tokenizer, before + text + one.answer_prefix, special=False)
             for before, text, one in zip(golden, texts, questions, strict=True)
         ]
-        return Prompt(encode(tokenizer, context, special=special), pieces[0], pieces[1:])
+        spans = self._token_spans(sample, context, tokenizer, special) if sample.spans else {}
+        return Prompt(encode(tokenizer, context, special=special), pieces[0], pieces[1:], spans)
+
+    def _token_spans(
+        self, sample: Sample, context: str, tokenizer: "PreTrainedTokenizerBase", special: bool
+    ) -> dict[str, tuple[int, int]]:
+        """The sample's spans in tokens: those that begin within them.
+
+        Raises:
+            TaskError: the tokenizer does not say where its tokens stand, or the chat template changes the context.
+        """
+        first = context.rfind(sample.context)
+        if first < 0:
+            raise TaskError(f"the chat template of {tokenizer.name_or_path!r} changes the context; set chat=False")
+        if not tokenizer.is_fast:
+            raise TaskError(
+                f"the tokenizer of {tokenizer.name_or_path!r} does not say where its tokens stand in a text, which "
+                f"{self.label} needs; use a model with a fast tokenizer"
+            )
+        places = tokenizer(context, add_special_tokens=special, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        found = {}
+        for name, (start, end) in sample.spans.items():
+            within = [at for at, (a, b) in enumerate(places) if b > a and first + start <= a < first + end]
+            found[name] = (within[0], within[-1] + 1) if within else (0, 0)
+        return found
 
     def _golden(self, question: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
         """A golden answer; in a chat it begins the model's turn, without a space."""
@@ -211,14 +248,24 @@ class Task(ABC):
     def _render(self, sample: Sample, questions: Sequence[Sample], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
         """The parts of a conversation in the chat template: up to the first question, then up to each answer."""
         first, *later = questions
-        messages = [{"role": "user", "content": sample.context + _MARK + first.question}]
+        if self.context_role == "system":
+            messages = [
+                {"role": "system", "content": sample.context + _MARK},
+                {"role": "user", "content": first.question},
+            ]
+        else:
+            messages = [{"role": "user", "content": sample.context + _MARK + first.question}]
         for one in later:
             messages.append({"role": "assistant", "content": _MARK})
             messages.append({"role": "user", "content": one.question.strip()})
         # enable_thinking is for models that reason before they answer; the others' templates ignore it
-        rendered = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinks
-        )
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinks
+            )
+        except TemplateError as error:  # some templates refuse a system message
+            where = f"the chat template of {tokenizer.name_or_path!r}"
+            raise TaskError(f"{where} does not take the messages of {self.label} ({error}); set chat=False") from error
         parts: list[str] = rendered.split(_MARK)
         if len(parts) != len(questions) + 1:
             raise TaskError(

@@ -8,6 +8,7 @@ from kvpress import outside
 from kvpress.errors import nearest
 from kvpress.evals.task import Task, TaskError
 from kvpress.evals.tasks.infinitebench import InfiniteBench
+from kvpress.evals.tasks.instructions import Instructions
 from kvpress.evals.tasks.json_lines import JsonLines
 from kvpress.evals.tasks.kv_retrieval import KVRetrieval
 from kvpress.evals.tasks.longbench import LongBench
@@ -24,6 +25,7 @@ from kvpress.evals.tasks.scbench import SCBench
 __all__ = [
     "TASKS",
     "InfiniteBench",
+    "Instructions",
     "JsonLines",
     "KVRetrieval",
     "LongBench",
@@ -47,6 +49,7 @@ TASKS: dict[str, type[Task]] = {
     task.name: task
     for task in (
         InfiniteBench,
+        Instructions,
         JsonLines,
         KVRetrieval,
         LongBench,

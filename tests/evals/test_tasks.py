@@ -20,13 +20,14 @@ SPECS = {
     "needle_threads": {"length": 1500, "repeats": 2},
     "infinitebench": {"task": "kv_retrieval", "length": 1500, "repeats": 1},
     "paraphrased_needle": {"lengths": [900], "depths": [0.2, 0.9], "wordings": ["literal"], "distractors": [0]},
+    "instructions": {"ask": "request", "repeats": 2},
     "longbench_v2": {"length": 1500, "repeats": 2},
     "reasoning": {"dataset": "arithmetic", "repeats": 2},
     "scbench": {"length": 1500, "repeats": 2, "turns": 3},
     "perplexity": {"length": 300, "scored": 50, "stretches": 2},
     "ruler": {"task": "niah_single_1", "length": 1500, "repeats": 2},
 }
-DRAWN = sorted(set(SPECS) - {"perplexity", "longbench_v2"})  # whose answers are no texts, or letters of four
+DRAWN = sorted(set(SPECS) - {"perplexity", "longbench_v2", "instructions"})  # without answers, or with a letter of four
 IN_CONTEXT = sorted(set(DRAWN) - {"reasoning"})
 
 
