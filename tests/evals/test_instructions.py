@@ -5,6 +5,7 @@ from random import Random
 
 import pytest
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
 
 from kvpress.evals import Sample, make_task
 from kvpress.evals.config import ConfigError
@@ -16,6 +17,7 @@ from kvpress.evals.task import TaskError
 from kvpress.evals.tasks.instructions import texts
 from support.plans import plan
 from support.saved import row, save
+from support.tiny_saved import byte_tokenizer
 
 KEPT = {
     "lowercase": ("all small, 3 words", "One capital", 1),
@@ -122,8 +124,11 @@ def test_the_system_message_is_the_context(real):
 def test_spans_count_the_tokens_before_them(byte):
     task = make_task({"name": "instructions", "repeats": 1})
     (sample,) = task.samples(byte)
-    prompt = task.prompt(sample, byte)  # a byte a token, after one at the start
-    assert prompt.spans == {name: (start + 1, end + 1) for name, (start, end) in sample.spans.items()}
+    assert task.prompt(sample, byte).spans == sample.spans  # a byte a token, and none before them
+    first = byte_tokenizer()
+    first.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    moved = {name: (start + 1, end + 1) for name, (start, end) in sample.spans.items()}
+    assert task.prompt(sample, first).spans == moved
 
 
 def test_a_template_that_takes_no_system_message_is_named(byte):
@@ -197,8 +202,6 @@ def test_reports_have_a_column_for_each_figure(tmp_path):
             save(tmp_path, fields | ({} if policy == "full" else {"budget": 0.5}), rows)
     write_report([tmp_path], tmp_path)
     text = (tmp_path / "report.md").read_text()
-    assert "| to full | followed, % | kept of defence, % | leak, % | leaked, % |" in text or (
-        "| to full | leak, % | leaked, % | kept of defence, % | followed, % |" in text
-    )
-    (line,) = [line for line in text.splitlines() if line.startswith("| h2o(0.5)") and "MiB" not in line][:1]
-    assert "| 30.0 |" in line and "| 100.0 |" in line  # leak 30, kept (20 + 40) / 2, followed 100
+    assert "| to full | leak, % | leaked, % | kept of defence, % | followed, % |" in text
+    line = next(line for line in text.splitlines() if line.startswith("| h2o(0.5)"))
+    assert "| 30.0 | 0.0 | 30.0 | 100.0 |" in line  # leak, leaked, (20 + 40) / 2 kept, followed
