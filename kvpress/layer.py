@@ -21,7 +21,7 @@ from kvpress.passes import active_pass
 from kvpress.places import Held, Own, Places
 from kvpress.policy import Dropped, Entries, Roles
 from kvpress.rotary import Rotary
-from kvpress.storage import Pages, Slots, Storage, spare_slots
+from kvpress.storage import Slots, Storage, spare_slots
 from kvpress.storage.base import marked_first
 from kvpress.texts import Texts
 from kvpress.tokens import Tokens
@@ -231,8 +231,7 @@ class KVLayer(CacheLayerMixin):
         """
         key = self._stored_key(key, tokens)
         new = tokens.count if tokens.columns is None else max(len(columns) for columns in tokens.columns)
-        if isinstance(self.storage, Pages):
-            self.storage = self.storage.as_slots(Slots(self.observer.slots), new)
+        self.storage = self.storage.for_prompt(Slots(self.observer.slots), new)
         if not self.is_initialized:
             self.dtype, self.device = key.dtype, key.device
         self._reserve(max(1, self.storage.length + new), (key, value))  # a pass may be all padding
@@ -292,7 +291,7 @@ class KVLayer(CacheLayerMixin):
                 evicts = "all"
         slot: int | Literal["told", "freed", "empty"] = "freed" if self.has_freed else "empty"
         if appends:
-            slot = "told" if compiled else self.next_slot
+            slot = "told" if compiled else held.next_slot
         full = uniform and held.entries + 1 == stop and not (compiled and stop < held.capacity)
         phase = self.selection.phase(self.steps)
         places = held.capacity if not self.evicts else self.texts.columns + 1
@@ -302,11 +301,6 @@ class KVLayer(CacheLayerMixin):
             self.step = Step(slot, stop, full, evicts, phase, places, 0)
         if self.roles.selects and self.facts.counted is None:
             self.facts.counted = torch.zeros((), dtype=torch.float64, device=held.positions.device)
-
-    @property
-    def in_pages(self) -> bool:
-        """Whether the entries are in pages."""
-        return isinstance(self.storage, Pages)
 
     @property
     def entries_now(self) -> int:
@@ -327,11 +321,6 @@ class KVLayer(CacheLayerMixin):
             self.facts.counted.add_(read)
         else:
             self.facts.read += read
-
-    @property
-    def next_slot(self) -> int:
-        """Where the next entries go that are appended."""
-        return self.storage.taken if isinstance(self.storage, Pages) else self.storage.length
 
     def write(self, key: Tensor, value: Tensor, tokens: Tokens, told: Tensor | None = None) -> None:
         """Store the new entry of a decode step.
@@ -366,9 +355,7 @@ class KVLayer(CacheLayerMixin):
         assert step is not None
         limit = self.slot_limit
         if limit is None or held.length < limit:
-            held.length += 1
-            if isinstance(held, Pages):
-                held.taken += 1
+            held.note_written()
         else:
             held.ordered = False
         if tokens.padded:
@@ -554,7 +541,7 @@ class KVLayer(CacheLayerMixin):
 
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
-        if not isinstance(self.storage, Slots) or self.storage.made is None:  # else `prepare` has done it
+        if self.storage.made is None:  # else `prepare` has done it
             self.set_quotas(tokens)
         self.pending = self.eviction.evict == "after_prompt"
         if not self.pending:
@@ -584,8 +571,7 @@ class KVLayer(CacheLayerMixin):
             if self.eviction.merges:
                 self._merge_rest(index, chosen)
             if shared:
-                assert isinstance(held, Slots)
-                self.storage = Pages.of(held, index, chosen)
+                self.storage = held.share(index, chosen)
             else:
                 held.keep(index, chosen, self._capacity(width))
             self.has_freed = False
@@ -605,8 +591,9 @@ class KVLayer(CacheLayerMixin):
         if every == 1 and not self.eviction.merges:
             scores, limits = self.eviction.score(entries), self.totals if step.evicts == "over" else None
             seen = tokens.seen_tensor.to(positions.device)
-            freed = evict_slot(scores, positions, seen, self.recents, limits, full=step.full)
-            self.free = kept_in_place(self.free, freed)
+            # In one place from step to step, for what is replayed.
+            out = self.free if self.free is not None and self.free.shape == positions.shape[:2] else None
+            self.free = evict_slot(scores, positions, seen, self.recents, limits, out=out, full=step.full)
             return
         priority = priorities(self.eviction, entries, step.full)
         if not step.full:
@@ -637,10 +624,11 @@ class KVLayer(CacheLayerMixin):
         if order is not None:
             positions = positions.gather(2, order)
             observed = {name: counted.gather(2, order) for name, counted in observed.items()}
-        tokens = seen.to(positions.device)
-        candidates = positions < (tokens - self.recents)[:, None, None]
-        if not full:
-            candidates &= positions >= 0
+        tokens, recents = seen.to(positions.device), self.recents
+
+        def candidates() -> Tensor:
+            older = positions < (tokens - recents)[:, None, None]
+            return older if full else older & (positions >= 0)
 
         def fetch() -> tuple[Tensor, Tensor]:
             keys, values = self._keys_in_place(stop), self.storage.read(stop=stop)[1]
@@ -687,7 +675,7 @@ class KVLayer(CacheLayerMixin):
 
     def _held_changed(self) -> None:
         held, facts = self.storage, self.facts
-        facts.positions = held.paged_positions if isinstance(held, Pages) else held.positions
+        facts.positions = held.all_positions
         facts.kv_heads = held.kv_heads
         facts.nbytes, facts.entry_bytes, facts.length = self.nbytes, held.entry_bytes, held.row_length
 
@@ -823,10 +811,3 @@ class KVLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given sequences."""
         self._change_batch(lambda tensor: tensor[indices.to(tensor.device)])
-
-
-def kept_in_place(held: Tensor | None, new: Tensor) -> Tensor:
-    """The new numbers, in the tensor that held the old ones where it fits: what is replayed reads and writes one place."""
-    if held is None or held.shape != new.shape:
-        return new.clone()
-    return held.copy_(new)

@@ -215,9 +215,8 @@ class Mass(Observer):
             self.prompt(observed, rows)
             return
         held = observed.slots["mass"][..., : mass.shape[-1]]
-        real = rows.at >= 0
         if rows.padded:
-            there = real.to(mass.device).view(-1, *(1,) * (mass.ndim - 1))
+            there = (rows.at >= 0).to(mass.device).view(-1, *(1,) * (mass.ndim - 1))
             mass = mass.masked_fill(~there, 0.0)
             if self.fading != 1:
                 held.mul_(torch.where(there, self.fading, 1.0))

@@ -176,7 +176,7 @@ class Entries:
 
     Attributes:
         positions: int32 [batch, kv_heads, n], original positions, -1 for an empty slot.
-        candidates: bool [batch, kv_heads, n], the entries that compete for what `Quota.recent` leaves over.
+        competing: `candidates`, or what makes them when they are asked for.
         observed: name -> float32 [batch, kv_heads, n], what the policy's observer counted.
         tokens: int [batch], real tokens seen of each sequence.
         layer, layers: index among the layers that the policy acts on, and their number.
@@ -184,12 +184,17 @@ class Entries:
     """
 
     positions: Tensor
-    candidates: Tensor
+    competing: Tensor | Callable[[], Tensor]
     observed: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
     layer: int = 0
     layers: int = 1
     fetch: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def candidates(self) -> Tensor:
+        """The entries that compete for what `Quota.recent` leaves over, bool [batch, kv_heads, n]."""
+        return self.competing if isinstance(self.competing, Tensor) else self.competing()
 
     @property
     def mass(self) -> Tensor:
@@ -444,11 +449,6 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
     def places(self) -> Places:
         """At which positions attention sees entries."""
         return Own()
-
-    @property
-    def place_remedy(self) -> str:
-        """What to do where entries cannot be moved to other positions."""
-        return "use rope='original'" if hasattr(self, "rope") else "use another policy"
 
     @property
     def leaves_prompts_exact(self) -> bool:
