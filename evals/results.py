@@ -252,16 +252,18 @@ Columns = dict[str, Callable[[Figures], Figures]]
 def breakdowns(setting: Setting) -> dict[str, Columns]:
     """What scores are shown by, and the parts: tasks, lengths and the groups of the tasks' own, where there are several."""
 
-    def part(wanted: Callable[[Result, Row], bool]) -> Callable[[Figures], Figures]:
-        return lambda figures: figures.part(wanted)
+    def part(value: Callable[[Result, Row], str], wanted: str) -> Callable[[Figures], Figures]:
+        return lambda figures: figures.part(lambda result, row: value(result, row) == wanted)
 
-    found = {
-        "task": {name: part(lambda result, row, name=name: result.config["task"] == name) for name in setting.tasks},
-        "length of the prompt, in tokens": {
-            name: part(lambda result, row, name=name: length_of(row)[1] == name) for name in setting.lengths
-        },
-        **{name: {group: part(in_group(name, group)) for group in groups} for name, groups in setting.groups.items()},
+    def group(name: str) -> Callable[[Result, Row], str]:
+        return lambda result, row: str(row["meta"].get("groups", {}).get(name))
+
+    values: dict[str, tuple[Callable[[Result, Row], str], list[str]]] = {
+        "task": (lambda result, row: str(result.config["task"]), setting.tasks),
+        "length of the prompt, in tokens": (lambda result, row: length_of(row)[1], setting.lengths),
+        **{name: (group(name), groups) for name, groups in setting.groups.items()},
     }
+    found = {by: {name: part(value, name) for name in names} for by, (value, names) in values.items()}
     return {name: columns for name, columns in found.items() if len(columns) > 1}
 
 
@@ -319,11 +321,6 @@ def measures(setting: Setting) -> dict[str, tuple[Measure, str]]:
             "of full's length, %": (of_full, "{:.1f}"),
         }
     return found
-
-
-def in_group(name: str, group: str) -> Callable[[Result, Row], bool]:
-    """Whether a sample belongs to a group."""
-    return lambda result, row: str(row["meta"].get("groups", {}).get(name)) == group
 
 
 def label(policy: str) -> str:

@@ -432,7 +432,7 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
     else:
         turns: list[dict[str, Any]] = []
         for turn, asked in enumerate(sample.source.each_turn):
-            row = {"answer": found.texts[turn], "answers": list(asked.answers)}
+            row: dict[str, Any] = {"answer": found.texts[turn], "answers": list(asked.answers)}
             if sample.compared:
                 row |= {"score": statistics.fmean(found.same[turn]), "kl": statistics.fmean(found.divergences[turn])}
             else:
