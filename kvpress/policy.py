@@ -102,6 +102,12 @@ def check_factor(value: Any, name: str) -> None:
         raise PolicyError(f"{name}={value!r} does not work; give a number from 0 to 1")
 
 
+def check_share(value: Any, name: str) -> None:
+    """Raise `PolicyError` unless `value` is a number in (0, 1]."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise PolicyError(f"{name}={value!r} does not work; give a number above 0 and at most 1")
+
+
 def check_at_least_zero(value: Any, name: str) -> None:
     """Raise `PolicyError` unless `value` is a number of at least 0, which may be infinite."""
     if not is_number(value) or value < 0:
@@ -402,6 +408,19 @@ class Pattern:
     blocks: Tensor | None = None
     block_size: int = 64
     index: Tensor | None = None
+
+
+def listed_blocks(reads: Tensor) -> Tensor:
+    """Blocks as a `Pattern` lists them.
+
+    Args:
+        reads: bool [batch, heads, row blocks, blocks], which blocks each block of rows reads.
+
+    Returns:
+        int64 [batch, heads, row blocks, m], ascending with -1 behind the last one.
+    """
+    order = reads.argsort(dim=-1, descending=True, stable=True)[..., : int(reads.sum(-1).max())]
+    return order.masked_fill_(~reads.gather(-1, order), -1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from kvpress.policies import (
     A2SFPrefill,
     AdaKV,
     DualChunkAttention,
+    FlexPrefill,
     Full,
     GemFilter,
     H2OPrefill,
@@ -301,6 +302,8 @@ CASES = [
     ),
     both(XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
     both(XAttention, {"min_len": 500}, stride=1, threshold=0.3, block_size=2, norm=0.5),
+    both(FlexPrefill, {"gamma": 1.0}, gamma=0.6, tau=0.0, min_budget=1, block_size=2),
+    both(FlexPrefill, {"min_budget": 500}, gamma=0.4, tau=0.8, min_budget=3, max_budget=6, block_size=2),
     both(GemFilter, {"k": 500}, k=7, r=1),
     both(GemFilter, {"k": 1.0}, k=0.5, r=0, kernel_size=3, keep_first=1, keep_last=2),
     # Two bits: with more, the last bit of a number would tell now and then which of two codes is nearer.
