@@ -230,15 +230,14 @@ def _attend_pattern(
     if layer.places.turns_keys:
         assert layer.rotary is not None
         query, keys = turned(query, keys, None, True, layer.rotary)
-    if pattern.blocks is None:
+    lists = pattern.lists
+    if all(one is None for one in lists.values()):
         attend = decode_attention if query.shape[2] == 1 else prompt_attention
         return attend(query, keys, values, **vars(scores))[0]
     # The rows' first block may begin before them.
     before = (keys.shape[2] - query.shape[2]) % pattern.block_size
     rows = functional.pad(query, (0, 0, before, 0))
-    output, _ = block_sparse_attention(
-        rows, keys, values, blocks=pattern.blocks, block_size=pattern.block_size, **vars(scores)
-    )
+    output, _ = block_sparse_attention(rows, keys, values, block_size=pattern.block_size, **lists, **vars(scores))
     return output[:, :, before:]
 
 
