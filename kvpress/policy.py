@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -393,21 +394,35 @@ def selected_by_groups(view: View, reads: Tensor, most: int, scanned: float | Te
 
 @dataclass(frozen=True)
 class Pattern:
-    """What rows of a prompt read: a list of blocks for each block of rows, or one list of entries for all of them.
+    """What rows of a prompt read: what `blocks`, `columns`, `diagonals` and `distances` list together, or else `index`.
 
     Entries are numbered as in `View.keys`: the rows are the last ones. A row always reads itself, and nothing after itself.
+    `kvpress.kernels.block_sparse_attention` has the definition of the lists.
 
     Attributes:
         blocks: int [batch, heads or kv_heads, row blocks, m], the blocks of entries that each block of rows reads, in any
             order, each at most once; -1 for none. Block j is the entries [j * block_size, (j + 1) * block_size), for rows as
             for what they read; the first block listed for is that of the first row, which may lie inside of it.
+        columns: int [batch, heads or kv_heads, m], entries that all rows read, -1 for none.
+        diagonals: int [batch, heads or kv_heads, m], distances at which blocks of rows read: all rows of the block whose first
+            row is entry a read the entries [a - d, a - d + block_size). -1 for none.
+        distances: int [batch, heads or kv_heads, m], distances at which each row reads one entry, -1 for none; on a GPU without
+            a kernel of its own.
         block_size: a power of two; below 16 it is slow on a GPU.
         index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
     """
 
     blocks: Tensor | None = None
+    columns: Tensor | None = None
+    diagonals: Tensor | None = None
+    distances: Tensor | None = None
     block_size: int = 64
     index: Tensor | None = None
+
+    @property
+    def lists(self) -> dict[str, Tensor | None]:
+        """The lists by name, as the kernel takes them."""
+        return {name: getattr(self, name) for name in ("blocks", "columns", "diagonals", "distances")}
 
 
 def listed_blocks(reads: Tensor) -> Tensor:
@@ -511,8 +526,13 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
 
 
 def shown_value(value: Any) -> str:
-    """A field's value in a message: a policy as it describes itself."""
-    return value.describe() if isinstance(value, Policy) else repr(value)
+    """A field's value in a message: a policy as it describes itself, a long list by its length and a digest."""
+    if isinstance(value, Policy):
+        return value.describe()
+    shown = repr(value)
+    if isinstance(value, tuple) and len(shown) > 100:
+        return f"<{len(value)} lists, {sha256(shown.encode()).hexdigest()[:8]}>"
+    return shown
 
 
 @dataclass(frozen=True, kw_only=True)

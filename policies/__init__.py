@@ -13,6 +13,7 @@ from kvpress.policies.h2o_prefill import H2OPrefill
 from kvpress.policies.key_diff import KeyDiff
 from kvpress.policies.keyformer import Keyformer
 from kvpress.policies.knorm import Knorm
+from kvpress.policies.minference import MInference
 from kvpress.policies.observed_attention import ObservedAttention
 from kvpress.policies.packed import Packed
 from kvpress.policies.pyramid_kv import PyramidKV
@@ -40,6 +41,7 @@ __all__ = [
     "KeyDiff",
     "Keyformer",
     "Knorm",
+    "MInference",
     "ObservedAttention",
     "Packed",
     "PyramidKV",

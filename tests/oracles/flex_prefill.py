@@ -4,20 +4,10 @@ from dataclasses import dataclass, field
 from math import ceil, inf, log, sqrt
 from typing import Any
 
-from oracles.common.numbers import dot, softmax
+from oracles.common.numbers import block_means, dot, mean_vector, softmax
 from oracles.common.planning import Planned
 from oracles.common.rules import check_apart, top
 from oracles.full import Full
-
-
-def mean(vectors):
-    return [sum(numbers) / len(vectors) for numbers in zip(*vectors, strict=True)]
-
-
-def means(vectors, size):
-    """{block: mean vector}, of {entry: vector}."""
-    blocks = sorted({entry // size for entry in vectors})
-    return {block: mean([v for entry, v in vectors.items() if entry // size == block]) for block in blocks}
 
 
 def probe_mass(queries, keys, scale, size):
@@ -28,7 +18,7 @@ def probe_mass(queries, keys, scale, size):
         for entry, weight in enumerate(softmax([dot(queries[row], keys[e]) * scale for e in range(row + 1)])):
             by_entry[entry] += weight / len(rows)
             by_distance[row - entry] += weight / len(rows)
-    return by_entry, by_distance, mean([queries[row] for row in rows])
+    return by_entry, by_distance, mean_vector([queries[row] for row in rows])
 
 
 def divergence(a, b):
@@ -85,7 +75,7 @@ class Flexible(Planned):
         most = blocks if rules.max_budget is None else min(blocks, ceil(rules.max_budget / size))
         by_entry, by_distance, probe = probe_mass(queries, keys, scale, size)
         columns, diagonals = block_sums(by_entry, size), block_sums(by_distance, size)
-        key_means = means(dict(enumerate(keys)), size)
+        key_means = block_means(dict(enumerate(keys)), size)
         foretold = softmax([dot(probe, key_means[block]) * scale for block in range(blocks)])
         apart = sqrt(divergence(foretold, columns))
         assert abs(apart - rules.tau) > 1e-4, "near tie: whether the head is query-aware"
@@ -105,7 +95,7 @@ class Flexible(Planned):
             (i, j) for i in rows for j in columns if j <= i
         }
         if aware:
-            query_means = means(queries, size)
+            query_means = block_means(queries, size)
             scores = {i: [dot(query_means[i], key_means[j]) * scale for j in range(i + 1)] for i in rows}
             pairs |= cover_pairs(scores, rules.gamma)
         return {i: sorted(j for row, j in pairs if row == i) for i in rows}
