@@ -168,6 +168,6 @@ def _combine_ranks(answers: list[Answer] | None) -> bool:
             values = [part[at][name] for part in parts]
             if name in ("bytes", "full_bytes"):
                 answer.totals[name] = sum(values)
-            elif name in ("kept", "read_share"):
+            elif name in ("kept", "read_share", "density"):
                 answer.totals[name] = value if len(set(values)) == 1 else statistics.fmean(values)
     return True

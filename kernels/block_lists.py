@@ -127,6 +127,89 @@ class _Lists:
         return visible & (apart >= 0)
 
 
+def _marked(
+    count: int,
+    blocks: Tensor | None,
+    columns: Tensor | None,
+    diagonals: Tensor | None,
+    distances: Tensor | None,
+    rows: int,
+    n: int,
+    block_size: int,
+) -> _Lists:
+    """The lists as marks, `count` of each sequence."""
+
+    def own(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.repeat_interleave(count // x.shape[1], dim=1).flatten(0, 1)
+
+    columns, diagonals, distances = own(columns), own(diagonals), own(distances)
+    return _Lists(
+        blocks=own(blocks),
+        columns=None if columns is None else _marks(columns, n),
+        runs=None if diagonals is None else run_table(diagonals, n, block_size),
+        near=None if distances is None else run_table(distances, n, block_size),
+        distances=None if distances is None else _marks(distances, n),
+        past=n - rows,
+        n=n,
+        block_size=block_size,
+    )
+
+
+def listed_pairs(
+    rows: int,
+    n: int,
+    *,
+    skip: int = 0,
+    blocks: Tensor | None = None,
+    columns: Tensor | None = None,
+    diagonals: Tensor | None = None,
+    distances: Tensor | None = None,
+    block_size: int = 64,
+) -> Tensor:
+    """How many pairs of a row and an entry `block_sparse_attention` computes for these lists, of a head on average.
+
+    The host does not wait for the device. With `distances` all pairs are looked at.
+
+    Args:
+        rows, n: of the call.
+        skip: rows in front that do not count.
+
+    Returns:
+        float64 [], summed over the sequences.
+    """
+    given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
+    count = max(x.shape[1] for x in given)
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size)
+    heads, size, device = len(given[0]) * count, block_size, given[0].device
+    pairs = torch.zeros((), dtype=torch.int64, device=device)
+    # Marks of each row, and not of each query block, where rows of a block read different entries.
+    share = 1 if lists.distances is None else size
+    for start, stop in _stretches(lists, -(-rows // size), heads * share):
+        firsts = lists.past + torch.arange(start, stop, device=device)[:, None] * size
+        at = firsts + torch.arange(size, device=device)
+        counts = (at >= lists.past + skip) & (at < n)
+        edges = firsts // size * size
+        entries = edges + torch.arange(size if lists.past % size == 0 else 2 * size, device=device)
+        edge = lists.at_edge(start, stop, entries, at) & (entries < n)[:, None]
+        pairs += (edge & counts[..., None]).sum()
+        width = (lists.past + (stop - 1) * size) // size * size  # entries before the last edge
+        if not width:
+            continue
+        whole, _ = lists.before(start, stop, width)
+        if lists.distances is None:
+            if whole is not None:
+                unit = width // whole.shape[-1]
+                whole = whole & (torch.arange(0, width, unit, device=device) < edges)
+                pairs += (whole.sum(-1) * counts.sum(-1)).sum() * unit
+            continue
+        apart = (at[..., None] - torch.arange(width, device=device)).clamp(0, n - 1)
+        read = lists.distances[:, apart]
+        if whole is not None:
+            read |= whole[:, :, None]
+        pairs += (read & counts[..., None] & (torch.arange(width, device=device) < edges[:, None])).sum()
+    return pairs.double() / count
+
+
 def attend_lists(
     query: Tensor,
     key: Tensor,
@@ -146,23 +229,8 @@ def attend_lists(
     kv_heads, n = key.shape[1], key.shape[2]
     given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
     count = heads if any(x.shape[1] == heads for x in given) else kv_heads  # lists of a sequence
-    query_blocks, past = -(-rows // block_size), n - rows
-
-    def own(x: Tensor | None) -> Tensor | None:
-        """A row for each list."""
-        return None if x is None else x.repeat_interleave(count // x.shape[1], dim=1).flatten(0, 1)
-
-    columns, diagonals, distances = own(columns), own(diagonals), own(distances)
-    lists = _Lists(
-        blocks=own(blocks),
-        columns=None if columns is None else _marks(columns, n),
-        runs=None if diagonals is None else run_table(diagonals, n, block_size),
-        near=None if distances is None else run_table(distances, n, block_size),
-        distances=None if distances is None else _marks(distances, n),
-        past=past,
-        n=n,
-        block_size=block_size,
-    )
+    query_blocks = -(-rows // block_size)
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size)
     padded = functional.pad(query, (0, 0, 0, query_blocks * block_size - rows))
     # [lists, query blocks, heads that share the list, block_size, head_dim]
     parts = padded.reshape(batch, count, heads // count, query_blocks, block_size, head_dim).transpose(2, 3)

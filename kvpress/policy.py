@@ -507,6 +507,24 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
         """What the calibrated field may be on a model with so many attention layers."""
         return []
 
+    @property
+    def head_values(self) -> Sequence[Any]:
+        """What the calibrated field may say of one query head, where it says something of each; see `try_heads`."""
+        return ()
+
+    def try_heads(self, query: Tensor, key: Tensor, value: Tensor, **scores: Any) -> tuple[Tensor, Tensor]:
+        """How near each of the `head_values` comes to exact attention on one layer's prompt.
+
+        Args:
+            query: [batch, heads, n, head_dim]; key and value: [batch, kv_heads, n, head_dim].
+            scores: scale, softcap and sinks, as the kernels take them.
+
+        Returns:
+            error: float32 [values, heads], the norm of the difference of the outputs over that of the exact ones.
+            recall: float32 [values, heads], the mean share of the attention of late rows that is read.
+        """
+        raise NotImplementedError
+
     @classmethod
     def parameters(cls) -> list[Field[Any]]:
         """The hyper-parameters, those of the method itself before those that all policies of its role have."""

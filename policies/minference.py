@@ -51,7 +51,7 @@ CANDIDATES = (
     HeadPattern("vertical_slash", 3000, 200),
     HeadPattern("block_sparse", 100),
 )
-"""What the search compares (the paper's Table 7)."""
+"""What the search compares, if nothing else is said."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +98,7 @@ class MInference(PrefillPolicy):
         probe: last rows whose attention chooses entries and distances (64).
         n_last: last rows of a tri-shape (code: 100).
         force_diagonal: whether block-sparse reads the block of the rows themselves.
+        candidates: the patterns that `kvpress calibrate` compares (the paper's Table 7).
         starting_layer: layers before it are exact (code: -1, none is).
         block_size: rows and entries of a block, a power of two (64).
         min_len: a pass that ends before so many entries is exact.
@@ -118,6 +119,7 @@ class MInference(PrefillPolicy):
     probe: int = 64
     n_last: int = 100
     force_diagonal: bool = True
+    candidates: Sequence[Any] = CANDIDATES
     starting_layer: int = -1
     block_size: int = 64
     min_len: int = 0
@@ -133,6 +135,12 @@ class MInference(PrefillPolicy):
         if self.block_size & (self.block_size - 1):
             raise PolicyError(f"block_size={self.block_size} is no power of two; give 64 or 128")
         object.__setattr__(self, "default", tuple(read_pattern(self.default, "default")))
+        if not _is_list(self.candidates) or not self.candidates:
+            raise PolicyError(
+                f"candidates={self.candidates!r} has no patterns; give a list like [['a_shape', 128, 512]]"
+            )
+        found = tuple(tuple(read_pattern(one, f"candidates[{at}]")) for at, one in enumerate(self.candidates))
+        object.__setattr__(self, "candidates", found)
         if self.patterns is not None:
             object.__setattr__(self, "patterns", read_patterns(self.patterns))
 
@@ -240,19 +248,19 @@ class MInference(PrefillPolicy):
 
     @property
     def head_values(self) -> Sequence[HeadPattern]:
-        return CANDIDATES
+        return [HeadPattern(*one) for one in self.candidates]
 
     def try_heads(self, query: Tensor, key: Tensor, value: Tensor, **scores: Any) -> tuple[Tensor, Tensor]:
+        heads, n = query.shape[1], key.shape[2]
         dense, _, full = prompt_attention(query, key, value, with_lse=True, **scores)
         errors, recalls = [], []
         for one in self.head_values:
-            pattern = self.lists(
-                query, key, [one] * query.shape[1], scale=scores["scale"], softcap=scores.get("softcap")
-            )
+            pattern = self.lists(query, key, [one] * heads, scale=scores["scale"], softcap=scores["softcap"])
             if pattern is None:
-                errors.append(torch.zeros(query.shape[1], device=query.device))
-                recalls.append(torch.ones_like(errors[-1]))
-                continue
+                raise PolicyError(
+                    f"candidates: {list(one)} reads all of a prompt of {n} tokens, so that nothing can be compared; give longer "
+                    "prompts (--lengths 30000), or smaller candidates in a policy file"
+                )
             lists = pattern.lists
             output, lse = block_sparse_attention(query, key, value, block_size=pattern.block_size, **lists, **scores)
             off = (output.float() - dense.float()).square().sum((0, 2, 3)) / dense.float().square().sum((0, 2, 3))

@@ -13,6 +13,16 @@ SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+FORMS = [
+    ("blocks",),
+    ("columns",),
+    ("diagonals",),
+    ("distances",),
+    ("blocks", "columns", "diagonals"),
+    ("blocks", "columns", "diagonals", "distances"),
+]
+
+
 def random_blocks(rows, past, lists, share=0.5):
     """Each key block listed with that probability, in any order, later ones than the rows' own too."""
     generator = torch.Generator().manual_seed(1)
@@ -23,7 +33,7 @@ def random_blocks(rows, past, lists, share=0.5):
 
 
 @pytest.fixture(autouse=True)
-def takes_this_path(monkeypatch):
+def takes_this_path(monkeypatch, request):
     """Every test here is of this path."""
     calls = []
 
@@ -33,7 +43,7 @@ def takes_this_path(monkeypatch):
 
     monkeypatch.setattr(block_sparse_attention, "attend_lists", recorded)
     yield
-    assert calls
+    assert calls or "pairs_are_counted" in request.node.name
 
 
 def random_lists(forms, rows, past, lists):
@@ -53,14 +63,7 @@ def random_lists(forms, rows, past, lists):
 @pytest.mark.parametrize("tile", [1, 1 << 20], ids=["one-by-one", "together"])
 @pytest.mark.parametrize(
     "forms",
-    [
-        ("blocks",),
-        ("columns",),
-        ("diagonals",),
-        ("distances",),
-        ("blocks", "columns", "diagonals"),
-        ("blocks", "columns", "diagonals", "distances"),
-    ],
+    FORMS,
     ids="+".join,
 )
 def test_equals_the_definition(rows, past, group, per_head, tile, forms, monkeypatch):
@@ -74,6 +77,21 @@ def test_equals_the_definition(rows, past, group, per_head, tile, forms, monkeyp
     expected, expected_lse = block_sparse_attention_reference(*tensors, **options)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "past", "skip"), [(1, 0, 0), (64, 0, 0), (64, 32, 9), (19, 93, 3), (150, 7, 0)], ids=str
+)
+@pytest.mark.parametrize("tile", [1, 1 << 20], ids=["one-by-one", "together"])
+@pytest.mark.parametrize("forms", FORMS, ids="+".join)
+def test_pairs_are_counted(rows, past, skip, tile, forms, monkeypatch):
+    monkeypatch.setattr(block_lists, "TILE_MARKS", tile)
+    lists = random_lists(forms, rows, past, 2 * KV_HEADS)
+    expected = listed_keys(rows, rows + past, 2 * KV_HEADS, block_size=SIZE, **lists)[:, :, skip:].sum() / (
+        2 * KV_HEADS
+    )
+    found = block_lists.listed_pairs(rows, rows + past, skip=skip, block_size=SIZE, **lists)
+    assert found.item() == pytest.approx(expected.item())
 
 
 @pytest.mark.parametrize(("some", "other"), [("blocks", "columns"), ("columns", "diagonals"), ("diagonals", "blocks")])

@@ -6,9 +6,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from typer.testing import CliRunner
 
 import kvpress
 from kvpress import PolicyError
+from kvpress.calibrate import calibrate_heads
+from kvpress.cli import app
 from kvpress.kernels.block_sparse_attention import listed_keys
 from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
 from kvpress.policies import FlexPrefill, Full, MInference, SnapKV
@@ -17,6 +20,7 @@ from kvpress.registry import make_policies
 from oracles import minference, snapkv
 from support.matrix import kept, prompt, sharp_llama
 from support.reads import run
+from support.tiny_saved import byte_tokenizer, tiny_model
 
 SIZES: dict[str, Any] = {"sink": 1, "recent": 2, "probe": 4, "n_last": 3, "block_size": 4}
 PATTERNS = [
@@ -270,6 +274,96 @@ def test_bfloat16_is_finite():
     for policy in (MInference(**SMALL), MInference(**SMALL, expand="exact")):
         assert all(one.isfinite().all() for one in run(model, policy, PASSES)[0])
     assert not torch.equal(run(model, policy, PASSES)[0][0], run(model, Full(), PASSES)[0][0])
+
+
+# ---------------------------------------------------------------------------------------------------- the search
+
+CANDIDATES = (("a_shape", 2, 4), ("vertical_slash", 2, 4), ("block_sparse", 3))
+
+
+def attend(query, keys, values, mask):
+    scores = (query @ keys.transpose(-1, -2)).masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1) @ values
+
+
+def test_what_candidates_lose():
+    """Errors and recalls of heads, from the masks and float64 attention."""
+    generator = torch.Generator().manual_seed(3)
+    query, key, value = (torch.randn(1, heads, 40, 8, generator=generator) for heads in (4, 2, 2))
+    policy = MInference(**SIZES, candidates=CANDIDATES)
+    error, recall = policy.try_heads(query, key, value, scale=1.0, softcap=None, sinks=None)
+    wide = [x.double().repeat_interleave(2, dim=1) for x in (key, value)]
+    causal = torch.ones(40, 40, dtype=torch.bool).tril()
+    dense = attend(query.double(), *wide, causal)
+    kept = (query.double() @ wide[0].transpose(-1, -2)).masked_fill(~causal, float("-inf")).softmax(-1)
+    for at, candidate in enumerate(CANDIDATES):
+        mask = pairs(policy, [candidate] * 4, query, key)
+        off = attend(query.double(), *wide, mask) - dense
+        expected = off.square().sum((0, 2, 3)).sqrt() / dense.square().sum((0, 2, 3)).sqrt()
+        torch.testing.assert_close(error[at], expected.float(), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(recall[at], (kept * mask).sum(-1)[0, :, 20:].mean(-1).float(), atol=1e-5, rtol=1e-4)
+
+
+def test_the_search_finds_each_heads_pattern(model):
+    """The least error, or the most recall, over two prompts; as with a policy of that pattern alone."""
+    policy = MInference(**SIZES, candidates=CANDIDATES)
+    prompts = [prompt(40), prompt(33, 1)]
+    for metric in ("error", "recall"):
+        found = calibrate_heads(model, policy, prompts, metric)
+        assert [len(heads) for heads in found] == [4, 4]
+        tried = []
+        for ids in prompts:
+            recorded = kvpress.record_prompt(model, torch.tensor([ids]))
+            tried.append([policy.try_heads(*layer[:3], **vars(layer[3])) for layer in recorded.layers])
+        for layer, heads in enumerate(found):
+            error, recall = (torch.stack([one[layer][at] for one in tried]).mean(0) for at in range(2))
+            best = error.argmin(0) if metric == "error" else recall.argmax(0)
+            assert [tuple(one.value)[: len(CANDIDATES[at])] for one, at in zip(heads, best, strict=True)] == [
+                CANDIDATES[at] for at in best
+            ]
+            for head, one in enumerate(heads):
+                assert one.error == pytest.approx(error[best[head], head].item(), abs=1e-6)
+                assert one.recall == pytest.approx(recall[best[head], head].item(), abs=1e-6)
+
+
+def test_what_cannot_be_searched(model):
+    with pytest.raises(PolicyError, match=r"candidates: \['a_shape', 1024, 4096\] reads all of a prompt of 40 tokens"):
+        calibrate_heads(model, MInference(), [prompt(40)])
+    with pytest.raises(PolicyError, match="metric='mass'"):
+        calibrate_heads(model, MInference(), [prompt(40)], "mass")
+    with pytest.raises(PolicyError, match="there is no prompt"):
+        calibrate_heads(model, MInference(), [])
+    with pytest.raises(PolicyError, match="full has nothing to choose head by head"):
+        calibrate_heads(model, Full(), [prompt(40)])
+    for fields, reason in (
+        ({"candidates": []}, "has no patterns"),
+        ({"candidates": [["b"]]}, r"candidates\[0\]'s kind"),
+    ):
+        with pytest.raises(PolicyError, match=reason):
+            MInference(**fields)
+
+
+def test_the_command(tmp_path, monkeypatch):
+    """From the options to both files, and a model that runs with them."""
+    tokenizer = byte_tokenizer()
+    small = tiny_model(tokenizer)
+    monkeypatch.setattr("kvpress.cli.load", lambda *_: (small, tokenizer))
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "name": "minference",
+        "candidates": [["a_shape", 4, 100], ["vertical_slash", 30, 100], ["block_sparse", 2]],
+    }
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(given))
+    arguments = ["calibrate", "--policy", "mine.yaml", "--lengths", "400", "--samples", "1"]
+    result = CliRunner().invoke(app, [*arguments, "--out", "found.yaml"])
+    assert result.exit_code == 0, result.output
+    table = json.loads((tmp_path / "found.json").read_text())
+    assert all(pattern[-1] >= 0 for heads in table for pattern in heads.values())
+    with kvpress.patch(small, tmp_path / "found.yaml") as handle:
+        assert handle.policies[0] == MInference(patterns=table, candidates=given["candidates"])
+        small(torch.tensor([prompt(300)]))
+    short = CliRunner().invoke(app, ["calibrate", "--policy", "minference", "--lengths", "400", "--samples", "1"])
+    assert short.exit_code == 2 and "reads all of a prompt of 400 tokens" in " ".join(short.output.split())
 
 
 def test_refused_pairs():
