@@ -82,14 +82,14 @@ def test_behind_eviction(model, counted):
 
 
 def test_token_select(model):
-    """Chunks of 4 rows: 2 first, 5 last and 4 chosen entries of those before, and the chunk itself."""
+    """Chunks of 4 rows: 2 first, 5 last (the chunk among them) and 4 chosen entries."""
     policy = TokenSelect(n_init=2, n_local=5, k=4, chunk=4)
     _, _, report = run(model, policy, [prompt(26)])
     computed = there = 0
     for start in range(0, 26, 4):
         rows = min(4, 26 - start)
         there += causal(rows, start + rows)
-        computed += causal(rows, min(start, 2 + 5 + 4) + rows)
+        computed += causal(rows, min(start + rows, 2 + 5 + 4))
     assert report.total.density == pytest.approx(computed / there)
 
 
