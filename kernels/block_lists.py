@@ -9,6 +9,7 @@ Entries are copied in whole blocks where only blocks are listed, else one by one
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -88,10 +89,8 @@ class _Lists:
             whole.append(self.columns[:, None, :width].expand(-1, stop - start, -1))
         if self.runs is not None:
             whole.append(self._by_distance(self.runs, start, stop, width))
-        union = whole[0] if whole else None
-        for marks in whole[1:]:
-            union = union | marks
-        return union, None if self.near is None else self._by_distance(self.near, start, stop, width)
+        near = None if self.near is None else self._by_distance(self.near, start, stop, width)
+        return reduce(torch.logical_or, whole) if whole else None, near
 
     def _by_distance(self, table: Tensor, start: int, stop: int, width: int) -> Tensor:
         """A table over distances from the last row, as one over the first `width` entries, for each query block."""

@@ -53,11 +53,12 @@ def vertical_slash_mass(
     by_entry, by_distance = query.new_empty(2, batch * kv_heads, group, n, dtype=torch.float32)
     parts, keys = query.reshape(batch * kv_heads, group, rows, -1), key.flatten(0, 1)
     future = torch.ones(rows, rows, dtype=torch.bool, device=query.device).triu(1)
-    at_once = max(1, TILE_SCORES // (rows * n))
-    for first in range(0, batch * kv_heads, step := max(1, at_once // group)):
-        kv = slice(first, first + step)
+    at_once = max(1, TILE_SCORES // (rows * n))  # query heads
+    kv_step, step = max(1, at_once // group), min(group, at_once)
+    for first in range(0, batch * kv_heads, kv_step):
+        kv = slice(first, first + kv_step)
         transposed = keys[kv].to(dtype)[:, None].transpose(-1, -2)
-        for start in range(0, group, step := min(group, at_once)):
+        for start in range(0, group, step):
             some = slice(start, start + step)
             tile = parts[kv, some].to(dtype) * scale
             scores = torch.matmul(tile.flatten(1, 2), transposed[:, 0]).float().view(*tile.shape[:3], n)

@@ -120,8 +120,8 @@ def block_sums(mass: Tensor, size: int) -> Tensor:
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """The Jensen-Shannon distance of two distributions [..., m], by natural logarithms: from 0 to sqrt(ln 2)."""
     mean = (a + b) / 2
-    divergence = sum((torch.xlogy(x, x) - torch.xlogy(x, mean)).sum(-1) for x in (a, b)) / 2
-    return divergence.clamp(min=0).sqrt()  # type: ignore[union-attr]
+    from_a, from_b = ((torch.xlogy(x, x) - torch.xlogy(x, mean)).sum(-1) for x in (a, b))
+    return ((from_a + from_b) / 2).clamp(min=0).sqrt()
 
 
 def cover_count(mass: Tensor, share: float) -> Tensor:

@@ -144,10 +144,15 @@ class MInference(PrefillPolicy):
         if self.patterns is not None:
             object.__setattr__(self, "patterns", read_patterns(self.patterns))
 
+    @property
+    def _layers(self) -> "tuple[tuple[tuple[Any, ...], ...], ...] | None":
+        """What `patterns` was read into."""
+        return self.patterns  # type: ignore[return-value]
+
     def check_layers(self, layers: int) -> None:
-        if self.patterns is not None and len(self.patterns) != layers:  # type: ignore[arg-type]
+        if self._layers is not None and len(self._layers) != layers:
             raise PolicyError(
-                f"patterns has {len(self.patterns)} layers, and the model has {layers} attention layers: they were found for "  # type: ignore[arg-type]
+                f"patterns has {len(self._layers)} layers, and the model has {layers} attention layers: they were found for "
                 "another model; search with `kvpress calibrate --policy minference`"
             )
 
@@ -158,7 +163,7 @@ class MInference(PrefillPolicy):
             PolicyError: there is one for a head that the layer does not have.
         """
         found = [HeadPattern(*self.default)] * heads
-        for head, *pattern in () if self.patterns is None else self.patterns[layer]:  # type: ignore[index]
+        for head, *pattern in () if self._layers is None else self._layers[layer]:
             if head >= heads:
                 raise PolicyError(
                     f"patterns names head {head} of layer {layer}, and the layer has {heads} query heads: they were found for "

@@ -23,8 +23,8 @@ def test_uniform_rows_by_hand():
 
 
 @pytest.mark.parametrize(("rows", "n"), [(1, 1), (1, 9), (6, 6), (4, 23), (16, 17)])
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (2, 2)])
-@pytest.mark.parametrize("tile", [1, 300, 1 << 24])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (3, 1), (2, 2), (10, 5)])
+@pytest.mark.parametrize("tile", [1, 300, 560, 1 << 24])
 def test_equals_the_definition(rows, n, heads, kv_heads, tile, monkeypatch):
     """In tiles of one head, of some, and whole."""
     monkeypatch.setattr(module, "TILE_SCORES", tile)
