@@ -5,6 +5,8 @@ read (the verticals of a vertical-and-slash pattern); diagonals, distances at wh
 the run of keys that the rows of the block have at that distance; distances at which each row reads one key.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -137,8 +139,8 @@ def block_sparse_attention(
     if distances is not None and backend == "triton":
         raise ValueError("distances are for backend='torch' or 'auto'; diagonals are their form for whole query blocks")
     same_width = query.shape[-1] == value.shape[-1]
-    lists = {"blocks": blocks, "columns": columns, "diagonals": diagonals}
-    options = {"scale": scale, "block_size": block_size, "softcap": softcap, "sinks": sinks}
+    lists: dict[str, Any] = {"blocks": blocks, "columns": columns, "diagonals": diagonals}
+    options: dict[str, Any] = {"scale": scale, "block_size": block_size, "softcap": softcap, "sinks": sinks}
     for_triton = block_size >= 16 and same_width and query.dtype != torch.float64 and distances is None
     if use_triton(backend, query) and for_triton:
         from kvpress.kernels.gpu import block_sparse_attention as gpu

@@ -420,8 +420,8 @@ class Pattern:
     index: Tensor | None = None
 
     @property
-    def lists(self) -> dict[str, Tensor | None]:
-        """The lists by name, as the kernel takes them."""
+    def lists(self) -> dict[str, Any]:
+        """The lists by name, each a tensor or None, as the kernel takes them."""
         return {name: getattr(self, name) for name in ("blocks", "columns", "diagonals", "distances")}
 
 

@@ -258,6 +258,7 @@ class MInference(PrefillPolicy):
     def try_heads(self, query: Tensor, key: Tensor, value: Tensor, **scores: Any) -> tuple[Tensor, Tensor]:
         heads, n = query.shape[1], key.shape[2]
         dense, _, full = prompt_attention(query, key, value, with_lse=True, **scores)
+        assert full is not None
         errors, recalls = [], []
         for one in self.head_values:
             pattern = self.lists(query, key, [one] * heads, scale=scores["scale"], softcap=scores["softcap"])
