@@ -170,6 +170,6 @@ def _combine_ranks(answers: list[Answer] | None) -> bool:
             values = [part[at][name] for part in parts]
             if name in ("bytes", "full_bytes"):
                 totals[name] = sum(values)
-            elif name in ("peak_kept", "read_share") or name.startswith("kept"):
+            elif name in ("peak_kept", "read_share", "density") or name.startswith("kept"):
                 totals[name] = value if len(set(values)) == 1 else statistics.fmean(values)
     return True

@@ -40,6 +40,8 @@ class Facts:
         nbytes: bytes held now.
         length: slots that a decode step would read now, of a kv head on average.
         read, readable: entries read in decode steps so far, and what full attention would have read.
+        computed, pairs: pairs of a row and an entry not after it that planned prompt passes computed, of a query head on
+            average and summed over the sequences, and all that there were.
         counted: float64 [], what decode steps read of which only the device knows how much, or None.
     """
 
@@ -50,12 +52,19 @@ class Facts:
     length: float = 0
     read: float = 0
     readable: int = 0
+    computed: float | Tensor = 0.0
+    pairs: int = 0
     counted: Tensor | None = None
 
     @property
     def all_read(self) -> float:
         """Entries read in decode steps so far."""
         return self.read + (0.0 if self.counted is None else float(self.counted))
+
+    @property
+    def density(self) -> float:
+        """Of the pairs of planned prompt passes the share that was computed."""
+        return float(self.computed) / self.pairs if self.pairs else 1.0
 
 
 def rounded_up(count: int) -> int:
