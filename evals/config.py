@@ -56,7 +56,8 @@ class Fields(BaseModel):
         query_aware: whether the prompt that is compressed holds the question.
         samples: the first so many of the task's samples; None for all.
         agreement: instead of answers being scored, full attention's own answer of at most so many tokens is fed, and the score is
-            the share of its tokens that are the most likely ones under the policy too.
+            the share of its tokens that are the most likely ones under the policy too. Under perplexity nothing is written: so
+            many of the scored tokens are fed, and at each the most likely ones are compared.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -424,9 +425,6 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
     _expand(written.model, locations, ("model",))
     built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, locations, ("task",)))
     if task.name == "perplexity":
-        if written.agreement is not None:
-            where = location_of(locations, ("agreement",))
-            raise ConfigError(f"{where}: agreement={written.agreement}, but perplexity writes no answers; leave it out")
         if written.query_aware:
             where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
             raise ConfigError(f"{where}: perplexity has no question to compress with; set query_aware: false")

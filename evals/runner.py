@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -265,8 +265,10 @@ def encode_samples(run: Run, tokenizer: "PreTrainedTokenizerBase") -> Iterator[E
         if number == run.fields.samples:
             return
         prompt, tokens = run.task.prompt(sample, tokenizer), run.fields.agreement
-        if tokens is not None:
+        if tokens is not None and sample.max_new_tokens:
             sample = sample.with_answers_of(tokens)
+        elif tokens is not None:  # a text that is scored
+            prompt = replace(prompt, question=prompt.question[:tokens])
         yield encode_sample(sample, prompt, run.fields.query_aware, tokens is not None)
 
 
@@ -426,10 +428,10 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
         mean = math.fsum(found.log_probs) / len(found.log_probs)
         score = math.exp(mean)  # one over the perplexity: the mean probability of a token
         extra["perplexity"] = math.exp(-mean)
-    elif sample.compared:
+    if sample.compared:
         score = statistics.fmean(found.same)
         extra["kl"] = statistics.fmean(found.divergences)
-    else:
+    elif not sample.scored:
         turns: list[dict[str, Any]] = [
             {"answer": text, "answers": list(asked.answers), "score": float(run.task.score(asked, text))}
             for asked, text in zip(sample.source.each_turn, found.texts, strict=True)
