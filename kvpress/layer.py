@@ -21,7 +21,7 @@ from kvpress.passes import active_pass
 from kvpress.places import Held, Own, Places
 from kvpress.policy import Dropped, Entries, Roles
 from kvpress.rotary import Rotary
-from kvpress.storage import Pages, Slots, Storage, spare_slots
+from kvpress.storage import Slots, Storage, spare_slots
 from kvpress.storage.base import marked_first
 from kvpress.texts import Texts
 from kvpress.tokens import Tokens
@@ -231,8 +231,7 @@ class KVLayer(CacheLayerMixin):
         """
         key = self._stored_key(key, tokens)
         new = tokens.count if tokens.columns is None else max(len(columns) for columns in tokens.columns)
-        if isinstance(self.storage, Pages):
-            self.storage = self.storage.as_slots(Slots(self.observer.slots), new)
+        self.storage = self.storage.for_prompt(Slots(self.observer.slots), new)
         if not self.is_initialized:
             self.dtype, self.device = key.dtype, key.device
         self._reserve(max(1, self.storage.length + new), (key, value))  # a pass may be all padding
@@ -292,7 +291,7 @@ class KVLayer(CacheLayerMixin):
                 evicts = "all"
         slot: int | Literal["told", "freed", "empty"] = "freed" if self.has_freed else "empty"
         if appends:
-            slot = "told" if compiled else self.next_slot
+            slot = "told" if compiled else held.next_slot
         full = uniform and held.entries + 1 == stop and not (compiled and stop < held.capacity)
         phase = self.selection.phase(self.steps)
         places = held.capacity if not self.evicts else self.texts.columns + 1
@@ -302,11 +301,6 @@ class KVLayer(CacheLayerMixin):
             self.step = Step(slot, stop, full, evicts, phase, places, 0)
         if self.roles.selects and self.facts.counted is None:
             self.facts.counted = torch.zeros((), dtype=torch.float64, device=held.positions.device)
-
-    @property
-    def in_pages(self) -> bool:
-        """Whether the entries are in pages."""
-        return isinstance(self.storage, Pages)
 
     @property
     def entries_now(self) -> int:
@@ -327,11 +321,6 @@ class KVLayer(CacheLayerMixin):
             self.facts.counted.add_(read)
         else:
             self.facts.read += read
-
-    @property
-    def next_slot(self) -> int:
-        """Where the next entries go that are appended."""
-        return self.storage.taken if isinstance(self.storage, Pages) else self.storage.length
 
     def write(self, key: Tensor, value: Tensor, tokens: Tokens, told: Tensor | None = None) -> None:
         """Store the new entry of a decode step.
@@ -366,9 +355,7 @@ class KVLayer(CacheLayerMixin):
         assert step is not None
         limit = self.slot_limit
         if limit is None or held.length < limit:
-            held.length += 1
-            if isinstance(held, Pages):
-                held.taken += 1
+            held.note_written()
         else:
             held.ordered = False
         if tokens.padded:
@@ -557,7 +544,7 @@ class KVLayer(CacheLayerMixin):
 
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
-        if not isinstance(self.storage, Slots) or self.storage.made is None:  # else `prepare` has done it
+        if self.storage.made is None:  # else `prepare` has done it
             self.set_quotas(tokens)
         self.pending = self.eviction.evict == "after_prompt"
         if not self.pending:
@@ -587,8 +574,7 @@ class KVLayer(CacheLayerMixin):
             if self.eviction.merges:
                 self._merge_rest(index, chosen)
             if shared:
-                assert isinstance(held, Slots)
-                self.storage = Pages.of(held, index, chosen)
+                self.storage = held.share(index, chosen)
             else:
                 held.keep(index, chosen, self._capacity(width))
             self.has_freed = False
@@ -690,7 +676,7 @@ class KVLayer(CacheLayerMixin):
 
     def _held_changed(self) -> None:
         held, facts = self.storage, self.facts
-        facts.positions = held.paged_positions if isinstance(held, Pages) else held.positions
+        facts.positions = held.all_positions
         facts.kv_heads = held.kv_heads
         facts.nbytes, facts.entry_bytes, facts.length = self.nbytes, held.entry_bytes, held.row_length
 

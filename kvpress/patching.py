@@ -20,6 +20,7 @@ from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
 from kvpress.linear import check_variable
 from kvpress.passes import expecting, wanting
+from kvpress.places import INSTEAD
 from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy
 from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies, make_policy
@@ -124,7 +125,7 @@ def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> 
         found = find_rotary(decoder, attention, _configs(decoder))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{moving.describe()} re-indexes rotary positions, and that cannot be done: {error}; {moving.place_remedy}"
+            f"{moving.describe()} re-indexes rotary positions, and that cannot be done: {error}; {INSTEAD}"
         ) from None
     for rotary in found:
         moving.places.fitted(rotary)  # which refuses a model that they do not fit

@@ -446,11 +446,6 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
         return Own()
 
     @property
-    def place_remedy(self) -> str:
-        """What to do where entries cannot be moved to other positions."""
-        return "use rope='original'" if hasattr(self, "rope") else "use another policy"
-
-    @property
     def leaves_prompts_exact(self) -> bool:
         """Whether a prompt's own attention is that of the dense model, so that one pass can serve several policies."""
         return True

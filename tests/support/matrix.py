@@ -210,7 +210,7 @@ CASES = [
         Keyformer,
         {"budget": 500, "noise": "per_token"},
         budget=9,
-        recent=0.2,
+        recent_ratio=0.2,
         tau_init=0.5,
         tau_end=3.0,
         new_tokens=3,
