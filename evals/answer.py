@@ -38,7 +38,8 @@ class EncodedSample:
         turns: tokens of each further question, fed one by one when the one before it is answered; of requests, after the
             prompt.
         spans: parts of the prompt by name, (start, end) of its tokens; rows say how much of each is held.
-        compared: whether what full attention writes is fed, and compared with what the policy would write.
+        compared: whether what full attention writes (of a scored text, its own words) is fed, and each token that is most
+            likely under full attention is compared with what the policy would write.
     """
 
     source: Sample
@@ -97,7 +98,7 @@ def encode_sample(sample: Sample, prompt: Prompt, query_aware: bool, compared: b
 
 @dataclass(frozen=True)
 class Continuation:
-    """What full attention writes at one turn of a batch.
+    """What full attention writes at one turn of a batch, or the text that it reads where that is scored.
 
     Attributes:
         tokens: [sequence][token], the one that ends an answer included.
@@ -135,7 +136,7 @@ class Answer:
         texts: the answer to each question.
         new_tokens: how many tokens they have, without the ones that ended them.
         log_probs: of each of `EncodedSample.steps`, where these are scored.
-        same: of each token that full attention wrote, whether it is the most likely one here too, where that is compared:
+        same: at each token that was fed, whether the most likely one here is full attention's, where that is compared:
             [turn][token].
         divergences: there the Kullback-Leibler divergence from full attention's distribution to this one, in nats.
         prompt_ms: the prompt pass; with a shared one, that pass and making the policy's cache from it.
@@ -184,6 +185,10 @@ def record(
     if samples[0].compared:
         with kvpress.patch(model, "full") as handle:
             reader = Reader(model, handle, samples, shared)
+            if samples[0].scored:
+                log_probs = torch.stack(list(_read_along(reader, samples)))
+                shared.continuations.append(Continuation([sample.steps for sample in samples], log_probs))
+                return shared
 
             def write(turn: int) -> list[list[int]]:
                 shared.continuations.append(_continue(reader, tokenizer, samples[0].source.max_new_tokens))
@@ -214,7 +219,8 @@ def answer_batch(
     with kvpress.patch(model, list(policies)) as handle:
         reader = Reader(model, handle, samples, shared)
         if samples[0].scored:
-            _score(reader, samples, found)
+            assert not samples[0].compared or shared is not None
+            _score(reader, samples, found, shared.continuations[0] if shared and samples[0].compared else None)
         else:
             asked = list(zip(*(sample.source.each_turn for sample in samples), strict=True))
             ends = end_tokens(model, tokenizer)
@@ -352,15 +358,26 @@ class Reader:
         return {name: value for name, value in totals.items() if name not in ("policy", "layers")}
 
 
-def _score(reader: Reader, samples: Sequence[EncodedSample], found: list[Answer]) -> None:
-    """Feed the steps, and note the probability of each before it is fed."""
+def _read_along(reader: Reader, samples: Sequence[EncodedSample]) -> Iterator[torch.Tensor]:
+    """Feed the steps; the log-probabilities of every token before each of them, float32 [batch, vocab]."""
     steps = list(zip(*(sample.steps for sample in samples), strict=True))
-    for at, tokens in enumerate(steps):
+    for at in range(len(steps)):
         if at:
             reader.feed(steps[at - 1])  # nothing comes after the last
-        log_probs = reader.logits.float().log_softmax(-1)
-        for row, token in enumerate(tokens):
-            found[row].log_probs.append(float(log_probs[row, token]))
+        yield reader.logits.float().log_softmax(-1)
+
+
+def _score(
+    reader: Reader, samples: Sequence[EncodedSample], found: list[Answer], reference: Continuation | None
+) -> None:
+    """Feed the steps, note the probability of each before it is fed, and how like full attention's distribution that is."""
+    if reference is not None:
+        _begin_turn(found)
+    for at, log_probs in enumerate(_read_along(reader, samples)):
+        for row, sample in enumerate(samples):
+            found[row].log_probs.append(float(log_probs[row, sample.steps[at]]))
+        if reference is not None:
+            _note_likeness(reference.log_probs[at], log_probs, found)
 
 
 def _write(
@@ -406,20 +423,32 @@ def _continue(reader: Reader, tokenizer: "PreTrainedTokenizerBase", most: int) -
 def _compare(reader: Reader, reference: Continuation, found: list[Answer]) -> None:
     """Feed what full attention wrote, and note how like its distributions those of the policy are."""
     longest = max(map(len, reference.tokens))
-    for one in found:
-        one.same.append([])
-        one.divergences.append([])
+    _begin_turn(found)
     for at in range(longest):
         if at:
             reader.feed([tokens[min(at, len(tokens)) - 1] for tokens in reference.tokens])
-        best = reader.logits.argmax(-1).tolist()
-        divergences = _divergence(reference.log_probs[at], reader.logits.float().log_softmax(-1)).tolist()
+        writing = [one if at < len(tokens) else None for one, tokens in zip(found, reference.tokens, strict=True)]
+        _note_likeness(reference.log_probs[at], reader.logits.float().log_softmax(-1), writing)
         for row, tokens in enumerate(reference.tokens):
-            if at < len(tokens):
-                found[row].same[-1].append(best[row] == tokens[at])
-                found[row].divergences[-1].append(divergences[row])
             if at + 1 == len(tokens) < longest:  # the cache goes on growing
                 found[row].totals = reader.totals()
+
+
+def _begin_turn(found: Sequence[Answer]) -> None:
+    for one in found:
+        one.same.append([])
+        one.divergences.append([])
+
+
+def _note_likeness(reference: torch.Tensor, log_probs: torch.Tensor, found: Sequence[Answer | None]) -> None:
+    """Whether the most likely token is the reference's, and the divergence from it, log-probabilities [batch, vocab]; None is
+    a sequence that has ended."""
+    same = (reference.argmax(-1) == log_probs.argmax(-1)).tolist()
+    divergences = _divergence(reference, log_probs).tolist()
+    for one, is_same, divergence in zip(found, same, divergences, strict=True):
+        if one is not None:
+            one.same[-1].append(is_same)
+            one.divergences[-1].append(divergence)
 
 
 def _divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -268,8 +268,10 @@ def encode_samples(run: Run, tokenizer: "PreTrainedTokenizerBase") -> Iterator[E
         if number == run.fields.samples:
             return
         prompt, tokens = run.task.prompt(sample, tokenizer), run.fields.agreement
-        if tokens is not None:
+        if tokens is not None and sample.max_new_tokens:
             sample = sample.with_answers_of(tokens)
+        elif tokens is not None:  # a text that is scored
+            prompt = replace(prompt, question=prompt.question[:tokens])
         yield encode_sample(sample, prompt, run.fields.query_aware, tokens is not None)
 
 
@@ -439,10 +441,7 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
                 row["score"] = float(run.task.score(asked, found.texts[turn]))
                 row["details"] = run.task.details(asked, found.texts[turn])
             turns.append(row)
-        if sample.compared:  # over tokens, not over turns
-            score = statistics.fmean(chain(*found.same))
-            extra["kl"] = statistics.fmean(chain(*found.divergences))
-        else:
+        if not sample.compared:
             score = statistics.fmean(turn["score"] for turn in turns)
             extra["cut_off"] = found.cut / len(turns)
             names = dict.fromkeys(name for turn in turns for name in turn["details"])
@@ -453,6 +452,9 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
         if len(turns) > 1:
             held = [{name: totals[name] for name in HELD} for totals in found.turn_totals]
             extra["turns"] = [turn | totals for turn, totals in zip(turns, held, strict=True)]
+    if sample.compared:  # over tokens, not over turns
+        score = statistics.fmean(chain(*found.same))
+        extra["kl"] = statistics.fmean(chain(*found.divergences))
     return {
         "answer": "\n\n".join(found.texts),
         "answers": list(sample.source.answers),

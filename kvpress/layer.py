@@ -397,14 +397,21 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def takes_prompt_mass(self) -> bool:
-        """The same for a prompt's attention, which hands it out only where all rows read everything."""
-        return self.takes_mass and not self.roles.plans
+        """Whether a prompt's attention hands out the mass that the observer counts: only where all rows read everything.
+
+        Where tokens are attended at other places than their own, and the observer needs more than that, it asks for all of
+        it at their own.
+        """
+        moved = self.places.moved and not self.takes_mass
+        return self.observer.takes_prompt_mass and not moved and not self.roles.plans
 
     def add_mass(self, mass: Tensor, rows: slice = slice(None)) -> None:
         """Add what a prompt pass gave, float32 [batch, kv_heads, n], to the first n slots (of some sequences)."""
         self.stats["mass"][rows, :, : mass.shape[2]] += mass
 
-    def observe_prompt(self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int) -> None:
+    def observe_prompt(
+        self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int, mass_known: bool
+    ) -> None:
         """Let the observer see a prompt pass.
 
         Args:
@@ -414,12 +421,12 @@ class KVLayer(CacheLayerMixin):
             scores: how the model scores.
             new_tokens: how many tokens the caller wants generated, if that is known.
             past: slots that were in use before the pass.
+            mass_known: the mass that the rows gave was added already.
         """
         in_order = past == 0 and self.uniform
         stop = self.storage.length
-        self.observer.prompt(
-            self.observed, self._rows(query, tokens, scores, 0, new_tokens, not self.uniform, in_order, stop)
-        )
+        rows = self._rows(query, tokens, scores, 0, new_tokens, not self.uniform, in_order, stop)
+        self.observer.prompt(self.observed, rows, mass_known)
 
     def observe_step(
         self,
@@ -523,18 +530,14 @@ class KVLayer(CacheLayerMixin):
         self.totals = torch.tensor([quota.total for quota in quotas], dtype=torch.int32, device=device)
         self.recents = torch.tensor([quota.recent for quota in quotas], dtype=torch.int32, device=device)
 
-    def finish_prompt(
-        self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int, mass_known: bool
-    ) -> None:
-        """After a prompt pass was attended: let the observer see it (unless all it wants is known), and evict."""
+    def finish_prompt(self, query: Tensor, tokens: Tokens, scores: Scores) -> None:
+        """After a prompt pass was attended and observed: evict."""
         self.steps = 0
         self.scores = scores
         self.known.clear()
         if self.selection.observes_reads:
             self._keep_last_row(query, tokens)
         if self.evicts:
-            if not mass_known:
-                self.observe_prompt(query, tokens, scores, new_tokens, past)
             self.close_prompt(tokens)
         self.storage.end_prompt()
         self._held_changed()

@@ -350,15 +350,16 @@ class Handle:
             layer = layers[index]
             query = layer.own_query(query, prompt.tokens)
             layer.append(key, value, prompt.tokens)
-            if layer.takes_mass:
-                # The same for every policy that asks. Keys that are rotated anew may differ in the last bit.
+            if layer.evicts:
+                # The mass is the same for every policy that asks. Keys that are rotated anew may differ in the last bit.
                 asked = ordinal, layer.places.own_keys
-                if asked in prompt.masses:
+                known = layer.takes_prompt_mass and asked in prompt.masses
+                if known:
                     layer.add_mass(prompt.masses[asked])
-                else:
-                    layer.observe_prompt(query, prompt.tokens, scores, None, 0)
+                layer.observe_prompt(query, prompt.tokens, scores, None, 0, known)
+                if layer.takes_prompt_mass and not known:
                     prompt.masses[asked] = layer.stats["mass"][:, :, : layer.length].clone()
-            layer.finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=layer.takes_mass)
+            layer.finish_prompt(query, prompt.tokens, scores)
         cache.layers[:] = layers
         cache.layer_class_to_replicate = None
         self.watch(cache)

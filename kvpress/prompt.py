@@ -65,7 +65,9 @@ def prompt_pass(
         output = _exactly(layer, tokens, queries, value, scores, past, held)
     if current.record is not None:
         current.record.append((tokens, arrived, key, value, scores))
-    layer.finish_prompt(query, tokens, scores, current.new_tokens, past, mass_known=layer.takes_prompt_mass)
+    if layer.evicts:
+        layer.observe_prompt(query, tokens, scores, current.new_tokens, past, layer.takes_prompt_mass)
+    layer.finish_prompt(query, tokens, scores)
     return output
 
 

@@ -10,7 +10,9 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress import observe
 from kvpress.compat import CACHE
+from kvpress.kernels.attention_mass import attention_mass
 from kvpress.policies import EMS, H2O
 from kvpress.policy import Dropped, Entries, Quota
 from kvpress.tokens import plain_tokens
@@ -552,3 +554,17 @@ def test_quota(fields, tokens, total, recent):
 def test_bad_values(fields, words):
     with refused(*words):
         EMS(**fields)
+
+
+def test_a_prompt_scores_all_rows_once(model, monkeypatch):
+    """The mass of all rows comes from the prompt's attention itself; only the last rows are asked again."""
+    asked = []
+
+    def count(query, *arguments, **options):
+        asked.append(query.shape[2])
+        return attention_mass(query, *arguments, **options)
+
+    monkeypatch.setattr(observe, "attention_mass", count)
+    with torch.no_grad(), kvpress.patch(model, EMS(budget=12, window=3, recent=3)):
+        model(torch.tensor([prompt(40)]), **{CACHE: DynamicCache(config=model.config)})
+    assert asked == [1, 1, 1] * model.config.num_hidden_layers
