@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -226,29 +227,54 @@ def calibrate(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
     samples: Annotated[int, typer.Option(min=1, help="Needles per length.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 1000,
+    metric: Annotated[str, typer.Option(help="What is best for a head: error (of its output) or recall.")] = "error",
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="The YAML file to write; POLICY.yaml by default.")] = None,
 ) -> None:
-    """Choose a policy's model-dependent field (TidalDecode's correction_layer) on needles, and write a policy file."""
+    """Choose what of a policy depends on the model (TidalDecode's correction_layer, MInference's patterns); write a policy file.
+
+    A single field is chosen by the answers to needles; what each head has of its own by the attention that it loses on them.
+    """
     with user_errors():
         sizes = [parse(part, int, "--lengths") for part in lengths.split(",")]
         fields = {"budget": parse(budget, number, "--budget")} if budget else {}
         import kvpress
-        from kvpress.calibrate import Example, Trial, best, calibration_values, write_policy
+        from kvpress.calibrate import (
+            Example,
+            Trial,
+            best,
+            calibrate_heads,
+            calibration_values,
+            write_heads,
+            write_policy,
+        )
         from kvpress.calibrate import calibrate as try_values
         from kvpress.demo.needle import Haystack
 
         chosen = kvpress.make_policy(policy, **fields)
         console = Console()
         loaded, tokenizer = load(model, device, dtype, console)
-        values, haystack = calibration_values(loaded, chosen), Haystack(tokenizer)
+        values = [] if chosen.head_values else calibration_values(loaded, chosen)
+        haystack = Haystack(tokenizer)
         examples = []
         for length in sizes:
             for sample in range(samples):
                 needle = haystack.needle(length, (sample + 0.5) / samples, seed + sample)
                 examples.append(Example(needle.input_ids, haystack.encode(f" {needle.number}")))
         path = out or Path(f"{chosen.name}.yaml")
+        if chosen.head_values:
+            heads = calibrate_heads(loaded, chosen, [example.prompt for example in examples], metric)
+            table = path.with_suffix(".json")
+            write_heads(table, heads, metric)
+            write_policy(path, chosen, **{str(chosen.calibrated): str(table)})
+            kinds = Counter(" ".join(map(str, one.value)) for layer in heads for one in layer)
+            for kind, count in kinds.most_common():
+                console.print(f"{count} heads: {kind}", highlight=False)
+            console.print(
+                f"{chosen.calibrated} of {len(heads)} layers written to {table}, which {path} names", highlight=False
+            )
+            return
         trials: list[Trial] = []
         for trial in try_values(loaded, chosen, examples):
             trials.append(trial)
