@@ -94,7 +94,8 @@ class MInference(PrefillPolicy):
             "vertical_and_slash" are known, too; a score behind the sizes is passed over). None for `default` everywhere.
         default: the pattern of heads that are not named (code: vertical-slash with 1000 entries and 6096 distances).
         expand: "tile" or "exact".
-        sink, recent: entries and distances that vertical-slash reads anyway (code: 30 and 100).
+        sink: first entries that vertical-slash reads anyway (code: 30).
+        recent: shortest distances that it reads anyway (code: 100).
         probe: last rows whose attention chooses entries and distances (64).
         n_last: last rows of a tri-shape (code: 100).
         force_diagonal: whether block-sparse reads the block of the rows themselves.

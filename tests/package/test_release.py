@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import inspect
 import re
 import subprocess
 import sys
@@ -46,3 +47,11 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
             assert all(f">{field.name}<" in page for field in policy.parameters()), name
     assert "which-policy-at-which-budget" in (tmp_path / "index.html").read_text(encoding="utf-8")
     assert (tmp_path / "source" / "configs" / "smollm2_needle.yaml").read_text() == read("configs/smollm2_needle.yaml")
+
+
+@pytest.mark.parametrize("policy", kvpress.available().values(), ids=lambda policy: policy.name)
+def test_a_docstring_names_one_parameter_a_line(policy: type[kvpress.Policy]) -> None:
+    """Or the site cannot tell which is meant."""
+    arguments = re.search(r"^Args:\n((?:    .*\n?)+)", inspect.getdoc(policy) or "", flags=re.MULTILINE)
+    named = re.findall(r"^    (\S[^:\n]*):", arguments[1] if arguments else "", flags=re.MULTILINE)
+    assert set(named) <= {field.name for field in policy.parameters()}
