@@ -80,11 +80,11 @@ def main() -> None:
         print(json.dumps(round(resident_mib("VmHWM") - before)))
         return
     times: dict[str, list[float]] = {name: [] for name in by_name}
-    for number in range(options.rounds + 1):
+    for way in by_name.values():  # warm up
+        run(model, [prompt[:40] for prompt in prompts], *way, options.share)
+    for _ in range(options.rounds):
         for name, way in by_name.items():
-            taken = run(model, prompts, *way, options.share)
-            if number:  # the first warms up
-                times[name].append(taken)
+            times[name].append(run(model, prompts, *way, options.share))
     rows = Rows(options.out)
     for name, figures in ratios(times, PLAIN).items():
         command = [sys.executable, __file__, *sys.argv[1:], "--peak-of", name]

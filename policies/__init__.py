@@ -5,6 +5,7 @@ from kvpress.policies.a2sf_prefill import A2SFPrefill
 from kvpress.policies.ada_kv import AdaKV
 from kvpress.policies.dual_chunk import DualChunkAttention
 from kvpress.policies.ems import EMS
+from kvpress.policies.finch import Finch
 from kvpress.policies.full import Full
 from kvpress.policies.gem_filter import GemFilter
 from kvpress.policies.h2o import H2O
@@ -32,6 +33,7 @@ __all__ = [
     "A2SFPrefill",
     "AdaKV",
     "DualChunkAttention",
+    "Finch",
     "Full",
     "GemFilter",
     "H2OPrefill",
