@@ -56,7 +56,8 @@ class Fields(BaseModel):
         query_aware: whether the prompt that is compressed holds the question.
         samples: the first so many of the task's samples; None for all.
         agreement: instead of answers being scored, full attention's own answer of at most so many tokens is fed, and the score is
-            the share of its tokens that are the most likely ones under the policy too.
+            the share of its tokens that are the most likely ones under the policy too. Under perplexity nothing is written: so
+            many of the scored tokens are fed, and at each the most likely ones are compared.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -423,17 +424,13 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
         raise ConfigError(f"{where}: {both}{also}: each of them places the model; keep one")
     _expand(written.model, locations, ("model",))
     built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, locations, ("task",)))
-    if task.name == "perplexity":
-        if written.agreement is not None:
-            where = location_of(locations, ("agreement",))
-            raise ConfigError(f"{where}: agreement={written.agreement}, but perplexity writes no answers; leave it out")
-        if written.query_aware:
-            where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
-            raise ConfigError(f"{where}: perplexity has no question to compress with; set query_aware: false")
-        if (mode := getattr(task, "mode", "decode")) != "decode":
-            raise ConfigError(
-                f"{location_of(locations, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}"
-            )
+    if written.query_aware and built.unseen_because:
+        where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
+        raise ConfigError(f"{where}: {built.unseen_because}; set query_aware: false")
+    if task.name == "perplexity" and (mode := getattr(task, "mode", "decode")) != "decode":
+        raise ConfigError(
+            f"{location_of(locations, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}"
+        )
     definition = {
         "model": written.model,
         "device": written.device,

@@ -302,18 +302,19 @@ def _plain(query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, scal
     """Attention by torch's own kernel, the group's heads as its rows."""
     batch, heads, _, head_dim = query.shape
     kv_heads, slots = key.shape[1], key.shape[2]
-    rows = query.reshape(batch * kv_heads, 1, heads // kv_heads, head_dim)
-    keys, values = key.flatten(0, 1)[:, None], value.flatten(0, 1)[:, None]
+    rows = query.reshape(batch, kv_heads, heads // kv_heads, head_dim)
     parts = 1 if query.is_cuda else _parts(batch * kv_heads, slots)
     mask = None
     if valid is not None:
         # In parts not -inf: a part of which nothing is valid must not give NaN.
         hidden = float("-inf") if parts == 1 else torch.finfo(query.dtype).min
         mask = torch.zeros(valid.shape, dtype=query.dtype, device=query.device)
-        mask = mask.masked_fill_(~valid, hidden).view(batch * kv_heads, 1, valid.shape[1] // kv_heads, slots)
+        mask = mask.masked_fill_(~valid, hidden).view(batch, kv_heads, valid.shape[1] // kv_heads, slots)
     if parts > 1:
-        return _in_parts(rows, keys, values, mask, scale, parts).reshape(batch, heads, 1, head_dim)
-    output = torch.nn.functional.scaled_dot_product_attention(rows, keys, values, attn_mask=mask, scale=scale)
+        rows, key, value = (x.flatten(0, 1)[:, None] for x in (rows, key, value))
+        mask = None if mask is None else mask.flatten(0, 1)[:, None]
+        return _in_parts(rows, key, value, mask, scale, parts).reshape(batch, heads, 1, head_dim)
+    output = torch.nn.functional.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
     return output.reshape(batch, heads, 1, head_dim)
 
 

@@ -94,6 +94,21 @@ def merge_slots(
             tiny=TINY,
             cancelled=CANCELLED,
         )
+    merge = _whole if torch.compiler.is_compiling() else _merge
+    merge(keys, values, stats, weights, centres, rest, target, value_norms)
+
+
+def _merge(
+    keys: Tensor,
+    values: Tensor,
+    stats: list[Tensor],
+    weights: Tensor,
+    centres: Tensor,
+    rest: Tensor,
+    target: Tensor,
+    value_norms: bool,
+) -> None:
+    """`merge_slots` by torch's operations."""
     batch, kv_heads, k = centres.shape
     bucket = torch.where(target < 0, k, target)  # the last bucket is thrown away
     touched = torch.zeros(batch, kv_heads, k + 1, dtype=torch.bool, device=keys.device)
@@ -117,6 +132,10 @@ def merge_slots(
         total = torch.nn.functional.pad(stat.gather(-1, places), (0, 1))
         total.scatter_add_(-1, bucket.view(*wide, -1).expand_as(moved), moved)
         stat.scatter_(-1, places, total[..., :k])
+
+
+# One operation in a compiled graph: torch's compiler (2.13) fails where it fuses a scatter with the norms that it depends on.
+_whole = torch.library.custom_op("kvpress::merge_slots", _merge, mutates_args=("keys", "values", "stats"))
 
 
 def _summed(x: Tensor, weights: Tensor, centres: Tensor, rest: Tensor, bucket: Tensor, by_norm: bool) -> Tensor:

@@ -66,20 +66,19 @@ def nearest_centre(
     """
     batch, kv_heads, m = rest.shape
     directions = [(x, _directions(x, centres).transpose(2, 3)) for x in (keys, values)]
-    place = torch.zeros_like(rest)
-    similarity = torch.full(rest.shape, float("-inf"), device=keys.device)
+    found: list[tuple[Tensor, Tensor]] = []
     most = TILE_SIMILARITIES if keys.device.type == "cpu" else LARGE_TILE
     tile = max(1, most // (batch * kv_heads * max(1, centres.shape[2])))
-    for start in range(0, m, tile):
+    for start in range(0, max(1, m), tile):
         slots = rest[:, :, start : start + tile]
         cosines = [_directions(x, slots) @ columns for x, columns in directions]
         if not raw_product:
             cosines = [cosine.clamp_(min=0) for cosine in cosines]
         product = cosines[0].mul_(cosines[1]).masked_fill_(~is_centre[:, :, None], float("-inf"))
-        best = product.argmax(dim=-1, keepdim=True)
-        place[:, :, start : start + tile] = best[..., 0]
-        similarity[:, :, start : start + tile] = product.gather(-1, best)[..., 0]
-    return place, similarity
+        place = product.argmax(dim=-1)  # of equals the first, which `max` does not promise
+        found.append((place, product.gather(-1, place[..., None])[..., 0]))
+    places, similarities = zip(*found, strict=True)
+    return torch.cat(places, dim=2), torch.cat(similarities, dim=2)
 
 
 def _directions(x: Tensor, slots: Tensor) -> Tensor:

@@ -69,9 +69,9 @@ def write_slot(
         return
     position = position.reshape(-1, 1)
     if isinstance(slot, int):
-        keys[:, :, slot] = key[:, :, 0]
-        values[:, :, slot] = value[:, :, 0]
-        positions[:, :, slot] = position
+        keys.narrow(2, slot, 1).copy_(key)
+        values.narrow(2, slot, 1).copy_(value)
+        positions.select(2, slot).copy_(position)
         for stat in stats:
             stat[..., slot] = 0
         return

@@ -275,9 +275,7 @@ class PatchedForward(Wrapper):
             offset = None
         elif offset is None and layer.uniform:
             offset = torch.zeros_like(tokens.seen_tensor, dtype=torch.int64)
-        layer.texts.offset = check_consecutive(
-            places, tokens, offset, self._moving.describe(), self._moving.place_remedy
-        )
+        layer.texts.offset = check_consecutive(places, tokens, offset, self._moving.describe())
 
     def _tokens(
         self, batch: int, count: int, mask: Tensor | None, device: Any, texts: Texts | None, prompt: bool
@@ -389,7 +387,7 @@ def open_step(current: Pass, compiled: bool = False) -> None:
         current.step = StepInputs(tokens, number, current.new_tokens)
         return
     device = tokens.positions.device
-    slots = [layer.next_slot for layer in current.layers]
+    slots = [layer.storage.next_slot for layer in current.layers]
     current.step = StepInputs(
         tokens=Tokens(1, tokens.padded, tokens.positions, None, None, tokens.seen_tensor),
         number=torch.tensor(number, device=device),

@@ -21,7 +21,7 @@ from kvpress.passes import active_pass
 from kvpress.places import Held, Own, Places
 from kvpress.policy import Dropped, Entries, Roles
 from kvpress.rotary import Rotary
-from kvpress.storage import Pages, Slots, Storage, spare_slots
+from kvpress.storage import Slots, Storage, spare_slots
 from kvpress.storage.base import marked_first
 from kvpress.texts import Texts
 from kvpress.tokens import Tokens
@@ -40,6 +40,8 @@ class Facts:
         nbytes: bytes held now.
         length: slots that a decode step would read now, of a kv head on average.
         read, readable: entries read in decode steps so far, and what full attention would have read.
+        computed, pairs: pairs of a row and an entry not after it that planned prompt passes computed, of a query head on
+            average and summed over the sequences, and all that there were.
         counted: float64 [], what decode steps read of which only the device knows how much, or None.
     """
 
@@ -50,12 +52,19 @@ class Facts:
     length: float = 0
     read: float = 0
     readable: int = 0
+    computed: float | Tensor = 0.0
+    pairs: int = 0
     counted: Tensor | None = None
 
     @property
     def all_read(self) -> float:
         """Entries read in decode steps so far."""
         return self.read + (0.0 if self.counted is None else float(self.counted))
+
+    @property
+    def density(self) -> float:
+        """Of the pairs of planned prompt passes the share that was computed."""
+        return float(self.computed) / self.pairs if self.pairs else 1.0
 
 
 def rounded_up(count: int) -> int:
@@ -231,8 +240,7 @@ class KVLayer(CacheLayerMixin):
         """
         key = self._stored_key(key, tokens)
         new = tokens.count if tokens.columns is None else max(len(columns) for columns in tokens.columns)
-        if isinstance(self.storage, Pages):
-            self.storage = self.storage.as_slots(Slots(self.observer.slots), new)
+        self.storage = self.storage.for_prompt(Slots(self.observer.slots), new)
         if not self.is_initialized:
             self.dtype, self.device = key.dtype, key.device
         self._reserve(max(1, self.storage.length + new), (key, value))  # a pass may be all padding
@@ -292,7 +300,7 @@ class KVLayer(CacheLayerMixin):
                 evicts = "all"
         slot: int | Literal["told", "freed", "empty"] = "freed" if self.has_freed else "empty"
         if appends:
-            slot = "told" if compiled else self.next_slot
+            slot = "told" if compiled else held.next_slot
         full = uniform and held.entries + 1 == stop and not (compiled and stop < held.capacity)
         phase = self.selection.phase(self.steps)
         places = held.capacity if not self.evicts else self.texts.columns + 1
@@ -302,11 +310,6 @@ class KVLayer(CacheLayerMixin):
             self.step = Step(slot, stop, full, evicts, phase, places, 0)
         if self.roles.selects and self.facts.counted is None:
             self.facts.counted = torch.zeros((), dtype=torch.float64, device=held.positions.device)
-
-    @property
-    def in_pages(self) -> bool:
-        """Whether the entries are in pages."""
-        return isinstance(self.storage, Pages)
 
     @property
     def entries_now(self) -> int:
@@ -327,11 +330,6 @@ class KVLayer(CacheLayerMixin):
             self.facts.counted.add_(read)
         else:
             self.facts.read += read
-
-    @property
-    def next_slot(self) -> int:
-        """Where the next entries go that are appended."""
-        return self.storage.taken if isinstance(self.storage, Pages) else self.storage.length
 
     def write(self, key: Tensor, value: Tensor, tokens: Tokens, told: Tensor | None = None) -> None:
         """Store the new entry of a decode step.
@@ -366,9 +364,7 @@ class KVLayer(CacheLayerMixin):
         assert step is not None
         limit = self.slot_limit
         if limit is None or held.length < limit:
-            held.length += 1
-            if isinstance(held, Pages):
-                held.taken += 1
+            held.note_written()
         else:
             held.ordered = False
         if tokens.padded:
@@ -401,14 +397,21 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def takes_prompt_mass(self) -> bool:
-        """The same for a prompt's attention, which hands it out only where all rows read everything."""
-        return self.takes_mass and not self.roles.plans
+        """Whether a prompt's attention hands out the mass that the observer counts: only where all rows read everything.
+
+        Where tokens are attended at other places than their own, and the observer needs more than that, it asks for all of
+        it at their own.
+        """
+        moved = self.places.moved and not self.takes_mass
+        return self.observer.takes_prompt_mass and not moved and not self.roles.plans
 
     def add_mass(self, mass: Tensor, rows: slice = slice(None)) -> None:
         """Add what a prompt pass gave, float32 [batch, kv_heads, n], to the first n slots (of some sequences)."""
         self.stats["mass"][rows, :, : mass.shape[2]] += mass
 
-    def observe_prompt(self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int) -> None:
+    def observe_prompt(
+        self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int, mass_known: bool
+    ) -> None:
         """Let the observer see a prompt pass.
 
         Args:
@@ -418,12 +421,12 @@ class KVLayer(CacheLayerMixin):
             scores: how the model scores.
             new_tokens: how many tokens the caller wants generated, if that is known.
             past: slots that were in use before the pass.
+            mass_known: the mass that the rows gave was added already.
         """
         in_order = past == 0 and self.uniform
         stop = self.storage.length
-        self.observer.prompt(
-            self.observed, self._rows(query, tokens, scores, 0, new_tokens, not self.uniform, in_order, stop)
-        )
+        rows = self._rows(query, tokens, scores, 0, new_tokens, not self.uniform, in_order, stop)
+        self.observer.prompt(self.observed, rows, mass_known)
 
     def observe_step(
         self,
@@ -535,18 +538,14 @@ class KVLayer(CacheLayerMixin):
         self.totals = torch.tensor([quota.total for quota in quotas], dtype=torch.int32, device=device)
         self.recents = torch.tensor([quota.recent for quota in quotas], dtype=torch.int32, device=device)
 
-    def finish_prompt(
-        self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int, mass_known: bool
-    ) -> None:
-        """After a prompt pass was attended: let the observer see it (unless all it wants is known), and evict."""
+    def finish_prompt(self, query: Tensor, tokens: Tokens, scores: Scores) -> None:
+        """After a prompt pass was attended and observed: evict."""
         self.steps = 0
         self.scores = scores
         self.known.clear()
         if self.selection.observes_reads:
             self._keep_last_row(query, tokens)
         if self.evicts:
-            if not mass_known:
-                self.observe_prompt(query, tokens, scores, new_tokens, past)
             self.close_prompt(tokens)
         self.storage.end_prompt()
         self._held_changed()
@@ -562,7 +561,7 @@ class KVLayer(CacheLayerMixin):
 
     def close_prompt(self, tokens: Tokens) -> None:
         """End a prompt pass: set the quotas by what was seen, and evict now or at the first decode step."""
-        if not isinstance(self.storage, Slots) or self.storage.made is None:  # else `prepare` has done it
+        if self.storage.made is None:  # else `prepare` has done it
             self.set_quotas(tokens)
         self.pending = self.eviction.evict == "after_prompt"
         if not self.pending:
@@ -592,8 +591,7 @@ class KVLayer(CacheLayerMixin):
             if self.eviction.merges:
                 self._merge_rest(index, chosen)
             if shared:
-                assert isinstance(held, Slots)
-                self.storage = Pages.of(held, index, chosen)
+                self.storage = held.share(index, chosen)
             else:
                 held.keep(index, chosen, self._capacity(width))
             self.has_freed = False
@@ -613,8 +611,9 @@ class KVLayer(CacheLayerMixin):
         if every == 1 and not self.eviction.merges:
             scores, limits = self.eviction.score(entries), self.totals if step.evicts == "over" else None
             seen = tokens.seen_tensor.to(positions.device)
-            freed = evict_slot(scores, positions, seen, self.recents, limits, full=step.full)
-            self.free = kept_in_place(self.free, freed)
+            # In one place from step to step, for what is replayed.
+            out = self.free if self.free is not None and self.free.shape == positions.shape[:2] else None
+            self.free = evict_slot(scores, positions, seen, self.recents, limits, out=out, full=step.full)
             return
         priority = priorities(self.eviction, entries, step.full)
         if not step.full:
@@ -646,10 +645,11 @@ class KVLayer(CacheLayerMixin):
         if order is not None:
             positions = positions.gather(2, order)
             observed = {name: counted.gather(2, order) for name, counted in observed.items()}
-        tokens = seen.to(positions.device)
-        candidates = positions < (tokens - self.recents)[:, None, None]
-        if not full:
-            candidates &= positions >= 0
+        tokens, recents = seen.to(positions.device), self.recents
+
+        def candidates() -> Tensor:
+            older = positions < (tokens - recents)[:, None, None]
+            return older if full else older & (positions >= 0)
 
         def fetch() -> tuple[Tensor, Tensor]:
             keys, values = self._keys_in_place(stop), self.storage.read(stop=stop)[1]
@@ -696,7 +696,7 @@ class KVLayer(CacheLayerMixin):
 
     def _held_changed(self) -> None:
         held, facts = self.storage, self.facts
-        facts.positions = held.paged_positions if isinstance(held, Pages) else held.positions
+        facts.positions = held.all_positions
         facts.kv_heads = held.kv_heads
         facts.nbytes, facts.entry_bytes, facts.length = self.nbytes, held.entry_bytes, held.row_length
 
@@ -832,10 +832,3 @@ class KVLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given sequences."""
         self._change_batch(lambda tensor: tensor[indices.to(tensor.device)])
-
-
-def kept_in_place(held: Tensor | None, new: Tensor) -> Tensor:
-    """The new numbers, in the tensor that held the old ones where it fits: what is replayed reads and writes one place."""
-    if held is None or held.shape != new.shape:
-        return new.clone()
-    return held.copy_(new)

@@ -128,21 +128,22 @@ def make_forward(dtype: torch.dtype, names: tuple[str, ...]) -> Callable[..., Te
 
     Where the weight has become something else meanwhile (another dtype or device, quantised, sparse), it is torch's own.
     """
-    limits, products = tuple(ROWS), tuple(FORMS[name] for name in names)
-    few = max(limit for limit, name in zip(limits, names, strict=True) if name != "linear")
+    forms = tuple((limit, FORMS[name]) for limit, name in zip(ROWS, names, strict=True))
 
     def forward(self: nn.Linear, input: Tensor) -> Tensor:
         weight, rows = self.weight, input.shape[:-1].numel()
-        if (
-            0 < rows <= few
-            and type(input) in PLAIN
-            and _is_plain(weight)
-            and weight.dtype == dtype
-            and not torch.is_autocast_enabled("cpu")
-        ):
-            for limit, product in zip(limits, products, strict=True):
-                if rows <= limit:
+        for limit, product in forms:
+            if rows <= limit:
+                if (
+                    product is not functional.linear
+                    and rows > 0
+                    and type(input) in PLAIN
+                    and _is_plain(weight)
+                    and weight.dtype == dtype
+                    and not torch.is_autocast_enabled("cpu")
+                ):
                     return product(input, weight, self.bias)
+                break
         return functional.linear(input, weight, self.bias)
 
     _forwards.add(forward)

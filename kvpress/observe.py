@@ -85,6 +85,8 @@ class Observer:
 
     takes_mass: bool = False
     """Whether the attention's own column sums are all that it needs: then a pass hands them to it."""
+    takes_prompt_mass: bool = False
+    """Whether a prompt's attention hands them to it, although it may need more of the prompt: an entry's "mass"."""
     needs_every_row: bool = False
     """Whether it must see every row, so that a cache which an unpatched run has filled is of no use."""
     needs_prompt: bool = False
@@ -96,8 +98,12 @@ class Observer:
         """Empty statistics of [batch, kv_heads, capacity] slots."""
         return {}
 
-    def prompt(self, observed: Observed, rows: Rows) -> None:
-        """Count a prompt pass. Not called where `takes_mass` and the pass has handed them over."""
+    def prompt(self, observed: Observed, rows: Rows, mass_known: bool) -> None:
+        """Count a prompt pass.
+
+        Args:
+            mass_known: the attention has handed its column sums over, and they are in "mass" (see `takes_prompt_mass`).
+        """
 
     def step(self, observed: Observed, rows: Rows, mass: Tensor | None) -> None:
         """Count one row: a decode step's, or one of a prompt that evicts row by row.
@@ -182,7 +188,11 @@ class Mass(Observer):
 
     @property
     def takes_mass(self) -> bool:  # type: ignore[override]
-        return self.fading == 1 and self.noise is None and self.last_rows == 0
+        return self.takes_prompt_mass and self.last_rows == 0
+
+    @property
+    def takes_prompt_mass(self) -> bool:  # type: ignore[override]
+        return self.fading == 1 and self.noise is None
 
     def slots(self, shape: tuple[int, int, int], device: Any) -> dict[str, Tensor]:
         stats = {"mass": torch.zeros(shape, dtype=torch.float32, device=device)}
@@ -194,12 +204,18 @@ class Mass(Observer):
     def perturbation(self, layer: int, step: int | Tensor, new_tokens: int | Tensor | None) -> Perturbation | None:
         return None if self.noise is None else self.noise.at(layer, step, new_tokens)
 
-    def prompt(self, observed: Observed, rows: Rows) -> None:
-        held, query, at = observed.slots["mass"], rows.query, rows.at
+    def prompt(self, observed: Observed, rows: Rows, mass_known: bool) -> None:
         options: dict[str, Any] = {
             **vars(rows.scores),
             "perturbation": self.perturbation(rows.layer, rows.step, rows.new_tokens),
         }
+        if not mass_known:
+            self._count(observed, rows, options)
+        if self.last_rows:
+            self._keep_last_rows(observed, rows, options)
+
+    def _count(self, observed: Observed, rows: Rows, options: dict[str, Any]) -> None:
+        held, query, at = observed.slots["mass"], rows.query, rows.at
         if self.fading != 1:
             held *= (self.fading ** (at >= 0).sum(1).float())[:, None, None]
         if self.fading < 1 and query.shape[2] > 1:
@@ -209,17 +225,14 @@ class Mass(Observer):
         positions = None if rows.in_order and rows.query.shape[2] > 1 else rows.positions
         counted = attention_mass(query, at, rows.keys, positions, row_weights=weights, **options)
         held[:, :, : counted.shape[2]] += counted
-        if self.last_rows:
-            self._keep_last_rows(observed, rows, options)
 
     def step(self, observed: Observed, rows: Rows, mass: Tensor | None) -> None:
         if mass is None:
-            self.prompt(observed, rows)
+            self.prompt(observed, rows, mass_known=False)
             return
         held = observed.slots["mass"][..., : mass.shape[-1]]
-        real = rows.at >= 0
         if rows.padded:
-            there = real.to(mass.device).view(-1, *(1,) * (mass.ndim - 1))
+            there = (rows.at >= 0).to(mass.device).view(-1, *(1,) * (mass.ndim - 1))
             mass = mass.masked_fill(~there, 0.0)
             if self.fading != 1:
                 held.mul_(torch.where(there, self.fading, 1.0))
@@ -284,7 +297,7 @@ class Window(Observer):
 
     needs_prompt = True
 
-    def prompt(self, observed: Observed, rows: Rows) -> None:
+    def prompt(self, observed: Observed, rows: Rows, mass_known: bool) -> None:
         query, at = rows.query, rows.at
         held = observed.sequences
         if "window" in held:

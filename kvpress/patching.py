@@ -20,6 +20,7 @@ from kvpress.forwards import replace_forwards, restore_forwards
 from kvpress.layer import Facts, KVLayer
 from kvpress.linear import check_variable
 from kvpress.passes import expecting, wanting
+from kvpress.places import INSTEAD
 from kvpress.policy import EvictionPolicy, Policy, Roles, RoutePolicy
 from kvpress.probe import find_rotary
 from kvpress.registry import PolicySpec, make_policies, make_policy
@@ -124,7 +125,7 @@ def _rotary(decoder: Any, attention: dict[int, Any], policies: list[Policy]) -> 
         found = find_rotary(decoder, attention, _configs(decoder))
     except UnsupportedModelError as error:
         raise UnsupportedModelError(
-            f"{moving.describe()} re-indexes rotary positions, and that cannot be done: {error}; {moving.place_remedy}"
+            f"{moving.describe()} re-indexes rotary positions, and that cannot be done: {error}; {INSTEAD}"
         ) from None
     for rotary in found:
         moving.places.fitted(rotary)  # which refuses a model that they do not fit
@@ -273,12 +274,14 @@ class Handle:
             layers[index] = LayerReport(every, every, nbytes, nbytes, 1.0)
         read = sum(facts.all_read or facts.length for facts in known.values())
         readable = sum(facts.readable or texts.columns for facts in known.values())
+        pairs = sum(facts.pairs for facts in known.values())
         total = LayerReport(
             seen=acted[0].seen,
             kept=sum(layer.kept for layer in acted) / len(acted),
             bytes=sum(layer.bytes for layer in layers.values()) + texts.nbytes,
             full_bytes=sum(layer.full_bytes for layer in layers.values()),
             read_share=read / readable if readable else 1.0,
+            density=sum(float(facts.computed) for facts in known.values()) / pairs if pairs else 1.0,
         )
         kept = None if texts.kept_ids is None else [[one for one in row if one >= 0] for row in texts.kept_ids.tolist()]
         return Report(self.describe(), total, dict(sorted(layers.items())), kept)
@@ -347,15 +350,16 @@ class Handle:
             layer = layers[index]
             query = layer.own_query(query, prompt.tokens)
             layer.append(key, value, prompt.tokens)
-            if layer.takes_mass:
-                # The same for every policy that asks. Keys that are rotated anew may differ in the last bit.
+            if layer.evicts:
+                # The mass is the same for every policy that asks. Keys that are rotated anew may differ in the last bit.
                 asked = ordinal, layer.places.own_keys
-                if asked in prompt.masses:
+                known = layer.takes_prompt_mass and asked in prompt.masses
+                if known:
                     layer.add_mass(prompt.masses[asked])
-                else:
-                    layer.observe_prompt(query, prompt.tokens, scores, None, 0)
+                layer.observe_prompt(query, prompt.tokens, scores, None, 0, known)
+                if layer.takes_prompt_mass and not known:
                     prompt.masses[asked] = layer.stats["mass"][:, :, : layer.length].clone()
-            layer.finish_prompt(query, prompt.tokens, scores, None, 0, mass_known=layer.takes_mass)
+            layer.finish_prompt(query, prompt.tokens, scores)
         cache.layers[:] = layers
         cache.layer_class_to_replicate = None
         self.watch(cache)
@@ -487,4 +491,5 @@ def _layer_report(facts: Facts, texts: Texts) -> LayerReport:
         bytes=facts.nbytes,
         full_bytes=facts.entry_bytes * texts.columns,
         read_share=facts.all_read / facts.readable if facts.readable else facts.length / max(1, texts.columns),
+        density=facts.density,
     )

@@ -26,6 +26,7 @@ EXACT = 1024
 """Up to this position a rounded angle is off by less than 2^-15, which is in the noise of a float32 dot product."""
 
 UNKNOWN = torch.iinfo(torch.int64).max
+INSTEAD = "use rope='original' where the policy has it, or another policy"
 
 
 @dataclass(frozen=True)
@@ -420,7 +421,7 @@ def turned(
     return rows, rotated(keys, ranks, rotary)
 
 
-def check_consecutive(places: Tensor, tokens: Tokens, offset: Tensor | None, policy: str, remedy: str) -> Tensor:
+def check_consecutive(places: Tensor, tokens: Tokens, offset: Tensor | None, policy: str) -> Tensor:
     """Refuse position ids under which real tokens do not follow one another: images of M-RoPE models, gaps, packed texts.
 
     Args:
@@ -428,7 +429,7 @@ def check_consecutive(places: Tensor, tokens: Tokens, offset: Tensor | None, pol
         tokens: the tokens of the pass.
         offset: int64 [batch], how much earlier position ids were ahead of the count of real tokens; None if there is
             nothing to compare with, and `UNKNOWN` for a sequence that has no token yet.
-        policy, remedy: for the message.
+        policy: for the message.
 
     Returns:
         int64 [batch], the offset with this pass's tokens.
@@ -450,6 +451,6 @@ def check_consecutive(places: Tensor, tokens: Tokens, offset: Tensor | None, pol
         row = int(good.logical_not().nonzero()[0, 0])
         raise PolicyError(
             f"the position ids of sequence {row} do not count its tokens one by one (an image or video of a model with M-RoPE, "
-            f"a gap, or packed texts), and {policy} attends what it keeps at consecutive positions; {remedy}"
+            f"a gap, or packed texts), and {policy} attends what it keeps at consecutive positions; {INSTEAD}"
         )
     return lowest

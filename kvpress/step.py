@@ -84,7 +84,7 @@ def attend_row(
     step, held, tokens = layer.step, layer.storage, inputs.tokens
     assert step is not None
     observed = layer.takes_mass
-    valid = None if step.full or layer.in_pages else held.positions[:, :, : step.stop] >= 0
+    valid = None if step.full else held.valid(step.stop)
     if selects:
         view = view_of(layer, query, scores, inputs.shared, step.stop, valid, tokens, inputs)
         output, mass = _attend_selected(layer, view, scores, observed)

@@ -29,7 +29,7 @@ class Keyformer(EvictionPolicy):
     An entry's score is what it gets of softmax((q.k + noise) / tau), accumulated in float32 over every row since it came
     in, summed over the query heads of its kv head. tau is `tau_init` in a prompt pass and moves in equal steps to `tau_end`
     over the `new_tokens` decode steps after it, so that the more was discarded, the less one row decides. After every pass
-    each layer and kv head keeps its last `recent * budget` entries and the best of the others. What attention gives out is
+    each layer and kv head keeps its last `recent_ratio * budget` entries and the best of the others. What attention gives out is
     the model's own softmax, without noise.
 
     Source: Adnan et al., "Keyformer: KV Cache Reduction through Key Tokens Selection for Efficient Generative Inference",
@@ -48,8 +48,9 @@ class Keyformer(EvictionPolicy):
     Args:
         budget: entries kept per layer and kv head; int, or float share of the prompt's length (authors' config: 0.6;
             paper: 0.5 to 0.9).
-        recent: share of the budget that the newest tokens have, in [0, 1] (paper: 0.2 to 0.3).
-        tau_init, tau_end: temperature in the prompt and after `new_tokens` steps, above 0.
+        recent_ratio: share of the budget that the newest tokens have, in [0, 1] (paper: 0.2 to 0.3).
+        tau_init: temperature in the prompt, above 0.
+        tau_end: after `new_tokens` steps, above 0.
         new_tokens: length of the schedule; None for what `generate` was asked for, and 128 where that is not known.
         noise: "fresh" for every row, "per_token" for one number per head and entry, or "none".
         seed: of the noise.
@@ -64,7 +65,7 @@ class Keyformer(EvictionPolicy):
     paper: ClassVar[str] = "arXiv 2403.09054"
 
     budget: Budget = 0.6
-    recent: float = 0.3
+    recent_ratio: float = 0.3
     tau_init: float = 1.0
     tau_end: float = 2.0
     new_tokens: int | None = None
@@ -75,11 +76,11 @@ class Keyformer(EvictionPolicy):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_budget(self.budget)
-        if isinstance(self.recent, int) and not isinstance(self.recent, bool) and self.recent > 0:
+        if isinstance(self.recent_ratio, int) and not isinstance(self.recent_ratio, bool) and self.recent_ratio > 0:
             raise PolicyError(
-                f"recent={self.recent} is an int; here it is a share of the budget: give a float in [0, 1], as 0.3"
+                f"recent_ratio={self.recent_ratio} is an int; here it is a share of the budget: give a float in [0, 1], as 0.3"
             )
-        check_factor(self.recent, "recent")
+        check_factor(self.recent_ratio, "recent_ratio")
         check_finite(self.tau_init, "tau_init", above=0)
         check_finite(self.tau_end, "tau_end", above=0)
         if self.new_tokens is not None:
@@ -103,4 +104,4 @@ class Keyformer(EvictionPolicy):
 
     def quota(self, tokens: int, layer: int, layers: int) -> Quota:
         total = max(1, entries_for(self.budget, tokens))
-        return Quota(total, entries_for(float(self.recent), total))
+        return Quota(total, entries_for(float(self.recent_ratio), total))

@@ -178,7 +178,15 @@ def tests(run: Run) -> None:
                 self.session.shouldstop = "no time for the rest"
 
     folder = ROOT / "tests" / "kernels"
-    arguments = [str(folder), "-q", "-x" if run.interpret else "--maxfail=50", "-p", "no:cacheprovider"]
+    whole_steps = ROOT / "tests" / "test_replay.py"
+    arguments = [
+        str(folder),
+        str(whole_steps),
+        "-q",
+        "-x" if run.interpret else "--maxfail=50",
+        "-p",
+        "no:cacheprovider",
+    ]
     arguments += [f"--ignore={folder / 'gpu' / name}" for name in ("test_compile.py", "test_offsets.py")]
     # Those of Triton alone, and the others' runs with it.
     arguments += ["-k", "settings or split_count" if run.interpret else "gpu or triton"]

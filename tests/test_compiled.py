@@ -10,7 +10,7 @@ from torch._inductor.exc import InductorError
 import kvpress
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
-from kvpress.policies import H2O, Full, Quest, SnapKV, TidalDecode
+from kvpress.policies import EMS, H2O, Full, Quest, SnapKV, TidalDecode
 from support.matrix import CASES
 from support.models import tiny_llama, token_ids
 from test_families import FAMILIES, batch, build
@@ -85,8 +85,12 @@ def test_every_family(family):
     assert_same(build(family), H2O(budget=10), batch())
 
 
-def test_with_inductor():
-    assert_same(tiny_llama(), SnapKV(budget=0.5, window=4), {"input_ids": token_ids(1, 24)}, backend="inductor")
+@pytest.mark.parametrize("policy", [SnapKV(budget=0.5, window=4), EMS(budget=12, recent=2, window=2)], ids=str)
+def test_with_inductor(policy):
+    """Merging, too: a warning would say that steps run uncompiled."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*run uncompiled")
+        assert_same(tiny_llama(), policy, {"input_ids": token_ids(1, 24)}, backend="inductor")
 
 
 def test_in_a_mode_of_inductor():

@@ -11,7 +11,7 @@ from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Quest, SnapKV
 from kvpress.replay import ReplayedSteps
-from support.matrix import CASES, TOGETHER, sharp_llama
+from support.matrix import CASES, TOGETHER, rows_to_ask, sharp_llama
 from support.models import token_ids
 from support.recorder import Recorder
 
@@ -105,7 +105,7 @@ def test_without_a_gpu_it_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("policy", ["full", "h2o", "snapkv", "tidal_decode"])
 def test_on_a_gpu(policy):
-    """As a CUDA graph; and a step waits for nothing."""
+    """As a CUDA graph."""
     model, inputs = sharp_llama(layers=3).cuda(), {"input_ids": token_ids(2, 24).cuda()}
     with kvpress.patch(model, policy):
         plain = generate(model, inputs)
@@ -113,3 +113,23 @@ def test_on_a_gpu(policy):
         handle.compile("replay")
         replayed = generate(model, inputs)
     torch.testing.assert_close(torch.stack(replayed.scores), torch.stack(plain.scores), atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_a_step_waits_for_nothing_on_a_gpu(case):
+    """torch raises an error where the host waits for the device."""
+    model, ids = sharp_llama(layers=3).cuda(), token_ids(1, 40).cuda()
+    with kvpress.patch(model, case.policy) as handle:
+        handle.compile("replay")
+        cache = DynamicCache(config=model.config)
+        model(ids[:, :16], **{CACHE: cache}, **rows_to_ask(model, 16))
+        places = torch.arange(40, device=ids.device)[None]
+        for step in range(16, 40):
+            # The first steps make what policies keep, and record.
+            torch.cuda.set_sync_debug_mode("error" if step >= 36 else "default")
+            try:
+                model(ids[:, step : step + 1], position_ids=places[:, step : step + 1], **{CACHE: cache})
+            finally:
+                torch.cuda.set_sync_debug_mode("default")

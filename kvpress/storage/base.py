@@ -39,6 +39,7 @@ class Storage(ABC):
         uniform: every sequence and kv head holds the same number of entries.
         entries: that number, while uniform.
         ordered: slots in use are in position order.
+        made: what `make` has made, until the pass ends.
     """
 
     keys: Tensor
@@ -52,6 +53,7 @@ class Storage(ABC):
         self.uniform = True
         self.entries = 0
         self.ordered = True
+        self.made: Any = None
 
     # ------------------------------------------------------------------ storing
 
@@ -94,8 +96,26 @@ class Storage(ABC):
         30 layers the process holds several times what is in use.
         """
 
-    def end_prompt(self) -> None:  # noqa: B027 (a storage may have nothing to let go of)
+    def end_prompt(self) -> None:
         """Let go of what was held for a prompt pass alone: it has attended, and what it drops is dropped."""
+        self.made = None
+
+    def for_prompt(self, empty: "Storage", new: int) -> "Storage":
+        """What takes a prompt pass: this storage, or what it holds put into an empty one with room for `new` entries more."""
+        return self
+
+    def share(self, index: Tensor, chosen: Tensor) -> "Storage":
+        """What holds the chosen slots at index, int64 and bool [batch, kv_heads, k], where kv heads keep different numbers."""
+        raise NotImplementedError(f"{type(self).__name__} cannot hold a different number of entries in each kv head")
+
+    @property
+    def next_slot(self) -> int:
+        """Where `write` puts the next entries that are appended."""
+        return self.length
+
+    def note_written(self) -> None:
+        """Count one more slot in use, which a decode step has filled."""
+        self.length += 1
 
     # ------------------------------------------------------------------ reading
 
@@ -103,6 +123,15 @@ class Storage(ABC):
     @abstractmethod
     def capacity(self) -> int:
         """Slots that there are of a kv head."""
+
+    def valid(self, stop: int | None) -> Tensor | None:
+        """Bool [batch, kv_heads, stop], which of the first slots hold an entry; None where `attend` knows."""
+        return self.positions[:, :, :stop] >= 0
+
+    @property
+    def all_positions(self) -> Tensor:
+        """The positions of all entries, -1 for an empty slot, the batch first; `positions` or what needs no copy."""
+        return self.positions
 
     @abstractmethod
     def read(

@@ -105,7 +105,6 @@ class PackedSlots(Storage):
         self.recent: dict[str, Tensor] = {}
         self.coming: dict[str, Tensor] = {}
         self.past = 0
-        self.made: Buffers | None = None
 
     @property
     def capacity(self) -> int:
@@ -137,7 +136,8 @@ class PackedSlots(Storage):
         self.note_put(key.shape[2], tokens.padded)
 
     def end_prompt(self) -> None:
-        self.coming, self.made = {}, None
+        super().end_prompt()
+        self.coming = {}
 
     def write(self, slot: int | Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
         new, stats = self._packed(key, value), list(self.stats.values())

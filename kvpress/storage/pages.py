@@ -13,7 +13,6 @@ from kvpress.kernels.compact_slots import compact_slots
 from kvpress.kernels.paged_attention import paged_attention
 from kvpress.observe import Scores
 from kvpress.storage.base import Storage, marked_first, spare_slots
-from kvpress.storage.slots import Slots
 from kvpress.tokens import Tokens
 
 PAGE = 32
@@ -52,7 +51,7 @@ class Pages(Storage):
         self.uniform = False
 
     @classmethod
-    def of(cls, slots: Slots, index: Tensor, chosen: Tensor) -> "Pages":
+    def of(cls, slots: Storage, index: Tensor, chosen: Tensor) -> "Pages":
         """The chosen slots at index, [batch, kv_heads, k], in pages: at least one slot is left free in each head's last."""
         batch, kv_heads, k = index.shape
         held = chosen.sum(-1)
@@ -81,7 +80,7 @@ class Pages(Storage):
         self.length = self.entries = longest
         return self
 
-    def as_slots(self, slots: Slots, new: int) -> Slots:
+    def for_prompt(self, empty: Storage, new: int) -> Storage:
         """The same entries as a rectangle, in an empty `Slots`, with room for `new` more."""
         index, chosen = self._slots_of_heads(self.length)
         index, chosen = (torch.nn.functional.pad(x, (0, new)) for x in (index, chosen))
@@ -94,11 +93,11 @@ class Pages(Storage):
             index.flatten(1),
             chosen.flatten(1),
         )
-        slots.keys, slots.values, slots.positions = (x.unflatten(1, shape[1:]) for x in moved[:3])
-        slots.stats = {name: stat.unflatten(1, shape[1:]) for name, stat in moved[3].items()}
-        slots.length = slots.entries = self.length
-        slots.uniform = False
-        return slots
+        empty.keys, empty.values, empty.positions = (x.unflatten(1, shape[1:]) for x in moved[:3])
+        empty.stats = {name: stat.unflatten(1, shape[1:]) for name, stat in moved[3].items()}
+        empty.length = empty.entries = self.length
+        empty.uniform = False
+        return empty
 
     def _slots_of_heads(self, width: int) -> tuple[Tensor, Tensor]:
         """The slots of each kv head that hold an entry: int64 and bool [batch, kv_heads, width], False behind the last."""
@@ -128,6 +127,13 @@ class Pages(Storage):
         return held.masked_fill(~chosen, -1)
 
     @property
+    def all_positions(self) -> Tensor:
+        return self.paged_positions
+
+    def valid(self, stop: int | None) -> Tensor | None:
+        return None
+
+    @property
     def capacity(self) -> int:
         """Entries that there is room for in the longest kv head."""
         return self.length - self.taken + self.coming.shape[2]
@@ -142,10 +148,18 @@ class Pages(Storage):
         return self.paged_positions.shape[1] / self.kv_heads
 
     def put(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
-        raise NotImplementedError("a prompt pass works on `as_slots`")
+        raise NotImplementedError("a prompt pass works on `for_prompt`")
 
     def keep(self, index: Tensor, chosen: Tensor, capacity: int) -> None:
-        raise NotImplementedError("a prompt pass works on `as_slots`")
+        raise NotImplementedError("a prompt pass works on `for_prompt`")
+
+    @property
+    def next_slot(self) -> int:
+        return self.taken
+
+    def note_written(self) -> None:
+        self.length += 1
+        self.taken += 1
 
     def write(self, slot: int | Tensor, key: Tensor, value: Tensor, positions: Tensor) -> None:
         batch, slots = self.paged_positions.shape

@@ -12,6 +12,7 @@ from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.write_slot import write_slot
 from kvpress.observe import Scores
 from kvpress.storage.base import NewStats, Storage, gather_stats
+from kvpress.storage.pages import Pages
 from kvpress.tokens import Tokens
 
 
@@ -42,7 +43,6 @@ class Slots(Storage):
     def __init__(self, new_stats: NewStats) -> None:
         super().__init__()
         self.new_stats = new_stats
-        self.made: Buffers | None = None
 
     @property
     def capacity(self) -> int:
@@ -102,14 +102,14 @@ class Slots(Storage):
         self.length = self.entries = k
         self.ordered = True
 
+    def share(self, index: Tensor, chosen: Tensor) -> Storage:
+        return Pages.of(self, index, chosen)
+
     def make(self, key: Tensor, value: Tensor, capacity: int) -> None:
         shape = (*key.shape[:2], capacity)
         keys, values = key.new_empty(*shape, key.shape[-1]), value.new_empty(*shape, value.shape[-1])
         positions = torch.empty(shape, dtype=torch.int32, device=key.device)
         self.made = Buffers(keys, values, positions, self.new_stats(shape, key.device))
-
-    def end_prompt(self) -> None:
-        self.made = None
 
     def holders(self) -> list[dict[str, Any]]:
         made = [] if self.made is None else [vars(self.made), self.made.stats]

@@ -180,6 +180,7 @@ def test_tests_write_failures_and_counts_as_they_come(tmp_path):
     """Twelve pass, one fails, and one is not started any more because the time is over."""
     (tmp_path / "tests" / "kernels" / "gpu").mkdir(parents=True)
     (tmp_path / "tests" / "kernels" / "conftest.py").write_text("")
+    (tmp_path / "tests" / "test_replay.py").write_text("def test_on_a_cpu(): assert False\n")
     (tmp_path / "tests" / "kernels" / "gpu" / "test_it.py").write_text(
         "import pytest, time\n"
         "@pytest.mark.parametrize('i', range(12))\ndef test_good(i): pass\n"

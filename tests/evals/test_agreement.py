@@ -10,7 +10,6 @@ from torch.nn import functional
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.evals import answer as answering
-from kvpress.evals.locations import ConfigError
 from kvpress.evals.results import load_results, settings
 from kvpress.evals.runner import run_plan
 from kvpress.policies import H2O
@@ -115,6 +114,37 @@ def test_it_is_a_setting_and_a_run_of_its_own(folder, loaded, tmp_path):
     assert {s.family for s in settings(load_results([tmp_path]))} == {"needle", "agreement with full attention, needle"}
 
 
-def test_perplexity_has_no_answers_to_compare(tmp_path):
-    with pytest.raises(ConfigError, match="agreement=3, but perplexity writes no answers"):
-        plan("x", tmp_path, defaults={"task": "perplexity", "query_aware": False, "agreement": 3})
+@torch.inference_mode()
+def test_perplexity_compares_along_the_text(folder, loaded, tmp_path):
+    """The most likely tokens and the divergence at each of the text's own next tokens, and their probability: as logits of
+    passes without any cache say for full attention, and fed one by one under the policy. Batches are the same."""
+    model, tokenizer = loaded
+    task = {"name": "perplexity", "length": 200, "scored": 30, "stretches": 2}
+    options = {
+        "defaults": {"task": task, "query_aware": False, "agreement": 11},
+        "sweep": {"policy": ["full", "h2o"], "budget": [30]},
+    }
+    wanted = plan(folder, tmp_path / "1", **options)
+    found = made(wanted, loaded)
+    prompts = [wanted.runs[1].task.prompt(one, tokenizer) for one in wanted.runs[1].task.samples(tokenizer)]
+    for row, full, prompt in zip(found["h2o(budget=30)"], found["full()"], prompts, strict=True):
+        tokens = prompt.question[:11]
+        dense = model(torch.tensor([prompt.context + tokens])).logits[0, -12:-1].log_softmax(-1)
+        with kvpress.patch(model, H2O(budget=30)):
+            output = model(torch.tensor([prompt.context]), use_cache=True)
+            own = [output.logits[0, -1]]
+            for token in tokens[:-1]:
+                own.append(model(torch.tensor([[token]]), **{CACHE: output[CACHE]}, use_cache=True).logits[0, -1])
+        under = torch.stack(own).log_softmax(-1)
+        assert row["score"] == pytest.approx(float((dense.argmax(-1) == under.argmax(-1)).float().mean()))
+        divergence = functional.kl_div(under, dense, log_target=True, reduction="sum") / 11
+        assert row["kl"] == pytest.approx(float(divergence), rel=1e-3) and row["kl"] > 1e-4
+        for one, log_probs in ((row, under), (full, dense)):
+            nll = -log_probs[torch.arange(11), torch.tensor(tokens)].mean()
+            assert one["perplexity"] == pytest.approx(float(nll.exp()), rel=1e-3)
+        assert (full["score"], full["kl"]) == (1.0, 0.0) and row["prompt_tokens"] == 211
+    together = made(plan(folder, tmp_path / "2", batch_size=2, **options), loaded)
+    for policy, rows in found.items():
+        for a, b in zip(rows, together[policy], strict=True):
+            assert (b["batch"], b["score"]) == (2, a["score"])
+            assert (b["kl"], b["perplexity"]) == pytest.approx((a["kl"], a["perplexity"]), rel=1e-3, abs=1e-9)

@@ -50,10 +50,10 @@ class KeyformerOracle(Oracle):
 
 @dataclass(frozen=True)
 class Keyformer(Rules):
-    """The last `recent` share of the budget, and of the others those with the largest noisy sums (spec section 3.3)."""
+    """The last `recent_ratio` of the budget, and of the others those with the largest noisy sums (spec section 3.3)."""
 
     budget: int | float = 0.6
-    recent: float = 0.3
+    recent_ratio: float = 0.3
     tau_init: float = 1
     tau_end: float = 2
     new_tokens: int = 128
@@ -69,7 +69,7 @@ class Keyformer(Rules):
     def parts(self, seen):
         """(all, recent) in entries."""
         total = resolve(self.budget, seen)
-        return total, floor(Fraction(str(self.recent)) * total)
+        return total, floor(Fraction(str(self.recent_ratio)) * total)
 
     def keep(self, entries, rows, seen):
         total, recent = self.parts(seen)

@@ -10,7 +10,9 @@ import torch
 from transformers import DynamicCache
 
 import kvpress
+from kvpress import observe
 from kvpress.compat import CACHE
+from kvpress.kernels.attention_mass import attention_mass
 from kvpress.policies import EMS, H2O
 from kvpress.policy import Dropped, Entries, Quota
 from kvpress.tokens import plain_tokens
@@ -264,7 +266,7 @@ def test_score_by_hand():
 def test_pooling_by_hand(pooling, expected):
     """[0, 0, 9, 0, 3] over 3 neighbours; the last entry is no candidate and gives the one before it nothing."""
     entries = entries_of(torch.zeros(1, 1, 6), torch.tensor([[[0.0, 0.0, 9.0, 0.0, 3.0, 6.0]]]))  # with a mean of 3
-    entries = replace(entries, candidates=entries.positions < 5)
+    entries = replace(entries, competing=entries.positions < 5)
     got = EMS(kernel_size=3, pooling=pooling, align="mean").score(entries)
     torch.testing.assert_close(3 * got[0, 0, :5], torch.tensor(expected))
 
@@ -552,3 +554,17 @@ def test_quota(fields, tokens, total, recent):
 def test_bad_values(fields, words):
     with refused(*words):
         EMS(**fields)
+
+
+def test_a_prompt_scores_all_rows_once(model, monkeypatch):
+    """The mass of all rows comes from the prompt's attention itself; only the last rows are asked again."""
+    asked = []
+
+    def count(query, *arguments, **options):
+        asked.append(query.shape[2])
+        return attention_mass(query, *arguments, **options)
+
+    monkeypatch.setattr(observe, "attention_mass", count)
+    with torch.no_grad(), kvpress.patch(model, EMS(budget=12, window=3, recent=3)):
+        model(torch.tensor([prompt(40)]), **{CACHE: DynamicCache(config=model.config)})
+    assert asked == [1, 1, 1] * model.config.num_hidden_layers

@@ -138,12 +138,12 @@ PAIRS = [
     ),
     Pair(
         "keyformer-without-noise-is-h2o",
-        Keyformer(budget=10, recent=0.3, tau_init=1.0, tau_end=1.0, noise="none"),
+        Keyformer(budget=10, recent_ratio=0.3, tau_init=1.0, tau_end=1.0, noise="none"),
         H2O(heavy=7, recent=3),
     ),
     Pair(
         "keyformer-without-noise-is-a2sf-without-forgetting",
-        Keyformer(budget=0.5, recent=0.5, tau_init=1.0, tau_end=1.0, noise="none"),
+        Keyformer(budget=0.5, recent_ratio=0.5, tau_init=1.0, tau_end=1.0, noise="none"),
         A2SF(alpha=1.0, budget=0.5, recent=0.25),
     ),
     Pair(

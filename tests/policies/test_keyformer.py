@@ -54,7 +54,7 @@ def temperatures(monkeypatch):
 def test_defaults():
     """The authors' configuration."""
     policy = Keyformer()
-    assert (policy.budget, policy.recent, policy.tau_init, policy.tau_end) == (0.6, 0.3, 1.0, 2.0)
+    assert (policy.budget, policy.recent_ratio, policy.tau_init, policy.tau_end) == (0.6, 0.3, 1.0, 2.0)
     assert (policy.noise, policy.seed, policy.evict_every, policy.new_tokens) == ("fresh", 0, 1, None)
     assert kvpress.make_policy("keyformer") == policy and policy.describe() == "keyformer()"
 
@@ -79,7 +79,7 @@ class NoNoise(Keyformer):
 def test_k1_without_noise_it_is_h2o(model, kind, budget, recent):
     """K1: no noise and temperature 1 throughout is H2O with heavy = k - w and recent = w."""
     window = int(budget * recent + 1e-9)
-    plain = kind(budget=budget, recent=recent, tau_init=1.0, tau_end=1.0, noise="none")
+    plain = kind(budget=budget, recent_ratio=recent, tau_init=1.0, tau_end=1.0, noise="none")
     logits, sets = run(model, plain, conversation(6))
     expected, expected_sets = run(model, H2O(heavy=budget - window, recent=window), conversation(6))
     assert sets == expected_sets
@@ -164,7 +164,7 @@ def test_generated_text_with_the_length_of_generate(model):
 @pytest.mark.parametrize("noise", ["fresh", "per_token", "none"])
 def test_k4_a_hot_softmax_keeps_the_oldest(model, noise):
     """K4: at an infinite temperature every row gives all the same, so the older an entry the better it is."""
-    policy = Keyformer(budget=9, recent=0.3, tau_init=1e6, tau_end=1e6, noise=noise)
+    policy = Keyformer(budget=9, recent_ratio=0.3, tau_init=1e6, tau_end=1e6, noise=noise)
     passes = [prompt(24), *([token] for token in prompt(5, 1))]
     seen = 0
     for ids, layers in zip(passes, run(model, policy, passes)[1], strict=True):
@@ -202,7 +202,7 @@ def test_noise_matters(model):
 
 def test_k6():
     """K6: 100 tokens, 60 % of them, 30 % of those recent: 60, 18 recent, 42 key tokens."""
-    assert Keyformer(budget=0.6, recent=0.3).quota(100, 0, 1) == Quota(60, 18)
+    assert Keyformer(budget=0.6, recent_ratio=0.3).quota(100, 0, 1) == Quota(60, 18)
 
 
 @pytest.mark.parametrize(
@@ -210,10 +210,10 @@ def test_k6():
     [
         pytest.param({}, 99, 59, 17, id="both-round-down"),
         pytest.param({"budget": 64}, 100, 64, 19, id="int"),
-        pytest.param({"budget": 0.29, "recent": 1.0}, 100, 29, 29, id="all-recent"),
-        pytest.param({"budget": 10, "recent": 0.0}, 100, 10, 0, id="none-recent"),
-        pytest.param({"budget": 10, "recent": 0}, 100, 10, 0, id="none-recent-as-int"),
-        pytest.param({"budget": 100, "recent": 0.29}, 100, 100, 29, id="share-0.29-is-29"),
+        pytest.param({"budget": 0.29, "recent_ratio": 1.0}, 100, 29, 29, id="all-recent"),
+        pytest.param({"budget": 10, "recent_ratio": 0.0}, 100, 10, 0, id="none-recent"),
+        pytest.param({"budget": 10, "recent_ratio": 0}, 100, 10, 0, id="none-recent-as-int"),
+        pytest.param({"budget": 100, "recent_ratio": 0.29}, 100, 100, 29, id="share-0.29-is-29"),
         pytest.param({"budget": 0.2}, 3, 1, 0, id="share-of-a-short-prompt"),
         pytest.param({"budget": 1.0}, 7, 7, 2, id="everything"),
     ],
@@ -226,7 +226,7 @@ def test_quota(fields, tokens, total, recent):
 
 
 def test_scores_are_the_mass_and_ties_go_to_the_earlier():
-    policy = Keyformer(budget=4, recent=0.25, noise="none")
+    policy = Keyformer(budget=4, recent_ratio=0.25, noise="none")
     assert held(prompt_pass(policy, 6, row(0.5, 0.9, 0.1, 0.3, 0.2, 0.0))) == [0, 1, 3, 5]
     assert held(prompt_pass(policy, 6, row(0.5, 0.5, 0.5, 0.5, 0.5, 0.5))) == [0, 1, 2, 5]
 
@@ -253,13 +253,13 @@ def test_only_what_is_kept_is_held(model):
     [
         pytest.param({"budget": 0}, ("budget=0",), id="budget-0"),
         pytest.param({"budget": 1.5}, ("budget=1.5", "above 1"), id="budget-1.5"),
-        pytest.param({"recent": 18}, ("recent=18", "share of the budget"), id="recent-int"),
-        pytest.param({"recent": 1}, ("recent=1", "share of the budget"), id="recent-1"),
-        pytest.param({"recent": 1.1}, ("recent=1.1", "0 to 1"), id="recent-above-1"),
-        pytest.param({"recent": -0.1}, ("recent=-0.1", "0 to 1"), id="recent-negative"),
-        pytest.param({"recent": float("nan")}, ("recent=nan",), id="recent-nan"),
-        pytest.param({"recent": True}, ("recent=True",), id="recent-bool"),
-        pytest.param({"recent": "0.3"}, ("recent='0.3'",), id="recent-text"),
+        pytest.param({"recent_ratio": 18}, ("recent_ratio=18", "share of the budget"), id="recent-int"),
+        pytest.param({"recent_ratio": 1}, ("recent_ratio=1", "share of the budget"), id="recent-1"),
+        pytest.param({"recent_ratio": 1.1}, ("recent_ratio=1.1", "0 to 1"), id="recent-above-1"),
+        pytest.param({"recent_ratio": -0.1}, ("recent_ratio=-0.1", "0 to 1"), id="recent-negative"),
+        pytest.param({"recent_ratio": float("nan")}, ("recent_ratio=nan",), id="recent-nan"),
+        pytest.param({"recent_ratio": True}, ("recent_ratio=True",), id="recent-bool"),
+        pytest.param({"recent_ratio": "0.3"}, ("recent_ratio='0.3'",), id="recent-text"),
         pytest.param({"tau_init": 0}, ("tau_init=0", "above 0"), id="tau-0"),
         pytest.param({"tau_end": -1.0}, ("tau_end=-1.0", "above 0"), id="tau-negative"),
         pytest.param({"tau_end": float("inf")}, ("tau_end=inf", "finite"), id="tau-inf"),

@@ -25,14 +25,14 @@ class Witnesses(Observer):
     def slots(self, shape, device):
         return {"witnesses": torch.zeros(shape, device=device)}
 
-    def prompt(self, observed, rows):
+    def prompt(self, observed, rows, mass_known):
         entries, at = rows.positions[:, :, None], rows.at[:, None, :, None]
         counted = ((entries >= 0) & (entries <= at)).sum(2)
         observed.slots["witnesses"][..., : counted.shape[-1]] += counted
 
     def step(self, observed, rows, mass):
         if mass is None:
-            self.prompt(observed, rows)
+            self.prompt(observed, rows, False)
             return
         real = (rows.at >= 0).view(-1, *(1,) * (mass.ndim - 1))
         observed.slots["witnesses"][..., : mass.shape[-1]] += (mass > 0) & real
@@ -127,7 +127,7 @@ class Peaks(Observer):
     def slots(self, shape, device):
         return {"peak": torch.zeros(shape, device=device)}
 
-    def prompt(self, observed, rows):
+    def prompt(self, observed, rows, mass_known):
         for row in range(rows.at.shape[1]):
             one = slice(row, row + 1)
             given = attention_mass(

@@ -202,7 +202,7 @@ class TestPolicies:
             (StreamingLLM(recent=0.5), True),
             (AdaKV(SnapKV(budget=0.5)), True),
             (AdaKV(SnapKV(budget=64)), False),
-            (Keyformer(budget=64, recent=0.3), False),
+            (Keyformer(budget=64, recent_ratio=0.3), False),
             (PyramidKV(budget=64), True),  # a short prompt has no pyramid
             (PyramidKV(budget=64, beta=1), False),
         ],

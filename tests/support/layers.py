@@ -22,7 +22,7 @@ def new_layer(policy, scale=1.0):
 
 def observe(layer, query, tokens, past=0):
     """Let the layer's observer see a prompt pass whose entries are stored, query [batch, heads, count, head_dim]."""
-    layer.observe_prompt(query, tokens, layer.scores, None, past)
+    layer.observe_prompt(query, tokens, layer.scores, None, past, mass_known=False)
 
 
 def counted(layer):
