@@ -489,6 +489,14 @@ class KVLayer(CacheLayerMixin):
             return keys
         return self.places.in_place(keys, self.storage.positions[:, :, :stop], self.rotary)
 
+    def _keys_as_read(self, stop: int | None = None) -> Tensor:
+        """The same, rotated where queries at their own positions read them as the newest rows do."""
+        keys, _ = self.storage.read(stop=stop)
+        assert self.texts.seen_tensor is not None
+        if self.rotary is None:
+            return keys
+        return self.places.as_read(keys, self.storage.positions[:, :, :stop], self.texts.seen_tensor, self.rotary)
+
     # ------------------------------------------------------------------ eviction
 
     def prepare(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
@@ -632,7 +640,8 @@ class KVLayer(CacheLayerMixin):
         positions = self.storage.positions[:, :, :stop]
         observed: dict[str, Tensor] = {}
         if self.scores is not None:
-            observed = self.observer.answer(self.observed, positions, lambda: self._keys_in_place(stop), self.scores)
+            keys = self._keys_as_read if self.observer.where_read else self._keys_in_place
+            observed = self.observer.answer(self.observed, positions, lambda: keys(stop), self.scores)
         if order is not None:
             positions = positions.gather(2, order)
             observed = {name: counted.gather(2, order) for name, counted in observed.items()}

@@ -5,6 +5,7 @@ from kvpress.policies.a2sf_prefill import A2SFPrefill
 from kvpress.policies.ada_kv import AdaKV
 from kvpress.policies.dual_chunk import DualChunkAttention
 from kvpress.policies.ems import EMS
+from kvpress.policies.finch import Finch
 from kvpress.policies.flex_prefill import FlexPrefill
 from kvpress.policies.full import Full
 from kvpress.policies.gem_filter import GemFilter
@@ -34,6 +35,7 @@ __all__ = [
     "A2SFPrefill",
     "AdaKV",
     "DualChunkAttention",
+    "Finch",
     "FlexPrefill",
     "Full",
     "GemFilter",

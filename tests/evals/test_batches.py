@@ -19,6 +19,7 @@ POLICIES = [
     "full",
     "h2o",
     "h2o_prefill",
+    "finch",
     "key_diff",
     "knorm",
     "observed_attention",
