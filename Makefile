@@ -9,6 +9,8 @@ VENV := .venv
 TEST_VENV := .venv-test
 VERSIONS_VENV := .venv-versions
 LOCK_VENV := .venv-lock
+RELEASE_VENV := .venv-release
+DOCS_STAMP := $(VENV)/.kvpress-docs
 STAMP := $(VENV)/.kvpress-installed
 DEMO_STAMP := $(VENV)/.kvpress-demo
 LINT_TREE := build/lint
@@ -21,7 +23,7 @@ OLDEST := $(shell sed -n 's/^ *"transformers>=\([^",]*\)",.*/\1/p' pyproject.tom
 # pip 25.3 and newer reads the second variable there, older versions the first.
 LOCKED := PIP_CONSTRAINT=$(LOCK) PIP_BUILD_CONSTRAINT=$(LOCK)
 
-.PHONY: install demo test test-full test-versions test-oldest test-newest lock lint clean
+.PHONY: install demo test test-full test-versions test-oldest test-newest lock lint docs release-check clean
 
 install: $(STAMP)
 
@@ -102,6 +104,37 @@ lint: install
 	$(VENV)/bin/python -m pip install --quiet --no-deps --no-build-isolation --target $(LINT_TREE) .
 	$(call check,$(CURDIR)/$(VENV)/bin,$(LINT_TREE))
 
+# The documentation site, in build/site. Warnings are errors, links and anchors within it are checked (mkdocs.yml).
+docs: $(DOCS_STAMP)
+	$(VENV)/bin/mkdocs build
+
+$(DOCS_STAMP): $(STAMP)
+	@echo "== install what the site needs into $(VENV)"
+	$(LOCKED) $(VENV)/bin/python -m pip install --quiet --editable ".[docs]"
+	@touch $@
+
+# The wheel and the sdist as they would be uploaded, in dist/, each installed into an empty environment and tried there.
+release-check:
+	rm -rf build dist $(RELEASE_VENV)
+	$(PYTHON) -m venv $(RELEASE_VENV)
+	$(RELEASE_VENV)/bin/python -m pip install --quiet build twine
+	PIP_BUILD_CONSTRAINT=$(CURDIR)/$(LOCK) $(RELEASE_VENV)/bin/python -m build
+	$(RELEASE_VENV)/bin/python -m twine check --strict dist/*
+	$(call try,dist/*.whl)
+	$(call try,dist/*.tar.gz)
+	rm -rf build $(RELEASE_VENV)
+	@echo "== $$(ls dist | tr '\n' ' ')can be released"
+
+# $(1): what to install; the smoke test starts in the environment, where it cannot see the repository.
+define try
+	@echo "== $(1) in an empty environment"
+	rm -rf $(RELEASE_VENV)/empty
+	$(PYTHON) -m venv $(RELEASE_VENV)/empty
+	$(LOCKED) $(RELEASE_VENV)/empty/bin/python -m pip install --quiet --no-compile $(1)
+	cp scripts/smoke.py $(RELEASE_VENV)/empty
+	cd $(RELEASE_VENV)/empty && bin/python smoke.py
+endef
+
 # What a user gets: the built wheel in a new environment, $(1), with the lock's versions of everything else.
 # build/ goes first, or files deleted since the last build would come back.
 define environment
@@ -134,5 +167,5 @@ define check
 endef
 
 clean:
-	rm -rf $(TEST_VENV) $(VERSIONS_VENV) $(LOCK_VENV) $(STAMP) $(DEMO_STAMP) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(TEST_VENV) $(VERSIONS_VENV) $(LOCK_VENV) $(RELEASE_VENV) $(STAMP) $(DEMO_STAMP) $(DOCS_STAMP) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -exec rm -rf {} +

@@ -173,12 +173,18 @@ def block_sparse(shape: Shape, dtype: torch.dtype, n: int) -> Case:
     query, key, value = qkv(shape, n, n, dtype)
     scale = shape.head_dim**-0.5
     by_size = {size: chosen_blocks(shape.heads, -(-n // size), 0.1) for size in (64, 128)}
+    # A twentieth of the entries, and the nearest distances that make up another.
+    order = torch.rand(1, shape.heads, n, generator=torch.Generator().manual_seed(1)).argsort(dim=-1)
+    columns, diagonals = order[..., : n // 20], torch.arange(n // 40).expand(1, shape.heads, -1)
     return Case(
         f"{n} tokens, 10 %",
         {
             OURS: lambda: block_sparse_attention(query, key, value, scale=scale, blocks=by_size[64]),
             "kvpress, blocks of 128": lambda: block_sparse_attention(
                 query, key, value, scale=scale, blocks=by_size[128], block_size=128
+            ),
+            "kvpress, columns and diagonals": lambda: block_sparse_attention(
+                query, key, value, scale=scale, columns=columns, diagonals=diagonals
             ),
             "sdpa, causal": lambda: sdpa(query, key, value, is_causal=True, enable_gqa=True),
         },

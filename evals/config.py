@@ -424,14 +424,13 @@ def _run(tree: dict[str, Any], locations: Locations) -> Run:
         raise ConfigError(f"{where}: {both}{also}: each of them places the model; keep one")
     _expand(written.model, locations, ("model",))
     built = replace(task, **_expand({f.name: getattr(task, f.name) for f in fields(task)}, locations, ("task",)))
-    if task.name == "perplexity":
-        if written.query_aware:
-            where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
-            raise ConfigError(f"{where}: perplexity has no question to compress with; set query_aware: false")
-        if (mode := getattr(task, "mode", "decode")) != "decode":
-            raise ConfigError(
-                f"{location_of(locations, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}"
-            )
+    if written.query_aware and built.unseen_because:
+        where = location_of(locations, ("query_aware",) if ("query_aware",) in locations else ("task", "name"))
+        raise ConfigError(f"{where}: {built.unseen_because}; set query_aware: false")
+    if task.name == "perplexity" and (mode := getattr(task, "mode", "decode")) != "decode":
+        raise ConfigError(
+            f"{location_of(locations, ('task',))}: a run scores perplexity with mode: decode, not {mode!r}"
+        )
     definition = {
         "model": written.model,
         "device": written.device,

@@ -157,17 +157,19 @@ class DistributedExecutor(Executor):
 
 def _combine_ranks(answers: list[Answer] | None) -> bool:
     """Make what the cache of each rank held of its heads into what all held; whether every rank has answers (not None)."""
-    own = None if answers is None else [answer.totals for answer in answers]
+    own = (
+        None if answers is None else [totals for one in answers for totals in (one.totals, *one.turn_totals, one.spans)]
+    )
     every_rank: list[list[dict[str, Any]] | None] = [None] * distributed.get_world_size()
     distributed.all_gather_object(every_rank, own)
     parts = [part for part in every_rank if part is not None]
-    if answers is None or len(parts) < len(every_rank):
+    if own is None or len(parts) < len(every_rank):
         return False
-    for at, answer in enumerate(answers):
-        for name, value in answer.totals.items():
+    for at, totals in enumerate(own):
+        for name, value in totals.items():
             values = [part[at][name] for part in parts]
             if name in ("bytes", "full_bytes"):
-                answer.totals[name] = sum(values)
-            elif name in ("kept", "read_share"):
-                answer.totals[name] = value if len(set(values)) == 1 else statistics.fmean(values)
+                totals[name] = sum(values)
+            elif name in ("peak_kept", "read_share", "density") or name.startswith("kept"):
+                totals[name] = value if len(set(values)) == 1 else statistics.fmean(values)
     return True

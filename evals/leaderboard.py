@@ -23,6 +23,7 @@ def write_leaderboard(folders: Sequence[Path], path: Path, only: Container[str] 
     | `n`, `failed` | samples |
     | `kept_bytes`, `kept_of_full` | what the cache held at the end; over what transformers' own would hold |
     | `read_share` | entries that decode steps read, of those full attention reads |
+    | `density` | pairs of a prompt's attention that were computed, of those full attention computes |
     | `prompt_ms`, `ms_per_token` | medians; of a whole batch where `batch` is above 1 |
     | `dtype_hardware`, `commit`, `runs` | where it ran, with which version, and the runs' ids |
 
@@ -86,6 +87,7 @@ def _row(length: int | None, setting: Setting, entry: PolicyResult) -> dict[str,
         "kept_bytes": _rounded(figures.mean("bytes"), 0),
         "kept_of_full": _rounded(figures.share("bytes", "full_bytes"), 4),
         "read_share": _rounded(figures.mean("read_share"), 4),
+        "density": _rounded(figures.mean("density"), 4),
         "prompt_ms": _rounded(figures.median("prompt_ms"), 2),
         "ms_per_token": _rounded(figures.median("token_ms"), 3),
         "batch": _rounded(figures.median("batch"), 0),

@@ -10,6 +10,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from difflib import SequenceMatcher
+from fractions import Fraction
 from typing import Any
 
 from kvpress.evals.task import TaskError
@@ -23,8 +24,21 @@ LIBRARIES = {
     "rouge": [("rouge_score.rouge_scorer", "rouge-score")],
     "rouge_zh": [("rouge_score.rouge_scorer", "rouge-score"), ("jieba", "jieba")],
     "qa_f1_zh": [("jieba", "jieba")],
+    "kept_secret": [("rouge_score.rouge_scorer", "rouge-score")],
 }
 """Metric -> the modules that it imports, and their distributions."""
+_LATEX = (
+    (r"\\(left|right|displaystyle)(?![a-zA-Z])|\\[,!;: ]", ""),
+    (r"(?<=\d)\s*\\(text|mathrm)\s*\{[^{}]*\}(\^\{?\d\}?)?$", ""),
+    (r"\\(text|mathrm|textbf|mbox)\s*\{([^{}]*)\}", r"\2"),
+    (r"\\[dt]frac", r"\\frac"),
+    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\^\s*(\\circ|\{\s*\\circ\s*\})|\\?%|\\?\$|°", ""),
+    (r"\s+", ""),
+    (r"^[a-zA-Z]=", ""),
+    (r"\.$", ""),
+)
+"""What has no meaning in an answer, in order: pattern and what stands instead."""
 _NO_ENGLISH_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation + CHINESE_PUNCTUATION)
 
@@ -50,9 +64,73 @@ def first_number(answer: str, truth: str) -> float:
     return float(digits is not None and digits[0] == truth)
 
 
+def first_value(answer: str, truth: str) -> float:
+    """SCBench's for numbers: 1 if the first number in the answer is the truth; its fraction does not count for a whole one."""
+    found = re.search(r"\d+\.\d+|\d+", answer)
+    whole = re.fullmatch(r"\d+", truth) is not None
+    return float(found is not None and (int(float(found[0])) if whole else float(found[0])) == float(truth))
+
+
 def word_in_answer(answer: str, truth: str) -> float:
     """InfiniteBench's for key-value pairs: 1 if the truth is one of the words between spaces and punctuation."""
     return float(truth in re.split(r"[\s:\"'.,?!{}]+", answer))
+
+
+def chosen_letter(answer: str) -> str | None:
+    """LongBench v2's: the letter that "The correct answer is (B)", or without brackets, names first; None without one."""
+    plain = answer.replace("*", "")
+    found = re.search(r"The correct answer is \(([A-D])\)", plain) or re.search(r"The correct answer is ([A-D])", plain)
+    return found[1] if found else None
+
+
+def boxed(answer: str, truth: str) -> float:
+    """1 if the last \\boxed{...} of the answer, braces balanced, is the truth: as a number, or as simplified LaTeX."""
+    inside = last_box(answer)
+    return float(inside is not None and same_value(inside, truth))
+
+
+def boxed_strict(answer: str, truth: str, first: bool) -> float:
+    """NVIDIA's kvpress's: 1 if what stands between "boxed{" (the first or the last) and the next "}" is the truth."""
+    parts = answer.split("boxed{")
+    return float(len(parts) > 1 and parts[1 if first else -1].split("}")[0] == truth)
+
+
+def last_box(text: str) -> str | None:
+    """What stands in the last \\boxed{...} whose braces close; None if there is none."""
+    for start in reversed([found.end() for found in re.finditer(r"\\boxed\s*\{", text)]):
+        depth = 1
+        for at in range(start, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[at], 0) * (text[at - 1] != "\\")
+            if not depth:
+                return text[start:at]
+    return None
+
+
+def same_value(one: str, other: str) -> bool:
+    """Whether two answers to a problem are the same number, or the same LaTeX after spaces and forms of no meaning are gone."""
+    first, second = (simple_latex(text) for text in (one, other))
+    numbers = [as_number(text) for text in (first, second)]
+    return first == second or (None not in numbers and numbers[0] == numbers[1])
+
+
+def simple_latex(text: str) -> str:
+    """One form of what means the same: no dollars, spaces, sizes of brackets, units behind numbers or full stop; one fraction."""
+    for pattern, plain in _LATEX:
+        text = re.sub(pattern, plain, text)
+    return text
+
+
+def as_number(text: str) -> Fraction | None:
+    """The value of 12, -0.5, 1,000, 3/4 or \\frac{3}{4}; None for anything else."""
+    if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?", text):
+        text = text.replace(",", "")
+    found = re.fullmatch(r"(-?)\\frac\{(-?\d+)\}\{(\d+)\}", text)
+    if found:
+        text = f"{found[1]}{found[2]}/{found[3]}".replace("--", "")
+    try:
+        return Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def exact_match(answer: str, truth: str) -> float:
@@ -86,6 +164,12 @@ def rouge_zh(answer: str, truth: str) -> float:
     """`rouge` of the words that jieba cuts."""
     jieba = _library("jieba")
     return rouge(" ".join(jieba.cut(answer)), " ".join(jieba.cut(truth)))
+
+
+def share_told(answer: str, text: str) -> float:
+    """Share of a text's words that the answer has in the text's order: ROUGE-L's recall, without case and punctuation."""
+    scorer = _library("rouge_score.rouge_scorer", "rouge-score").RougeScorer(["rougeL"])
+    return float(scorer.score(text, answer)["rougeL"].recall)
 
 
 def classification(answer: str, truth: str, classes: Sequence[str]) -> float:

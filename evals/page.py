@@ -1,12 +1,25 @@
 """The report as one HTML page that needs nothing else."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 
 from kvpress.evals.charts import SHAPES, Mark, heat_map, scatter, shape
-from kvpress.evals.results import Figures, PolicyResult, Result, Row, Setting, differences, label, length_of
+from kvpress.evals.results import (
+    Columns,
+    Figures,
+    PolicyResult,
+    Result,
+    Setting,
+    breakdowns,
+    differences,
+    gap,
+    label,
+    length_of,
+    measures,
+    turn_columns,
+)
 from kvpress.evals.statistics import RULE, Difference, Estimate, pareto
 
 NONE = "–"
@@ -64,13 +77,11 @@ def section(setting: Setting) -> str:
             "not their score. They are hollow in the charts and never on the front.</p>"
         )
     parts += [chips(setting), charts(setting), "<h3>Policies</h3>", policies_table(setting)]
-    if len(setting.tasks) > 1:
-        parts += ["<h3>Score by task</h3>", pivot(setting, setting.tasks, lambda result, row: result.config["task"])]
-    if len(setting.lengths) > 1:
-        parts += [
-            "<h3>Score by length of the prompt, in tokens</h3>",
-            pivot(setting, setting.lengths, lambda result, row: length_of(row)[1]),
-        ]
+    parts += [f"<h3>Score by {by}</h3>{pivot(setting, columns, by)}" for by, columns in breakdowns(setting).items()]
+    if setting.turns:
+        columns = turn_columns(setting)
+        parts += [f"<h3>Score by turn</h3>{pivot(setting, columns)}", "<h3>Entries kept after each turn, in %</h3>"]
+        parts.append(kept_table(setting, columns))
     parts += [heat_maps(setting, task) for task in setting.tasks]
     return "\n".join([*parts, "</section>\n"])
 
@@ -145,8 +156,10 @@ def policy_of(entry: PolicyResult) -> str:
 
 def policies_table(setting: Setting) -> str:
     """One row per policy and parameters."""
-    compared = any(entry.figures.kl for entry in setting.policies)
-    columns = ("policy", "kind", "n", score_title(setting.percent), "to full", *["KL per token"] * compared, *MEASURES)
+    compared, more = any(entry.figures.kl for entry in setting.policies), measures(setting)
+    columns = (
+        "policy", "kind", "n", score_title(setting.percent), "to full", *["KL per token"] * compared, *more, *MEASURES,
+    )  # fmt: skip
     rows = []
     for entry in setting.policies:
         figures = entry.figures
@@ -160,6 +173,7 @@ def policies_table(setting: Setting) -> str:
                 estimate_cell(figures.estimate, figures.runs, setting.percent),
                 difference_cell(None if entry.is_reference else figures.difference(setting.reference), figures.runs),
                 *[divergence_cell(figures.kl, figures.runs)] * compared,
+                *(number(measure(figures), form, figures.runs) for measure, form in more.values()),
                 *measure_cells(figures),
             ]
         )
@@ -180,14 +194,16 @@ def measure_cells(figures: Figures) -> list[Cell]:
     ]
 
 
-def pivot(setting: Setting, names: Sequence[str], name_of: Callable[[Result, Row], str]) -> str:
-    """Scores by policy (rows) and something else (columns)."""
-    references = [setting.reference.part(_is(name_of, name)) if setting.reference else None for name in names]
+def pivot(setting: Setting, columns: Columns, by: str = "") -> str:
+    """Scores by policy (rows) and something else (columns); with the difference of two groups whose samples are paired."""
+    gaps = [gap(columns, by, entry.figures) for entry in setting.policies]
+    heads = ["policy", *columns, *[" − ".join(columns)] * any(gaps)]
+    references = [part(setting.reference) if setting.reference else None for part in columns.values()]
     rows = []
-    for entry in setting.policies:
+    for entry, apart_groups in zip(setting.policies, gaps, strict=True):
         cells = [Cell(escape(entry.label), entry.label, text=True)]
-        for name, reference in zip(names, references, strict=True):
-            figures = entry.figures.part(_is(name_of, name))
+        for part, reference in zip(columns.values(), references, strict=True):
+            figures = part(entry.figures)
             found = figures.estimate
             if found is None:
                 cells.append(Cell(NONE, None))
@@ -196,14 +212,20 @@ def pivot(setting: Setting, names: Sequence[str], name_of: Callable[[Result, Row
             shown = link(score(found.mean, setting.percent), figures.runs)
             tip = f"{score(found.low, setting.percent)} to {score(found.high, setting.percent)}, n={found.n}"
             cells.append(Cell(f'<span title="{tip}">{shown}</span>{mark_of(apart)}', found.mean))
-        rows.append(cells)
-    return table(("policy", *names), rows) + (
+        rows.append([*cells, *[difference_cell(apart_groups, entry.figures.runs)] * any(gaps)])
+    return table(heads, rows) + (
         '<p class="soft">▼ ▲: worse or better than full attention on the same samples, beyond chance.</p>'
     )
 
 
-def _is(name_of: Callable[[Result, Row], str], name: str) -> Callable[[Result, Row], bool]:
-    return lambda result, row: name_of(result, row) == name
+def kept_table(setting: Setting, columns: Columns) -> str:
+    """Share of the seen tokens that the cache holds, by policy (rows) and something else (columns)."""
+    rows = []
+    for entry in setting.policies:
+        parts = [part(entry.figures) for part in columns.values()]
+        shares = [number(figures.share("kept", "seen"), "{:.1f}", figures.runs, 100) for figures in parts]
+        rows.append([Cell(escape(entry.label), entry.label, text=True), *shares])
+    return table(("policy", *columns), rows)
 
 
 def heat_maps(setting: Setting, task: str) -> str:

@@ -7,8 +7,20 @@ from typing import Any
 from urllib.parse import quote
 
 from kvpress.evals.page import page
-from kvpress.evals.results import Result, Setting, differences, load_results, settings
-from kvpress.evals.statistics import RULE
+from kvpress.evals.results import (
+    Columns,
+    PolicyResult,
+    Result,
+    Setting,
+    breakdowns,
+    differences,
+    gap,
+    load_results,
+    measures,
+    settings,
+    turn_columns,
+)
+from kvpress.evals.statistics import RULE, Difference
 from kvpress.evals.store import StoreError, csv_text, make_folder, write_whole
 
 
@@ -52,8 +64,10 @@ def notes(results: Sequence[Result]) -> list[str]:
 
 
 def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, Any]]:
-    """One flat row per run, with numbers as they were measured."""
-    rows = []
+    """One flat row per run, with numbers as they were measured; `score@turnN` and `kept@turnN` where samples have turns."""
+    rows: list[dict[str, Any]] = []
+    turns = max((result.figures.turns for result in results), default=0)
+    details = dict.fromkeys(name for result in results for row in result.answered for name in row.get("details", {}))
     for result, apart in zip(results, differences(results), strict=True):
         config, figures, last = result.config, result.figures, result.sessions[-1]
         mean = figures.estimate
@@ -88,6 +102,10 @@ def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, 
                 "tokens_seen": figures.mean("seen"),
                 "tokens_kept": figures.mean("kept"),
                 "read_share": figures.mean("read_share"),
+                "density": figures.mean("density"),
+                "new_tokens": figures.mean("new_tokens"),
+                "cut_off": figures.mean("cut_off"),
+                "tokens_kept_most": figures.mean("peak_kept"),
                 "prompt_ms": figures.median("prompt_ms"),
                 "prompt_shared": figures.prompts_shared,
                 "token_ms": figures.median("token_ms"),
@@ -96,6 +114,11 @@ def rows_of(results: Sequence[Result], links: dict[str, str]) -> list[dict[str, 
                 "path": links[result.id],
             }
         )
+        rows[-1] |= {name: figures.detail(name) for name in details}
+        for number in range(turns):  # the last columns, and only where samples have turns
+            part = figures.turn(number)
+            rows[-1][f"score@turn{number + 1}"] = part.estimate and part.estimate.mean
+            rows[-1][f"kept@turn{number + 1}"] = part.share("kept", "seen")
     return rows
 
 
@@ -106,9 +129,18 @@ def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> s
         lines += [f"> {warning}", ""]
     for setting in found:
         lines += [f"## {setting.title}", "", f"{setting.machine}; tasks: {', '.join(setting.tasks)}", ""]
-        lines += ["| policy | n | score | 95 % | to full | MiB | of full | read | token ms | runs |", "|---" * 10 + "|"]
+        more = measures(setting)
+        heads = ["policy", "n", "score", "95 %", "to full", *more, "MiB", "of full", "read", "token ms", "runs"]
+        lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
         lines += [_line(setting, i) for i in range(len(setting.policies))]
         lines.append("")
+        for by, columns in (breakdowns(setting) | ({"turn": turn_columns(setting)} if setting.turns else {})).items():
+            gaps = [gap(columns, by, entry.figures) for entry in setting.policies]
+            heads = ["policy", *columns, *[" − ".join(columns)] * any(gaps)]
+            lines += [f"Score by {by}:", "", f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+            for entry, apart in zip(setting.policies, gaps, strict=True):
+                lines.append(_parts_line(entry, columns, [_points(apart)] * any(gaps)))
+            lines.append("")
     lines.append(
         f"Scores and differences to full attention in points of a hundred, with 95 % bootstrap intervals. {RULE}. "
         "*: lacks samples that others have. "
@@ -117,13 +149,23 @@ def markdown(title: str, found: Sequence[Setting], warnings: Sequence[str]) -> s
     return "\n".join(lines) + "\n"
 
 
+def _parts_line(entry: PolicyResult, columns: Columns, more: Sequence[str]) -> str:
+    means = [part(entry.figures).estimate for part in columns.values()]
+    cells = (entry.label, *("–" if mean is None else f"{mean.mean * 100:.1f}" for mean in means), *more)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _points(apart: Difference | None) -> str:
+    return "–" if apart is None else f"{apart.mean * 100:+.1f}{'' if apart.significant else ' n.s.'}"
+
+
 def _line(setting: Setting, index: int) -> str:
     entry = setting.policies[index]
     figures, mean = entry.figures, entry.figures.estimate
     assert mean is not None
     scale = 100
-    apart = None if entry.is_reference else figures.difference(setting.reference)
-    to_full = "–" if apart is None else f"{apart.mean * scale:+.1f}{'' if apart.significant else ' n.s.'}"
+    more = [(measure(figures), form) for measure, form in measures(setting).values()]
+    to_full = _points(None if entry.is_reference else figures.difference(setting.reference))
     token_ms = figures.median("token_ms")
     share = figures.share("bytes", "full_bytes")
     cells = (
@@ -132,6 +174,7 @@ def _line(setting: Setting, index: int) -> str:
         f"{mean.mean * scale:.1f}",
         f"{mean.low * scale:.1f} to {mean.high * scale:.1f}",
         to_full,
+        *("–" if value is None else form.format(value) for value, form in more),
         f"{(figures.mean('bytes') or 0) / 2**20:.2f}",
         "–" if share is None else f"{share:.1%}",
         f"{figures.mean('read_share') or 0:.1%}",

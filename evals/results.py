@@ -3,7 +3,7 @@
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from kvpress.evals.store import find_runs
 REFERENCE = ["full"]
 """The policies' names of what the others are compared with."""
 Row = dict[str, Any]
-Key = tuple[str, int]
-"""A sample: `samples_id` and index."""
+Key = tuple[str, int | str]
+"""A sample: `samples_id` and index; or a pair of samples: `samples_id` and what both have in common."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,22 @@ class Figures:
         """The same for some of the samples."""
         return Figures([(result, row) for result, row in self.samples if wanted(result, row)])
 
+    def detail(self, name: str) -> float | None:
+        """The mean of one of the further figures that a task gives of answers, over those that have it."""
+        values = [row["details"][name] for _, row in self.samples if name in row.get("details", {})]
+        return statistics.fmean(values) if values else None
+
+    @property
+    def turns(self) -> int:
+        """The most turns that a sample has."""
+        return max((len(row.get("turns", [])) for _, row in self.samples), default=0)
+
+    def turn(self, number: int) -> "Figures":
+        """The same for the turn of this number, from 0, of the samples that have one."""
+        return Figures(
+            [(result, row | row["turns"][number]) for result, row in self.samples if len(row.get("turns", [])) > number]
+        )
+
     def mean(self, name: str) -> float | None:
         values = self._values(name)
         return statistics.fmean(values) if values else None
@@ -197,10 +213,114 @@ class Setting:
         return sorted({task for entry in self.policies for task in entry.figures.scores})
 
     @property
+    def turns(self) -> int:
+        """The most turns that a sample has; 0 where there is one question."""
+        return max(entry.figures.turns for entry in self.policies)
+
+    @property
+    def details(self) -> list[str]:
+        """The further figures that the tasks give of answers."""
+        rows = (row for entry in self.policies for _, row in entry.figures.samples)
+        return list(dict.fromkeys(name for row in rows for name in row.get("details", {})))
+
+    @property
+    def reasons(self) -> bool:
+        """Whether answers are long, so that what they cost belongs beside their score."""
+        return any(result.config["metric"] == "boxed" for entry in self.policies for result, _ in entry.figures.samples)
+
+    @property
+    def groups(self) -> dict[str, list[str]]:
+        """Name -> the groups that samples belong to by their `meta["groups"]`, in the order in which they come."""
+        found: dict[str, dict[str, None]] = {}
+        for entry in self.policies:
+            for _, row in entry.figures.samples:
+                for name, group in row["meta"].get("groups", {}).items():
+                    found.setdefault(name, {})[str(group)] = None
+        return {name: list(groups) for name, groups in found.items()}
+
+    @property
     def lengths(self) -> list[str]:
         """In order, from the shortest."""
         found = {length_of(row) for entry in self.policies for _, row in entry.figures.samples}
         return [name for _, name in sorted(found)]
+
+
+Columns = dict[str, Callable[[Figures], Figures]]
+"""A table's columns: what each is called, and the samples that it is about."""
+
+
+def breakdowns(setting: Setting) -> dict[str, Columns]:
+    """What scores are shown by, and the parts: tasks, lengths and the groups of the tasks' own, where there are several."""
+
+    def part(value: Callable[[Result, Row], str], wanted: str) -> Callable[[Figures], Figures]:
+        return lambda figures: figures.part(lambda result, row: value(result, row) == wanted)
+
+    def group(name: str) -> Callable[[Result, Row], str]:
+        return lambda result, row: str(row["meta"].get("groups", {}).get(name))
+
+    values: dict[str, tuple[Callable[[Result, Row], str], list[str]]] = {
+        "task": (lambda result, row: str(result.config["task"]), setting.tasks),
+        "length of the prompt, in tokens": (lambda result, row: length_of(row)[1], setting.lengths),
+        **{name: (group(name), groups) for name, groups in setting.groups.items()},
+    }
+    found = {by: {name: part(value, name) for name in names} for by, (value, names) in values.items()}
+    return {name: columns for name, columns in found.items() if len(columns) > 1}
+
+
+def gap(columns: Columns, by: str, figures: Figures) -> Difference | None:
+    """How much better the first of two groups was than the second on paired samples; None where they are not two, or not paired."""
+    if len(columns) != 2:
+        return None
+    sides: list[dict[str, dict[Key, float]]] = []
+    for part in columns.values():
+        sides.append({})
+        for result, row in part(figures).samples:
+            pair = row["meta"].get("pairs", {}).get(by)
+            if pair is not None:
+                scores = sides[-1].setdefault(result.config["task"], {})
+                scores[result.config["samples_id"], pair] = row["score"]
+    tasks = [task for task in sides[0] if task in sides[1]]
+    return difference([sides[0][task] for task in tasks], [sides[1][task] for task in tasks])
+
+
+def turn_columns(setting: Setting) -> Columns:
+    """The turns of a setting's samples."""
+    return {f"turn {number + 1}": partial(Figures.turn, number=number) for number in range(setting.turns)}
+
+
+Measure = Callable[[Figures], float | None]
+
+
+def measures(setting: Setting) -> dict[str, tuple[Measure, str]]:
+    """What tables show beside a setting's scores: heading -> the figure, and its format."""
+
+    def detail(name: str) -> Measure:
+        def mean(figures: Figures) -> float | None:
+            found = figures.detail(name)
+            return None if found is None else 100 * found
+
+        return mean
+
+    def percent(name: str) -> Measure:
+        def mean(figures: Figures) -> float | None:
+            found = figures.mean(name)
+            return None if found is None else 100 * found
+
+        return mean
+
+    def of_full(figures: Figures) -> float | None:
+        held, full = figures.mean("peak_kept"), setting.reference and setting.reference.mean("seen")
+        return 100 * held / full if held is not None and full else None
+
+    found: dict[str, tuple[Measure, str]] = {f"{name}, %": (detail(name), "{:.1f}") for name in setting.details}
+    if setting.reasons:
+        found |= {
+            "new tokens": (lambda figures: figures.mean("new_tokens"), "{:.0f}"),
+            "cut off, %": (percent("cut_off"), "{:.1f}"),
+            "most entries": (lambda figures: figures.mean("peak_kept"), "{:.0f}"),
+            "of full's length, %": (of_full, "{:.1f}"),
+        }
+    return found
 
 
 def label(policy: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,8 @@ from kvpress.evals.store import ResultsFolder, RunStore, StoreError
 from kvpress.models import load_model
 
 SECONDS_PER_LINE = 30.0
+HELD = ("seen", "kept", "bytes", "full_bytes")
+"""What is noted of the cache after each of several turns."""
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -428,17 +431,30 @@ def measures(run: Run, sample: EncodedSample, found: Answer) -> dict[str, Any]:
         mean = math.fsum(found.log_probs) / len(found.log_probs)
         score = math.exp(mean)  # one over the perplexity: the mean probability of a token
         extra["perplexity"] = math.exp(-mean)
-    if sample.compared:
-        score = statistics.fmean(found.same)
-        extra["kl"] = statistics.fmean(found.divergences)
-    elif not sample.scored:
-        turns: list[dict[str, Any]] = [
-            {"answer": text, "answers": list(asked.answers), "score": float(run.task.score(asked, text))}
-            for asked, text in zip(sample.source.each_turn, found.texts, strict=True)
-        ]
-        score = statistics.fmean(turn["score"] for turn in turns)
+    else:
+        turns: list[dict[str, Any]] = []
+        for turn, asked in enumerate(sample.source.each_turn):
+            row: dict[str, Any] = {"answer": found.texts[turn], "answers": list(asked.answers)}
+            if sample.compared:
+                row |= {"score": statistics.fmean(found.same[turn]), "kl": statistics.fmean(found.divergences[turn])}
+            else:
+                row["score"] = float(run.task.score(asked, found.texts[turn]))
+                row["details"] = run.task.details(asked, found.texts[turn])
+            turns.append(row)
+        if not sample.compared:
+            score = statistics.fmean(turn["score"] for turn in turns)
+            extra["cut_off"] = found.cut / len(turns)
+            names = dict.fromkeys(name for turn in turns for name in turn["details"])
+            extra["details"] = {
+                name: statistics.fmean(turn["details"][name] for turn in turns if name in turn["details"])
+                for name in names
+            } | found.spans
         if len(turns) > 1:
-            extra["turns"] = turns
+            held = [{name: totals[name] for name in HELD} for totals in found.turn_totals]
+            extra["turns"] = [turn | totals for turn, totals in zip(turns, held, strict=True)]
+    if sample.compared:  # over tokens, not over turns
+        score = statistics.fmean(chain(*found.same))
+        extra["kl"] = statistics.fmean(chain(*found.divergences))
     return {
         "answer": "\n\n".join(found.texts),
         "answers": list(sample.source.answers),

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field, replace
 from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from jinja2.exceptions import TemplateError
+
 from kvpress.errors import nearest
 
 if TYPE_CHECKING:
@@ -22,17 +24,18 @@ class TaskError(ValueError):
 
 @dataclass(frozen=True)
 class Turn:
-    """A further question in the same conversation; the attributes are those of `Sample`."""
+    """A further question about the same context; the attributes are those of `Sample`."""
 
     question: str
     answers: tuple[str, ...]
     max_new_tokens: int
     answer_prefix: str = ""
+    golden: str = ""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One question about one context, or several in turn.
+    """One question about one context, or several: as a conversation, or each by itself.
 
     Attributes:
         index: its place among the task's samples.
@@ -42,8 +45,16 @@ class Sample:
         max_new_tokens: how many tokens an answer may have.
         answer_prefix: the answer's first words, given to the model; in a chat they stand in its turn.
         meta: what the sample was made from (length, depth, ...), for tables. `meta["stop"]`, if there, is a text at whose
-            first appearance an answer may be ended.
-        turns: questions that are asked one after the other when the first is answered; the cache goes on.
+            first appearance an answer may be ended. `meta["groups"]` names the groups that the sample belongs to, as
+            {"difficulty": "hard"}: reports have a table of scores for each such name. Where there are two groups, and
+            `meta["pairs"]` gives the samples of both the same text under that name, the table has their difference too.
+        turns: further questions.
+        golden: a right answer, with the space before it, as it stands in the conversation when the next turn is asked,
+            whatever the model wrote; empty: what the model wrote stands there.
+        spans: parts of the context by name, (start, end) of its characters; rows say how much of each the cache held when the
+            first answer began.
+        requests: whether each question is asked about the context alone, whose cache they share; else they are one
+            conversation, and the cache goes on.
     """
 
     index: int
@@ -54,6 +65,9 @@ class Sample:
     answer_prefix: str = ""
     meta: dict[str, Any] = field(default_factory=dict)
     turns: tuple[Turn, ...] = ()
+    golden: str = ""
+    requests: bool = False
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def each_turn(self) -> list["Sample"]:
@@ -65,6 +79,7 @@ class Sample:
                 answers=turn.answers,
                 max_new_tokens=turn.max_new_tokens,
                 answer_prefix=turn.answer_prefix,
+                golden=turn.golden,
                 turns=(),
             )
             for turn in self.turns
@@ -79,11 +94,16 @@ class Sample:
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids of a sample's prompt: the model reads `context`, then `question`, and after each answer one of `turns`."""
+    """Token ids of a sample's prompt: the model reads `context`, then `question`, and after each answer one of `turns`.
+
+    Of a conversation with golden answers, one of `turns` begins with the golden answer to the question before it. Of requests,
+    each of `turns` is read after `context`. `spans` are the sample's, as (start, end) of tokens of `context`.
+    """
 
     context: list[int]
     question: list[int]
     turns: list[list[int]] = field(default_factory=list)
+    spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def length(self) -> int:
@@ -140,6 +160,21 @@ class Task(ABC):
         if scored and not self.metric:
             raise TaskError(f"{self.label} has no metric, so that answers cannot be scored; give metric")
 
+    @property
+    def context_role(self) -> str:
+        """Whose message the context is in a chat: the "user"'s, with the question; or the "system"'s, before the question."""
+        return "user"
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the chat template is asked to let the model think before it answers, where it can be."""
+        return False
+
+    @property
+    def unseen_because(self) -> str:
+        """Why the compressed prompt cannot hold the question; empty where it can."""
+        return ""
+
     @abstractmethod
     def samples(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
         """The samples, in a fixed order.
@@ -152,6 +187,10 @@ class Task(ABC):
     def score(self, sample: Sample, answer: str) -> float:
         """How right an answer is, 0 to 1. `answer` is what the model wrote after `sample.answer_prefix`."""
 
+    def details(self, sample: Sample, answer: str) -> dict[str, float]:
+        """Further figures of an answer, each 0 to 1; a report has a column for the mean of each."""
+        return {}
+
     def name_of(self, sample: Sample) -> str:
         """What an error calls a sample."""
         return f"sample {sample.index}"
@@ -162,29 +201,78 @@ class Task(ABC):
         Raises:
             TaskError: `chat=True` with a tokenizer that has no chat template, or turns that the template does not show.
         """
-        first, *later = questions = sample.each_turn
+        questions = sample.each_turn
         context, texts, special = sample.context, [one.question for one in questions], True
         if self._uses_chat(tokenizer):
-            messages = [{"role": "user", "content": context + _MARK + first.question}]
-            for one in later:
-                messages.append({"role": "assistant", "content": _MARK})
-                messages.append({"role": "user", "content": one.question.strip()})
-            # enable_thinking is for models that would reason before they answer; the others' templates ignore it
-            rendered = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, tokenize=False, enable_thinking=False
-            )
-            context, *texts = rendered.split(_MARK)
-            if len(texts) != len(questions):
-                raise TaskError(
-                    f"sample {sample.index} has {len(questions)} turns, and the chat template of {tokenizer.name_or_path!r} does "
-                    "not show all of them; set chat=False"
-                )
-            special = False
+            conversations = [[one] for one in questions] if sample.requests else [questions]
+            rendered = [self._render(sample, conversation, tokenizer) for conversation in conversations]
+            context, texts, special = rendered[0][0], [text for one in rendered for text in one[1:]], False
+        golden = ["", *("" if sample.requests else self._golden(one, tokenizer) for one in questions[:-1])]
         pieces = [
-            encode(tokenizer, text + one.answer_prefix, special=False)
-            for text, one in zip(texts, questions, strict=True)
+            encode(tokenizer, before + text + one.answer_prefix, special=False)
+            for before, text, one in zip(golden, texts, questions, strict=True)
         ]
-        return Prompt(encode(tokenizer, context, special=special), pieces[0], pieces[1:])
+        spans = self._token_spans(sample, context, tokenizer, special) if sample.spans else {}
+        return Prompt(encode(tokenizer, context, special=special), pieces[0], pieces[1:], spans)
+
+    def _token_spans(
+        self, sample: Sample, context: str, tokenizer: "PreTrainedTokenizerBase", special: bool
+    ) -> dict[str, tuple[int, int]]:
+        """The sample's spans in tokens: those that begin within them.
+
+        Raises:
+            TaskError: the tokenizer does not say where its tokens stand, or the chat template changes the context.
+        """
+        first = context.rfind(sample.context)
+        if first < 0:
+            raise TaskError(f"the chat template of {tokenizer.name_or_path!r} changes the context; set chat=False")
+        if not tokenizer.is_fast:
+            raise TaskError(
+                f"the tokenizer of {tokenizer.name_or_path!r} does not say where its tokens stand in a text, which "
+                f"{self.label} needs; use a model with a fast tokenizer"
+            )
+        places = tokenizer(context, add_special_tokens=special, return_offsets_mapping=True, verbose=False)[
+            "offset_mapping"
+        ]
+        found = {}
+        for name, (start, end) in sample.spans.items():
+            within = [at for at, (a, b) in enumerate(places) if b > a and first + start <= a < first + end]
+            found[name] = (within[0], within[-1] + 1) if within else (0, 0)
+        return found
+
+    def _golden(self, question: Sample, tokenizer: "PreTrainedTokenizerBase") -> str:
+        """A golden answer; in a chat it begins the model's turn, without a space."""
+        begins = self._uses_chat(tokenizer) and not question.answer_prefix
+        return question.golden.lstrip() if begins else question.golden
+
+    def _render(self, sample: Sample, questions: Sequence[Sample], tokenizer: "PreTrainedTokenizerBase") -> list[str]:
+        """The parts of a conversation in the chat template: up to the first question, then up to each answer."""
+        first, *later = questions
+        if self.context_role == "system":
+            messages = [
+                {"role": "system", "content": sample.context + _MARK},
+                {"role": "user", "content": first.question},
+            ]
+        else:
+            messages = [{"role": "user", "content": sample.context + _MARK + first.question}]
+        for one in later:
+            messages.append({"role": "assistant", "content": _MARK})
+            messages.append({"role": "user", "content": one.question.strip()})
+        # enable_thinking is for models that reason before they answer; the others' templates ignore it
+        try:
+            rendered = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=False, enable_thinking=self.thinks
+            )
+        except TemplateError as error:  # some templates refuse a system message
+            where = f"the chat template of {tokenizer.name_or_path!r}"
+            raise TaskError(f"{where} does not take the messages of {self.label} ({error}); set chat=False") from error
+        parts: list[str] = rendered.split(_MARK)
+        if len(parts) != len(questions) + 1:
+            raise TaskError(
+                f"sample {sample.index} has {len(questions)} turns, and the chat template of {tokenizer.name_or_path!r} does "
+                "not show all of them; set chat=False"
+            )
+        return parts
 
     def _uses_chat(self, tokenizer: "PreTrainedTokenizerBase") -> bool:
         has_template = bool(tokenizer.chat_template)
@@ -215,6 +303,12 @@ def check_count(value: object, name: str, least: int) -> None:
     """Raise a TaskError unless `value` is an int of at least `least`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise TaskError(f"{name}={value!r} is no count; give an int of at least {least}")
+
+
+def check_flag(value: object, name: str) -> None:
+    """Raise a TaskError unless `value` is true or false."""
+    if not isinstance(value, bool):
+        raise TaskError(f"{name}={value!r} is not known; give true or false")
 
 
 def check_counts(values: object, name: str, least: int) -> None:

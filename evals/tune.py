@@ -84,7 +84,8 @@ def tune(
         policies: names, mappings, YAML files, or classes of your own; full attention is always among them.
         budgets: each meets each policy that takes one: shares, or entries. A policy that takes entries only gets a share of the
             context.
-        metric, columns: of the rows.
+        metric: of the rows' answers.
+        columns: what the rows call theirs.
         agreement: how many tokens of full attention's continuation are compared, at most.
         samples: the first so many rows; None for all.
         minutes: after so much time no further row is begun; None for no end.
@@ -92,7 +93,8 @@ def tune(
             `max_loss` is given, else the least loss.
         seed: of the order of the rows.
         query_aware: whether the prompt that is compressed holds the question.
-        device, dtype: as for `kvpress.models.load_model`.
+        device: as for `kvpress.models.load_model`.
+        dtype: as there.
         settings: other fields of the runs, as NAME=VALUE ("task.chat=false").
         console: where progress goes; None for nowhere.
         loader: makes the model and its tokenizer.

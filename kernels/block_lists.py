@@ -1,10 +1,15 @@
-"""The CPU path of `kvpress.kernels.block_sparse_attention` where only blocks of keys are listed.
+"""The torch path of `kvpress.kernels.block_sparse_attention`, made to be fast on a CPU.
 
-A query block sees most of what it lists whole: these blocks are copied side by side and attended by PyTorch's flash kernel
-without a mask, many query blocks in one call. Those that list about as many go together, because the shorter lists of a
-call are filled up. What is left is the edge: the one or two key blocks that the query block itself lies in, where
-causality and the rows themselves have to be looked at. Both parts are merged by their log-sum-exp (LSE).
+A query block sees most of what it lists whole: these entries are copied side by side and attended without a look at
+causality, many query blocks in one call; on a CPU by PyTorch's flash kernel. Query blocks that list about as many go together,
+because the shorter lists of a call are filled up. What is left is the edge: the one or two key blocks that the query block
+itself lies in, where causality and the rows themselves have to be looked at. Both parts are merged by their log-sum-exp (LSE).
+Entries are copied in whole blocks where only blocks are listed, else one by one.
 """
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -12,108 +17,397 @@ from torch.nn import functional
 
 # Numbers of K that are copied side by side at a time (4 MiB in float32).
 TILE_NUMBERS = 1 << 20
+# Marks of entries that are made at a time, one for each list, query block and entry.
+TILE_MARKS = 1 << 22
 
 
-def attend_listed_blocks(
-    query: Tensor, key: Tensor, value: Tensor, blocks: Tensor, *, scale: float, block_size: int, sinks: Tensor | None
+def run_table(diagonals: Tensor, n: int, block_size: int) -> Tensor:
+    """Which distances the diagonals cover, seen from the last row of a query block: those from d to d + block_size - 1.
+
+    Args:
+        diagonals: int [..., m]; what is not in [0, n) is none.
+
+    Returns:
+        bool [..., n + block_size].
+    """
+    outside = n + block_size
+    starts = torch.where((diagonals >= 0) & (diagonals < n), diagonals, outside).long()
+    # Covered: more begin than end up to here.
+    change = torch.zeros(*starts.shape[:-1], outside + block_size + 1, dtype=torch.int32, device=starts.device)
+    ones = torch.ones_like(starts, dtype=torch.int32)
+    change.scatter_add_(-1, starts, ones).scatter_add_(-1, starts + block_size, -ones)
+    return change.cumsum(dim=-1)[..., :outside] > 0
+
+
+def _marks(numbers: Tensor, size: int) -> Tensor:
+    """Bool [..., size], True at the numbers [..., m] that are in [0, size)."""
+    inside = torch.where((numbers >= 0) & (numbers < size), numbers, size).long()
+    table = torch.zeros(*numbers.shape[:-1], size + 1, dtype=torch.bool, device=numbers.device)
+    return table.scatter_(-1, inside, True)[..., :size]
+
+
+@dataclass(frozen=True)
+class _Lists:
+    """What is listed, as marks; the first dimension is that of the lists (of all sequences).
+
+    Attributes:
+        blocks: int [lists, query blocks, m].
+        columns: bool [lists, n].
+        runs, near: bool [lists, n + block_size], distances from the last row of a query block that the diagonals cover, or
+            at which some row of the block reads one of `distances`.
+        distances: bool [lists, n].
+        past: the entry of the first row.
+    """
+
+    blocks: Tensor | None
+    columns: Tensor | None
+    runs: Tensor | None
+    near: Tensor | None
+    distances: Tensor | None
+    past: int
+    n: int
+    block_size: int
+
+    @property
+    def unit(self) -> int:
+        """Entries that are listed or not together."""
+        only_blocks = self.columns is None and self.runs is None and self.near is None
+        return self.block_size if self.blocks is not None and only_blocks else 1
+
+    def before(self, start: int, stop: int, width: int) -> tuple[Tensor | None, Tensor | None]:
+        """Of the query blocks from `start` to `stop`: which of the first `width` entries they list, counted in units.
+
+        Returns:
+            whole: bool [lists, stop - start, width // unit], what all rows of a query block read; None for nothing.
+            near: likewise, what some row of it reads by its distance.
+        """
+        size, whole = self.block_size, []
+        if self.blocks is not None:
+            marks = _marks(self.blocks[:, start:stop], width // size)
+            whole.append(marks if self.unit == size else marks[..., None].expand(-1, -1, -1, size).flatten(2))
+        if self.columns is not None:
+            whole.append(self.columns[:, None, :width].expand(-1, stop - start, -1))
+        if self.runs is not None:
+            whole.append(self._by_distance(self.runs, start, stop, width))
+        near = None if self.near is None else self._by_distance(self.near, start, stop, width)
+        return reduce(torch.logical_or, whole) if whole else None, near
+
+    def _by_distance(self, table: Tensor, start: int, stop: int, width: int) -> Tensor:
+        """A table over distances from the last row, as one over the first `width` entries, for each query block."""
+        size = self.block_size
+        flipped = functional.pad(table.flip(1), (0, self.n))  # in the order of entries
+        offset = self.n - self.past - stop * size + size  # where the entries of the last query block begin
+        return flipped[:, offset:].unfold(1, width, size)[:, : stop - start].flip(1)
+
+    def at_edge(self, start: int, stop: int, entries: Tensor, at: Tensor) -> Tensor:
+        """Which entries rows read.
+
+        Args:
+            entries: int64 [query blocks, width].
+            at: int64 [query blocks, block_size], the entries of the rows.
+
+        Returns:
+            bool [lists, query blocks, block_size, width].
+        """
+        apart = at[..., None] - entries[:, None]
+        visible = (apart == 0)[None]
+        if self.blocks is not None:
+            wanted = self.blocks[:, start:stop, None, :] == (entries // self.block_size)[None, :, :, None]
+            visible = visible | wanted.any(-1)[:, :, None]
+        inside = entries.clamp(max=self.n - 1)
+        if self.columns is not None:
+            visible = visible | self.columns[:, inside][:, :, None]
+        if self.runs is not None:
+            last = self.past + torch.arange(start, stop, device=entries.device)[:, None] * self.block_size
+            from_last = (last + self.block_size - 1 - entries).clamp(min=0)
+            visible = visible | self.runs[:, from_last][:, :, None]
+        if self.distances is not None:
+            visible = visible | self.distances[:, apart.clamp(0, self.n - 1)]
+        return visible & (apart >= 0)
+
+
+def _marked(
+    count: int,
+    blocks: Tensor | None,
+    columns: Tensor | None,
+    diagonals: Tensor | None,
+    distances: Tensor | None,
+    rows: int,
+    n: int,
+    block_size: int,
+) -> _Lists:
+    """The lists as marks, `count` of each sequence."""
+
+    def own(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.repeat_interleave(count // x.shape[1], dim=1).flatten(0, 1)
+
+    columns, diagonals, distances = own(columns), own(diagonals), own(distances)
+    return _Lists(
+        blocks=own(blocks),
+        columns=None if columns is None else _marks(columns, n),
+        runs=None if diagonals is None else run_table(diagonals, n, block_size),
+        near=None if distances is None else run_table(distances, n, block_size),
+        distances=None if distances is None else _marks(distances, n),
+        past=n - rows,
+        n=n,
+        block_size=block_size,
+    )
+
+
+def listed_pairs(
+    rows: int,
+    n: int,
+    *,
+    skip: int = 0,
+    blocks: Tensor | None = None,
+    columns: Tensor | None = None,
+    diagonals: Tensor | None = None,
+    distances: Tensor | None = None,
+    block_size: int = 64,
+) -> Tensor:
+    """How many pairs of a row and an entry `block_sparse_attention` computes for these lists, of a head on average.
+
+    The host does not wait for the device. With `distances` all pairs are looked at.
+
+    Args:
+        rows, n: of the call.
+        skip: rows in front that do not count.
+
+    Returns:
+        float64 [], summed over the sequences.
+    """
+    given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
+    count = max(x.shape[1] for x in given)
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size)
+    heads, size, device = len(given[0]) * count, block_size, given[0].device
+    pairs = torch.zeros((), dtype=torch.int64, device=device)
+    # Marks of each row, and not of each query block, where rows of a block read different entries.
+    share = 1 if lists.distances is None else size
+    for start, stop in _stretches(lists, -(-rows // size), heads * share):
+        firsts = lists.past + torch.arange(start, stop, device=device)[:, None] * size
+        at = firsts + torch.arange(size, device=device)
+        counts = (at >= lists.past + skip) & (at < n)
+        edges = firsts // size * size
+        entries = edges + torch.arange(size if lists.past % size == 0 else 2 * size, device=device)
+        edge = lists.at_edge(start, stop, entries, at) & (entries < n)[:, None]
+        pairs += (edge & counts[..., None]).sum()
+        width = (lists.past + (stop - 1) * size) // size * size  # entries before the last edge
+        if not width:
+            continue
+        whole, _ = lists.before(start, stop, width)
+        if lists.distances is None:
+            if whole is not None:
+                unit = width // whole.shape[-1]
+                whole = whole & (torch.arange(0, width, unit, device=device) < edges)
+                pairs += (whole.sum(-1) * counts.sum(-1)).sum() * unit
+            continue
+        apart = (at[..., None] - torch.arange(width, device=device)).clamp(0, n - 1)
+        read = lists.distances[:, apart]
+        if whole is not None:
+            read |= whole[:, :, None]
+        pairs += (read & counts[..., None] & (torch.arange(width, device=device) < edges[:, None])).sum()
+    return pairs.double() / count
+
+
+def attend_lists(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    blocks: Tensor | None,
+    columns: Tensor | None,
+    diagonals: Tensor | None,
+    distances: Tensor | None,
+    block_size: int,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `kvpress.kernels.block_sparse_attention.block_sparse_attention` with `blocks` alone and without softcap."""
+    """As `kvpress.kernels.block_sparse_attention.block_sparse_attention`, on any device."""
     batch, heads, rows, head_dim = query.shape
     kv_heads, n = key.shape[1], key.shape[2]
-    lists = blocks.shape[1]
-    query_blocks = blocks.shape[2]
+    given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
+    count = heads if any(x.shape[1] == heads for x in given) else kv_heads  # lists of a sequence
+    query_blocks = -(-rows // block_size)
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size)
     padded = functional.pad(query, (0, 0, 0, query_blocks * block_size - rows))
-    # One pair for every list of blocks: [pairs, heads that share the list, block_size, head_dim].
-    parts = padded.view(batch, lists, heads // lists, query_blocks, block_size, head_dim).transpose(2, 3).flatten(0, 2)
-    firsts = n - rows + torch.arange(query_blocks) * block_size  # entry of each query block's first row
-    first = firsts.repeat(batch * lists)
-    kv_row = (torch.arange(batch * lists) * kv_heads // lists).repeat_interleave(query_blocks)
-    blocks = blocks.flatten(0, 2).long()
-
-    # The whole blocks first, in each list.
-    whole = (blocks >= 0) & (blocks < first[:, None] // block_size)  # the edge begins with the first row's block
-    counts = whole.sum(dim=-1)
-    listed = blocks.gather(1, whole.to(torch.uint8).argsort(dim=-1, descending=True, stable=True))
-    order = counts.argsort(descending=True, stable=True)
-    lengths = counts[order].tolist()
-
-    output = query.new_empty(parts.shape, dtype=torch.float32)
-    lse = output.new_empty(parts.shape[:3])
-    width = block_size if (n - rows) % block_size == 0 else 2 * block_size
-    step = max(1, TILE_NUMBERS // (width * head_dim))
-    for pairs in torch.arange(len(parts)).split(step):
-        output[pairs], lse[pairs] = _edge(
-            parts[pairs], key, value, blocks[pairs], first[pairs], kv_row[pairs], scale, block_size, width
+    # [lists, query blocks, heads that share the list, block_size, head_dim]
+    parts = padded.reshape(batch, count, heads // count, query_blocks, block_size, head_dim).transpose(2, 3)
+    parts = parts.flatten(0, 1)
+    kv_row = torch.arange(batch * count, device=query.device) * kv_heads // count
+    output = query.new_empty(*parts.shape[:-1], value.shape[-1], dtype=torch.float32)
+    lse = output.new_empty(parts.shape[:-1])
+    flash = (
+        query.device.type == "cpu"
+        and query.dtype != torch.float64
+        and query.shape[-1] == value.shape[-1]
+        and softcap is None
+        and distances is None
+    )
+    tables = [
+        x[:, :, : n // lists.unit * lists.unit].reshape(-1, lists.unit * x.shape[-1]) for x in (key, value)
+    ]  # rows of a unit each
+    for start, stop in _stretches(lists, query_blocks, len(parts)):
+        of_stretch = slice(start, stop)
+        some = parts[:, of_stretch]
+        found, found_lse = _edge(some, key, value, lists, kv_row, start, stop, scale, softcap)
+        pairs = _before(some, tables, lists, kv_row, start, stop, scale, softcap, flash)
+        found, found_lse = found.flatten(0, 1), found_lse.flatten(0, 1)
+        for which, part, part_lse in pairs:
+            before = found_lse[which]
+            both = torch.logaddexp(before, part_lse)
+            found[which] = found[which] * (before - both).exp_()[..., None] + part * (part_lse - both).exp_()[..., None]
+            found_lse[which] = both
+        output[:, of_stretch], lse[:, of_stretch] = (
+            found.view_as(output[:, of_stretch]),
+            found_lse.view(some.shape[:-1]),
         )
-    tables = [x[:, :, : n // block_size * block_size].reshape(-1, block_size * head_dim) for x in (key, value)]
-    place = 0
-    while place < len(lengths) and lengths[place]:
-        most = lengths[place]
-        pairs = order[place : place + max(1, TILE_NUMBERS // (most * block_size * head_dim))]
-        pairs = pairs[counts[pairs] > 0]
-        place += len(pairs)
-        real = torch.arange(most) < counts[pairs, None]
-        # A list is filled up with its own first block, which is masked: no block that nobody listed is read.
-        taken = torch.where(real, listed[pairs, :most], listed[pairs, :1])
-        taken += kv_row[pairs, None] * (n // block_size)
-        keys, values = (
-            table.index_select(0, taken.flatten()).view(len(pairs), 1, most * block_size, head_dim) for table in tables
-        )
-        mask = None
-        if not real.all():
-            mask = query.new_zeros(real.shape).masked_fill_(~real, float("-inf"))
-            mask = mask.repeat_interleave(block_size, dim=1)[:, None, None]
-        shared = (x.expand(-1, parts.shape[1], -1, -1) for x in (keys, values))
-        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            parts[pairs], *shared, 0.0, False, attn_mask=mask, scale=scale
-        )
-        before, part_lse = lse[pairs], part_lse.float()
-        both = torch.logaddexp(before, part_lse)
-        output[pairs] = output[pairs] * (before - both).exp_()[..., None] + part * (part_lse - both).exp_()[..., None]
-        lse[pairs] = both
 
-    output = output.view(batch, lists, query_blocks, -1, block_size, head_dim).transpose(2, 3)
-    output = output.reshape(batch, heads, query_blocks * block_size, head_dim)[:, :, :rows]
-    lse = lse.view(batch, lists, query_blocks, -1, block_size).transpose(2, 3).reshape(batch, heads, -1)[:, :, :rows]
+    output = output.view(batch, count, query_blocks, -1, block_size, value.shape[-1]).transpose(2, 3)
+    output = output.reshape(batch, heads, query_blocks * block_size, -1)[:, :, :rows]
+    lse = lse.view(batch, count, query_blocks, -1, block_size).transpose(2, 3).reshape(batch, heads, -1)[:, :, :rows]
     if sinks is not None:
         both = torch.logaddexp(lse, sinks.float()[None, :, None])
         output, lse = output * (lse - both).exp_()[..., None], both
     return output.to(query.dtype), lse.contiguous()
 
 
-def _edge(
-    rows: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: Tensor,
-    first: Tensor,
+def _stretches(lists: _Lists, query_blocks: int, count: int) -> Iterator[tuple[int, int]]:
+    """Query blocks that are attended together, from the last ones on: as many as a tile of marks has room for."""
+    stop = query_blocks
+    while stop:
+        width = max(1, (lists.past + stop * lists.block_size) // lists.unit)
+        start = max(0, stop - max(1, TILE_MARKS // (count * width)))
+        yield start, stop
+        stop = start
+
+
+def _before(
+    parts: Tensor,
+    tables: list[Tensor],
+    lists: _Lists,
     kv_row: Tensor,
+    start: int,
+    stop: int,
     scale: float,
-    block_size: int,
-    width: int,
-) -> tuple[Tensor, Tensor]:
-    """Attention of query blocks to the `width` entries from the key block of their first row on.
+    softcap: float | None,
+    flash: bool,
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Attention of query blocks to what they list before their edge, in calls of some pairs of a list and a query block.
 
     Args:
-        rows: [pairs, heads, block_size, head_dim].
-        blocks: int64 [pairs, m], what each pair lists.
-        first, kv_row: int64 [pairs], the entry of its first row, and its row of K flattened to [batch * kv_heads, ...].
+        parts: [lists, query blocks, heads, block_size, head_dim].
+        tables: K and V, a row for each unit.
+
+    Yields:
+        int64 [pairs], which they are; their output, float32 [pairs, heads, block_size, head_dim]; its LSE.
+    """
+    size, unit, device = lists.block_size, lists.unit, parts.device
+    firsts = lists.past + torch.arange(start, stop, device=device) * size
+    edges = firsts // size * (size // unit)  # units before the edge
+    width = int(edges[-1])
+    if not width:
+        return
+    whole, near = lists.before(start, stop, width * unit)
+    if whole is None and near is None:
+        return
+    listed = near if whole is None else whole if near is None else whole | near
+    assert listed is not None
+    listed = (listed & (torch.arange(width, device=device) < edges[:, None])).flatten(0, 1)
+    counts = listed.sum(-1)
+    begins = counts.cumsum(0) - counts
+    units = listed.nonzero()[:, 1]
+    rows, (keys_table, values_table) = parts.flatten(0, 1), tables
+    shift = (kv_row * (lists.n // unit)).repeat_interleave(stop - start)
+    first = firsts.repeat(len(parts))
+    order = counts.argsort(descending=True, stable=True)
+    lengths = counts[order].tolist()
+    numbers = parts.shape[-1] if flash else max(parts.shape[-1], parts.shape[2] * size)
+    place = 0
+    while place < len(lengths) and lengths[place]:
+        most = lengths[place]
+        pairs = order[place : place + max(1, TILE_NUMBERS // (most * unit * numbers))]
+        pairs = pairs[counts[pairs] > 0]
+        place += len(pairs)
+        real = torch.arange(most, device=device) < counts[pairs, None]
+        # A list is filled up with its own first unit, which is masked: nothing that nobody listed is read.
+        taken = units[begins[pairs, None] + torch.arange(most, device=device).where(real, 0)]
+        at = (taken + shift[pairs, None]).flatten()
+        keys, values = (x.index_select(0, at).view(len(pairs), 1, most * unit, -1) for x in (keys_table, values_table))
+        seen = None if real.all() else real.repeat_interleave(unit, dim=1)[:, None, None]
+        if flash:
+            mask = None
+            if seen is not None:
+                mask = keys.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+            shared = (x.expand(-1, parts.shape[2], -1, -1) for x in (keys, values))
+            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows[pairs], *shared, 0.0, False, attn_mask=mask, scale=scale
+            )
+            yield pairs, part, part_lse.float()
+            continue
+        if lists.distances is not None:
+            apart = (first[pairs, None] + torch.arange(size, device=device))[..., None] - taken[:, None]
+            of_list = (pairs // (stop - start))[:, None, None]
+            visible = lists.distances[of_list, apart.clamp(max=lists.n - 1)]  # rows beyond the last are nobody's
+            if whole is not None:
+                visible |= whole.flatten(0, 1)[pairs[:, None], taken][:, None]
+            seen = visible[:, None] if seen is None else visible[:, None] & seen
+        yield pairs, *_attend(rows[pairs], keys, values, seen, scale, softcap)
+
+
+def _edge(
+    parts: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: _Lists,
+    kv_row: Tensor,
+    start: int,
+    stop: int,
+    scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of query blocks to the entries from the key block of their first row on.
+
+    Args:
+        parts: [lists, query blocks, heads, block_size, head_dim].
 
     Returns:
-        output: float32 [pairs, heads, block_size, head_dim], and lse: float32 [pairs, heads, block_size].
+        output: float32 [lists, query blocks, heads, block_size, head_dim], and lse: float32, likewise.
     """
-    n = key.shape[2]
-    block = first // block_size
-    # [pairs, width], [pairs, block_size, 1]
-    entries = block[:, None] * block_size + torch.arange(width)
-    at = (first[:, None] + torch.arange(block_size))[..., None].clamp(max=n - 1)  # rows beyond the last repeat it
-    is_listed = torch.stack([(blocks == (block + i)[:, None]).any(-1) for i in range(width // block_size)], dim=1)
-    is_listed = is_listed.repeat_interleave(block_size, dim=1)[:, None]
-    visible = (entries[:, None] <= at) & (is_listed | (entries[:, None] == at))
-    entries = entries.clamp_(max=n - 1)
-    keys, values = (x.flatten(0, 1)[kv_row[:, None], entries].float() for x in (key, value))
-    values.masked_fill_(~visible.any(1)[..., None], 0.0)  # what no row reads adds nothing, not even NaN
-    scores = torch.matmul(rows.float() * scale, keys[:, None].transpose(-1, -2))
-    scores.masked_fill_(~visible[:, None], float("-inf"))
+    size, device = lists.block_size, parts.device
+    firsts = lists.past + torch.arange(start, stop, device=device)[:, None] * size
+    width = size if lists.past % size == 0 else 2 * size
+    entries = firsts // size * size + torch.arange(width, device=device)
+    at = (firsts + torch.arange(size, device=device)).clamp_(max=lists.n - 1)  # rows beyond the last repeat it
+    output = parts.new_empty(*parts.shape[:-1], value.shape[-1], dtype=torch.float32)
+    lse = output.new_empty(parts.shape[:-1])
+    inside = entries.clamp(max=lists.n - 1)
+    step = max(1, TILE_NUMBERS // (len(parts) * width * max(parts.shape[-1], parts.shape[2] * size)))
+    for begin in range(0, stop - start, step):
+        some = slice(begin, begin + step)
+        visible = lists.at_edge(start + begin, min(stop, start + begin + step), entries[some], at[some])
+        keys, values = (x.flatten(0, 1)[kv_row[:, None, None], inside[some]][:, :, None] for x in (key, value))
+        # What no row reads adds nothing, not even NaN.
+        values = values.masked_fill(~visible.any(2)[:, :, None, :, None], 0.0)
+        output[:, some], lse[:, some] = _attend(parts[:, some], keys, values, visible[:, :, None], scale, softcap)
+    return output, lse
+
+
+def _attend(
+    rows: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """Attention in float32; a row that sees nothing has an output of 0 and an LSE of -inf.
+
+    Args:
+        rows: [..., heads, q, head_dim].
+        keys, values: [..., 1, m, head_dim].
+        visible: bool, broadcast to [..., heads, q, m]; None for all.
+    """
+    scores = torch.matmul(rows.float() * scale, keys.float().transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if visible is not None:
+        scores.masked_fill_(~visible, float("-inf"))
     lse = scores.logsumexp(dim=-1)
-    return torch.matmul(scores.sub_(lse[..., None]).exp_(), values[:, None]), lse
+    weights = scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp_()
+    return torch.matmul(weights, values.float()), lse

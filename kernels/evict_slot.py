@@ -39,6 +39,7 @@ def evict_slot(
     recents: Tensor,
     limits: Tensor | None = None,
     *,
+    out: Tensor | None = None,
     full: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
@@ -53,6 +54,7 @@ def evict_slot(
         seen: int [batch], tokens that each sequence has seen.
         recents: int [batch], how many of the newest are dropped last.
         limits: int [batch]; a head that holds no more entries than that drops nothing. None to drop one of each head.
+        out: int64 [batch, kv_heads], contiguous, filled and returned; None for a new one.
         full: every slot is known to hold an entry (torch only, which then has less to do).
         backend: "triton" and "auto" on CUDA do it in one launch of the Triton kernel.
 
@@ -66,7 +68,7 @@ def evict_slot(
     if use_triton(backend, scores):
         from kvpress.kernels.gpu import evict_slot as gpu
 
-        return gpu.evict_slot(scores, positions, seen, recents, limits)
+        return gpu.evict_slot(scores, positions, seen, recents, limits, out)
     largest = torch.finfo(torch.float32).max
     priority = torch.nan_to_num(scores.float(), nan=-largest, posinf=largest, neginf=-largest)
     spared = positions >= (seen - recents)[:, None, None]
@@ -77,9 +79,9 @@ def evict_slot(
     slot = torch.where(priority == lowest, positions, -1).argmax(dim=-1, keepdim=True)
     if limits is None:
         positions.scatter_(2, slot, -1)
-        return slot[..., 0]
-    empty = positions < 0
-    over = (~empty).sum(-1, keepdim=True) > limits[:, None, None]
-    slot = torch.where(over, slot, empty.to(torch.uint8).argmax(dim=-1, keepdim=True))
-    positions.scatter_(2, slot, torch.where(over, -1, positions.gather(2, slot)))
-    return slot[..., 0]
+    else:
+        empty = positions < 0
+        over = (~empty).sum(-1, keepdim=True) > limits[:, None, None]
+        slot = torch.where(over, slot, empty.to(torch.uint8).argmax(dim=-1, keepdim=True))
+        positions.scatter_(2, slot, torch.where(over, -1, positions.gather(2, slot)))
+    return slot[..., 0] if out is None else out.copy_(slot[..., 0])

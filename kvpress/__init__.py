@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvpress.errors import PolicyError, UnsupportedModelError
     from kvpress.patching import Handle, patch, unpatch
     from kvpress.policy import EvictionPolicy, Policy
+    from kvpress.prepacking import prepack
     from kvpress.registry import available, make_policy
     from kvpress.scoring import Score, score
     from kvpress.sharing import SharedPrompt, record_prompt
@@ -39,6 +40,7 @@ _HOMES = {
     "available": "kvpress.registry",
     "make_policy": "kvpress.registry",
     "patch": "kvpress.patching",
+    "prepack": "kvpress.prepacking",
     "record_prompt": "kvpress.sharing",
     "score": "kvpress.scoring",
     "tune": "kvpress.evals.tune",
@@ -57,6 +59,7 @@ __all__ = [
     "make_policy",
     "patch",
     "policies",
+    "prepack",
     "record_prompt",
     "score",
     "tune",

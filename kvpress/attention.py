@@ -92,9 +92,12 @@ def mask(*args: Any, mask_function: Any = causal_mask_function, config: Any = No
     Elsewhere is a layer that the policies leave alone, another model that shares the config, and a model around the decoder
     (for images and text) that makes the masks before it calls the decoder, which takes the padding out of them.
     """
-    # What is compiled cannot ask for the pass in progress.
-    if mask_function is causal_mask_function and (torch.compiler.is_compiling() or active_pass() is not None):
+    compiling = torch.compiler.is_compiling()
+    current = None if compiling else active_pass()  # what is compiled cannot ask for it
+    if mask_function is causal_mask_function and (compiling or current is not None):
         return None
+    if current is not None and current.ragged is not None:
+        return None  # without a cache transformers itself tells the sequences of a row apart
     original = AttentionMaskInterface().get(originals.name(config))
     return None if original is None else original(*args, mask_function=mask_function, config=config, **kwargs)
 
@@ -158,6 +161,9 @@ def attention(
         function = default if name == "eager" else AttentionInterface().get(name, default)
         return function(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
     current.attend(index, type(module).__name__)
+    ragged = current.ragged
+    if ragged is not None:
+        query, key, value = (ragged.apart(x, dim=2) for x in (query, key, value))
     if index == current.last_layer:
         raise Looked(Look(query, key))
     if current.seen is not None:  # a probe: what one token alone attends to is its own value
@@ -179,11 +185,12 @@ def attention(
         with no_autocast(query.device):
             rows, key = (x if x.dtype == value.dtype else x.to(value.dtype) for x in (query, key))
             output = exact_pass(rows, key, value, current.tokens, scores).to(query.dtype)
-        return output.transpose(1, 2).contiguous(), None
-    output = _attend(query, key, value, scores, current, index)
-    if query.requires_grad:
-        output = _NoBackward.apply(output, query)
-    return output.transpose(1, 2).contiguous(), None
+    else:
+        output = _attend(query, key, value, scores, current, index)
+        if query.requires_grad:
+            output = _NoBackward.apply(output, query)
+    output = output.transpose(1, 2)
+    return (output.contiguous() if ragged is None else ragged.joined(output)), None
 
 
 def _attend(query: Tensor, key: Tensor, value: Tensor, scores: Scores, current: Pass, index: int) -> Tensor:

@@ -1,5 +1,6 @@
-"""Choose a policy's model-dependent field by trying its values on needles."""
+"""Choose a policy's model-dependent field by trying its values on needles, or of each head by what its attention loses."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.patching import Handle, patch
-from kvpress.policy import Policy
+from kvpress.policy import Policy, check_choice
 from kvpress.registry import policy_spec
 from kvpress.sharing import SharedPrompt, record_prompt
 from kvpress.support import find_attention, find_decoder, input_device
@@ -26,6 +27,20 @@ class Example:
 
     prompt: list[int]
     answer: list[int]
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """What was found for a query head.
+
+    Attributes:
+        value: the best of the policy's `head_values`.
+        error, recall: those of this value, mean over the prompts.
+    """
+
+    value: Any
+    error: float
+    recall: float
 
 
 @dataclass(frozen=True)
@@ -85,6 +100,61 @@ def calibrate(model: Any, policy: Policy, examples: Sequence[Example]) -> Iterat
         yield Trial(value, chosen.mean().item(), hits.float().mean().item())
 
 
+METRICS = ("error", "recall")
+
+
+@torch.inference_mode()
+def calibrate_heads(
+    model: Any, policy: Policy, prompts: Sequence[Sequence[int]], metric: str = "error"
+) -> list[list[HeadChoice]]:
+    """For each layer and query head the value that is best on the prompts: least error of the output, or most recall.
+
+    Each prompt is run once, with full attention; its layers are compared one by one. Of equal values the first one is taken.
+
+    Args:
+        model: a model that is not patched.
+        policy: one that has `head_values`; its other fields hold while they are compared.
+        prompts: token ids.
+        metric: "error" or "recall".
+
+    Raises:
+        PolicyError: the policy has no values of heads, the metric does not exist, or there is no prompt.
+    """
+    if not policy.head_values:
+        raise PolicyError(f"{policy.name} has nothing to choose head by head; calibrate minference")
+    check_choice(metric, "metric", METRICS)
+    if not prompts:
+        raise PolicyError("there is no prompt to calibrate on; give at least one")
+    device = input_device(model)
+    found: list[Tensor] = []  # of each layer [metrics, values, heads], summed over the prompts
+    for ids in prompts:
+        recorded = record_prompt(model, torch.tensor([list(ids)], device=device))
+        for layer, (query, key, value, scores) in enumerate(recorded.layers):
+            tried = torch.stack(policy.try_heads(query, key, value, **vars(scores))).double().cpu()
+            if layer == len(found):
+                found.append(torch.zeros_like(tried))
+            found[layer] += tried / len(prompts)
+    choices = []
+    for error, recall in found:
+        best = (error if metric == "error" else -recall).argmin(dim=0).tolist()
+        choices.append(
+            [
+                HeadChoice(policy.head_values[at], error[at, head].item(), recall[at, head].item())
+                for head, at in enumerate(best)
+            ]
+        )
+    return choices
+
+
+def write_heads(path: Path, choices: Sequence[Sequence[HeadChoice]], metric: str = "error") -> None:
+    """Write what was found as JSON: for each layer an object from the head's number to [value..., score]."""
+    layers = [
+        {str(head): [*one.value, round(getattr(one, metric), 6)] for head, one in enumerate(heads)} for heads in choices
+    ]
+    lines = ",\n".join(json.dumps(layer) for layer in layers)
+    path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+
+
 def _answer(model: Any, handle: Handle, prompt: SharedPrompt, example: Example) -> tuple[Tensor, Tensor]:
     """Log-probability of each token of the answer, and whether it was the most likely one."""
     cache = handle.adopt_prompt(prompt)
@@ -101,6 +171,10 @@ def best(trials: Sequence[Trial]) -> Trial:
     return max(trials, key=lambda trial: (trial.right, trial.log_probability))
 
 
-def write_policy(path: Path, policy: Policy) -> None:
-    """Write a policy into a YAML file that `kvpress.patch` takes, every field that differs from its default."""
-    path.write_text(yaml.safe_dump(policy_spec(policy), sort_keys=False), encoding="utf-8")
+def write_policy(path: Path, policy: Policy, **fields: Any) -> None:
+    """Write a policy into a YAML file that `kvpress.patch` takes, every field that differs from its default.
+
+    Args:
+        fields: what to write for these instead, such as the path of a file that they were read from.
+    """
+    path.write_text(yaml.safe_dump({**policy_spec(policy), **fields}, sort_keys=False), encoding="utf-8")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from kvpress.models import DEMO_INSTALL, SMOLLM2, ModelLoadError, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from kvpress.policy import Policy
 
 app = typer.Typer(
     help="Cheaper long contexts for Hugging Face models, by policies that keep, read or compute less.",
@@ -131,12 +134,9 @@ def generate(
     """Stream an answer under a policy, then report what the cache held."""
     with user_errors():
         text = read_prompt(prompt)
-        fields = parse_fields(set_ or [])
-        if budget:
-            fields["budget"] = parse(budget, number, "--budget")
+        chosen = chosen_policy(policy, budget, set_)
         import kvpress
 
-        chosen = kvpress.make_policy(policy, **fields)
         console = Console()
         loaded, tokenizer = load(model, device, dtype, console)
         inputs = encode(tokenizer, text, chat).to(loaded.device)
@@ -152,6 +152,74 @@ def generate(
 
 
 @app.command()
+def chat(
+    model: Annotated[str, typer.Argument(help=f"Hub name or folder of a chat model, or '{SMOLLM2}'.")] = SMOLLM2,
+    policy: PolicyName = "full",
+    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk with a model under a policy: answers stream, and the cache stays from turn to turn."""
+    with user_errors():
+        chosen = chosen_policy(policy, budget, set_)
+        import kvpress
+
+        console = Console()
+        loaded, tokenizer = load(model, device, dtype, console)
+        if not tokenizer.chat_template:
+            raise UsageError(f"{model}: its tokenizer has no chat template; use kvpress generate")
+        from kvpress.chat import Chat, converse
+
+        with kvpress.patch(loaded, chosen) as handle:
+            converse(Chat(loaded, tokenizer, max_new_tokens), handle, console)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help=f"Hub name or folder of a causal LM, or '{SMOLLM2}'.")] = SMOLLM2,
+    policy: PolicyName = "full",
+    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for every one.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    context: Annotated[
+        int | None,
+        typer.Option(min=2, help="Most tokens of a request with its answer; by default the model's trained length."),
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """Serve a model under a policy, with OpenAI's API (transformers' own server), until interrupted."""
+    with user_errors():
+        chosen = chosen_policy(policy, budget, set_)
+        try:
+            from kvpress import serving
+        except ImportError as error:
+            raise UsageError(str(error)) from error
+        console = Console()
+        try:
+            with serving.listen(host, port) as socket:
+                with console.status(f"loading {model} (a first start may take half a minute)"):
+                    app = serving.build(model, chosen, context, device, dtype)
+                url = f"http://{host}:{socket.getsockname()[1]}"
+                limit = f"{app.state.context} tokens" if app.state.context else "any length"
+                console.print(
+                    f"{model} under {chosen.describe()}, requests of {limit}: base_url {url}/v1, figures {url}/metrics",
+                    highlight=False,
+                    soft_wrap=True,
+                )
+                serving.server(app).run(sockets=[socket])
+        except serving.ServeError as error:
+            raise UsageError(str(error)) from error
+
+
+@app.command()
 def calibrate(
     policy: Annotated[str, typer.Option(help="As for generate, or a YAML file.")] = "tidal_decode",
     model: Model = SMOLLM2,
@@ -159,29 +227,54 @@ def calibrate(
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
     samples: Annotated[int, typer.Option(min=1, help="Needles per length.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 1000,
+    metric: Annotated[str, typer.Option(help="What is best for a head: error (of its output) or recall.")] = "error",
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="The YAML file to write; POLICY.yaml by default.")] = None,
 ) -> None:
-    """Choose a policy's model-dependent field (TidalDecode's correction_layer) on needles, and write a policy file."""
+    """Choose what of a policy depends on the model (TidalDecode's correction_layer, MInference's patterns); write a policy file.
+
+    A single field is chosen by the answers to needles; what each head has of its own by the attention that it loses on them.
+    """
     with user_errors():
         sizes = [parse(part, int, "--lengths") for part in lengths.split(",")]
         fields = {"budget": parse(budget, number, "--budget")} if budget else {}
         import kvpress
-        from kvpress.calibrate import Example, Trial, best, calibration_values, write_policy
+        from kvpress.calibrate import (
+            Example,
+            Trial,
+            best,
+            calibrate_heads,
+            calibration_values,
+            write_heads,
+            write_policy,
+        )
         from kvpress.calibrate import calibrate as try_values
         from kvpress.demo.needle import Haystack
 
         chosen = kvpress.make_policy(policy, **fields)
         console = Console()
         loaded, tokenizer = load(model, device, dtype, console)
-        values, haystack = calibration_values(loaded, chosen), Haystack(tokenizer)
+        values = [] if chosen.head_values else calibration_values(loaded, chosen)
+        haystack = Haystack(tokenizer)
         examples = []
         for length in sizes:
             for sample in range(samples):
                 needle = haystack.needle(length, (sample + 0.5) / samples, seed + sample)
                 examples.append(Example(needle.input_ids, haystack.encode(f" {needle.number}")))
         path = out or Path(f"{chosen.name}.yaml")
+        if chosen.head_values:
+            heads = calibrate_heads(loaded, chosen, [example.prompt for example in examples], metric)
+            table = path.with_suffix(".json")
+            write_heads(table, heads, metric)
+            write_policy(path, chosen, **{str(chosen.calibrated): str(table)})
+            kinds = Counter(" ".join(map(str, one.value)) for layer in heads for one in layer)
+            for kind, count in kinds.most_common():
+                console.print(f"{count} heads: {kind}", highlight=False)
+            console.print(
+                f"{chosen.calibrated} of {len(heads)} layers written to {table}, which {path} names", highlight=False
+            )
+            return
         trials: list[Trial] = []
         for trial in try_values(loaded, chosen, examples):
             trials.append(trial)
@@ -458,6 +551,16 @@ def eval_errors() -> Iterator[None]:
         yield
     except (ConfigError, RunError, StoreError, TaskError, TuneError) as error:
         raise UsageError(str(error)) from error
+
+
+def chosen_policy(policy: str, budget: str, fields: list[str] | None) -> "Policy":
+    """The policy that the options --policy, --budget and --set mean together."""
+    import kvpress
+
+    given = parse_fields(fields or [])
+    if budget:
+        given["budget"] = parse(budget, number, "--budget")
+    return kvpress.make_policy(policy, **given)
 
 
 def load(name: str, device: str, dtype: str, console: Console) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":

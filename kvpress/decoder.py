@@ -27,7 +27,7 @@ from kvpress.rotary import Rotary
 from kvpress.step import StepInputs, show_last_row
 from kvpress.support import check_cache
 from kvpress.texts import Texts
-from kvpress.tokens import Tokens, masked_tokens, plain_tokens
+from kvpress.tokens import Ragged, Tokens, masked_tokens, plain_tokens
 from kvpress.wrapper import Wrapper
 
 if TYPE_CHECKING:
@@ -191,7 +191,7 @@ class PatchedForward(Wrapper):
         while (feed := _following(feeds, look)) is not None:
             look = None
             if feed.last_layer is not None:
-                look = self._look(feed, call, mask, kwargs)
+                look = self._look(feed, call, mask, kwargs, texts)
                 continue
             if feed is not call:
                 if feed.back:
@@ -212,8 +212,9 @@ class PatchedForward(Wrapper):
                 new_tokens=expected_tokens(),
                 exact=feed.back > 0,
                 record=current_record(),
+                ragged=_ragged(tokens, texts),
             )
-            output = self._run_pass(current, kwargs)
+            output = self._run_pass(current, _in_one_row(current, feed, call, kwargs))
             if feed.columns is not None:
                 _leave_out(feed, feed.columns, call, texts)
             if prompt and count == 1 and feed is not call:  # a decode step all the same, which read everything
@@ -223,17 +224,19 @@ class PatchedForward(Wrapper):
             output = _from_row(feed.first, output)
         return output
 
-    def _look(self, feed: Feed, call: Call, mask: Tensor | None, kwargs: dict[str, Any]) -> Look:
+    def _look(self, feed: Feed, call: Call, mask: Tensor | None, kwargs: dict[str, Any], texts: Texts) -> Look:
         """Run the call's tokens alone, without the cache, up to the attention of one layer."""
         own = None if mask is None else mask[:, -feed.count :]
         batch, device = len(feed.tokens), feed.tokens.device
         tokens = self._tokens(batch, feed.count, own, device, None, prompt=True)
         given = _arguments(feed, call, kwargs, own, self.roles.route.describe())
         given |= {self.cache_argument: None, "use_cache": False}
-        set_pass(Pass(self._modules, tokens, [], prompt=True, last_layer=feed.last_layer))
+        ragged = _ragged(tokens, texts)
+        current = Pass(self._modules, tokens, [], prompt=True, last_layer=feed.last_layer, ragged=ragged)
+        set_pass(current)
         try:
             with torch.no_grad():
-                self.inner(**given)
+                self.inner(**_in_one_row(current, feed, call, given))
         except Looked as looked:
             return looked.look
         raise UnsupportedModelError(
@@ -252,7 +255,7 @@ class PatchedForward(Wrapper):
             output = self.run(**kwargs)
             close_step(current)
         current.check_attended()
-        return output
+        return output if current.ragged is None else _apart(output, current.ragged)
 
     def _check_positions(self, places: Tensor | None, tokens: Tokens, layer: KVLayer) -> None:
         """Refuse position ids that a policy cannot re-index, and note how far they are ahead of the number of tokens.
@@ -414,9 +417,37 @@ def _check_not_packed(position_ids: Any, mask: Tensor | None) -> None:
 
 def _share_texts(layers: list[KVLayer]) -> None:
     """Let the layers of a new cache share what is known of its sequences."""
-    texts = Texts()
     for layer in layers:
-        layer.texts = texts
+        layer.texts = layers[0].texts
+
+
+def _ragged(tokens: Tokens, texts: Texts) -> Ragged | None:
+    """How the sequences of a prompt pass go into one row; None where each has its own, as those without padding."""
+    if not texts.prepacked or tokens.columns is None:
+        return None
+    ragged = Ragged(tokens.columns, tokens.count)
+    return ragged if ragged.total else None  # a pass may be all padding
+
+
+def _in_one_row(current: Pass, feed: Feed, call: Call, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a pass, for the row in which its sequences lie where they do."""
+    ragged, places = current.ragged, kwargs.get("position_ids")
+    if ragged is None:
+        return kwargs
+    places = current.tokens.positions.clamp(min=0).long() if places is None else places
+    row = Feed(ragged.joined(feed.tokens), ragged.joined(places, places.ndim - 2))
+    return _arguments(row, call, kwargs, None, "kvpress.prepack")
+
+
+def _apart(output: Any, ragged: Ragged) -> Any:
+    """A decoder's output (hidden states, in whatever they are nested), each sequence in a row of its own again."""
+    if isinstance(output, Tensor):
+        return ragged.apart(output) if output.shape[:2] == (1, ragged.total) else output
+    if isinstance(output, ModelOutput):
+        for name, value in output.items():
+            output[name] = _apart(value, ragged)
+        return output
+    return tuple(_apart(item, ragged) for item in output) if isinstance(output, tuple) else output
 
 
 def _following(feeds: Feeds, look: Look | None) -> Feed | None:
@@ -428,13 +459,14 @@ def _following(feeds: Feeds, look: Look | None) -> Feed | None:
 
 
 def _count_on(kwargs: dict[str, Any], tokens: Tokens, texts: Texts) -> None:
-    """Take off a call's position ids the tokens of its sequences that a route left out: the model does not know of them."""
-    if texts.left_out is None:
-        return
+    """Give a call the position ids of its tokens where the model could not count them itself.
+
+    It does not know of tokens of its sequences that a route left out, nor of padding that it was not run on.
+    """
     places: Tensor | None = kwargs.get("position_ids")
-    if places is None:
+    if places is None and (texts.prepacked or texts.left_out is not None):
         kwargs["position_ids"] = tokens.positions.clamp(min=0).long()
-    else:
+    elif places is not None and texts.left_out is not None:
         kwargs["position_ids"] = places - texts.left_out.to(places.device)[:, None]
 
 
@@ -465,8 +497,8 @@ def _arguments(feed: Feed, call: Call, kwargs: dict[str, Any], mask: Tensor | No
     for key in others.keys() - {name, "position_ids", "attention_mask"}:
         if isinstance(others[key], Tensor) and others[key].shape[:2] == call.tokens.shape[:2]:
             raise PolicyError(
-                f"this call brings {key} for each token, and {describe} runs other tokens in its place; leave {key} out, or use "
-                "another policy"
+                f"this call brings {key} for each token, and {describe} runs other tokens in its place; leave {key} out, or do "
+                f"without {describe}"
             )
     if not isinstance(others.get("attention_mask"), dict):
         others["attention_mask"] = mask

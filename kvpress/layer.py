@@ -40,6 +40,8 @@ class Facts:
         nbytes: bytes held now.
         length: slots that a decode step would read now, of a kv head on average.
         read, readable: entries read in decode steps so far, and what full attention would have read.
+        computed, pairs: pairs of a row and an entry not after it that planned prompt passes computed, of a query head on
+            average and summed over the sequences, and all that there were.
         counted: float64 [], what decode steps read of which only the device knows how much, or None.
     """
 
@@ -50,12 +52,19 @@ class Facts:
     length: float = 0
     read: float = 0
     readable: int = 0
+    computed: float | Tensor = 0.0
+    pairs: int = 0
     counted: Tensor | None = None
 
     @property
     def all_read(self) -> float:
         """Entries read in decode steps so far."""
         return self.read + (0.0 if self.counted is None else float(self.counted))
+
+    @property
+    def density(self) -> float:
+        """Of the pairs of planned prompt passes the share that was computed."""
+        return float(self.computed) / self.pairs if self.pairs else 1.0
 
 
 def rounded_up(count: int) -> int:
@@ -480,6 +489,14 @@ class KVLayer(CacheLayerMixin):
             return keys
         return self.places.in_place(keys, self.storage.positions[:, :, :stop], self.rotary)
 
+    def _keys_as_read(self, stop: int | None = None) -> Tensor:
+        """The same, rotated where queries at their own positions read them as the newest rows do."""
+        keys, _ = self.storage.read(stop=stop)
+        assert self.texts.seen_tensor is not None
+        if self.rotary is None:
+            return keys
+        return self.places.as_read(keys, self.storage.positions[:, :, :stop], self.texts.seen_tensor, self.rotary)
+
     # ------------------------------------------------------------------ eviction
 
     def prepare(self, key: Tensor, value: Tensor, tokens: Tokens) -> None:
@@ -594,8 +611,9 @@ class KVLayer(CacheLayerMixin):
         if every == 1 and not self.eviction.merges:
             scores, limits = self.eviction.score(entries), self.totals if step.evicts == "over" else None
             seen = tokens.seen_tensor.to(positions.device)
-            freed = evict_slot(scores, positions, seen, self.recents, limits, full=step.full)
-            self.free = kept_in_place(self.free, freed)
+            # In one place from step to step, for what is replayed.
+            out = self.free if self.free is not None and self.free.shape == positions.shape[:2] else None
+            self.free = evict_slot(scores, positions, seen, self.recents, limits, out=out, full=step.full)
             return
         priority = priorities(self.eviction, entries, step.full)
         if not step.full:
@@ -622,14 +640,16 @@ class KVLayer(CacheLayerMixin):
         positions = self.storage.positions[:, :, :stop]
         observed: dict[str, Tensor] = {}
         if self.scores is not None:
-            observed = self.observer.answer(self.observed, positions, lambda: self._keys_in_place(stop), self.scores)
+            keys = self._keys_as_read if self.observer.where_read else self._keys_in_place
+            observed = self.observer.answer(self.observed, positions, lambda: keys(stop), self.scores)
         if order is not None:
             positions = positions.gather(2, order)
             observed = {name: counted.gather(2, order) for name, counted in observed.items()}
-        tokens = seen.to(positions.device)
-        candidates = positions < (tokens - self.recents)[:, None, None]
-        if not full:
-            candidates &= positions >= 0
+        tokens, recents = seen.to(positions.device), self.recents
+
+        def candidates() -> Tensor:
+            older = positions < (tokens - recents)[:, None, None]
+            return older if full else older & (positions >= 0)
 
         def fetch() -> tuple[Tensor, Tensor]:
             keys, values = self._keys_in_place(stop), self.storage.read(stop=stop)[1]
@@ -812,10 +832,3 @@ class KVLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep only the given sequences."""
         self._change_batch(lambda tensor: tensor[indices.to(tensor.device)])
-
-
-def kept_in_place(held: Tensor | None, new: Tensor) -> Tensor:
-    """The new numbers, in the tensor that held the old ones where it fits: what is replayed reads and writes one place."""
-    if held is None or held.shape != new.shape:
-        return new.clone()
-    return held.copy_(new)

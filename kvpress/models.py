@@ -92,12 +92,51 @@ def load_tokenizer(name_or_path: str = SMOLLM2) -> "PreTrainedTokenizerBase":
     """
     from transformers import AutoTokenizer
 
-    source = str(_converted_smollm2()) if name_or_path == SMOLLM2 else name_or_path
+    source = local_source(name_or_path)
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(source, local_files_only=Path(source).expanduser().is_dir())
     except Exception as error:  # as in `_load`
         raise ModelLoadError(f"cannot load a tokenizer from {source!r}: {_first_line(error)}") from error
+
+
+def local_source(name_or_path: str = SMOLLM2) -> str:
+    """What `from_pretrained` takes for the name: the folder of the converted model for "smollm2", any other as it is.
+
+    Raises:
+        ModelLoadError: as `load_smollm2`.
+    """
+    return str(_converted_smollm2()) if name_or_path == SMOLLM2 else name_or_path
+
+
+def chosen_device(device: str = "auto") -> "torch.device":
+    """The torch device of a name; "auto" is the GPU if there is one, else the CPU.
+
+    Raises:
+        ModelLoadError: torch does not know it.
+    """
+    import torch
+
+    try:
+        return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    except RuntimeError as error:
+        raise ModelLoadError(f"device {device!r} is not one that torch knows: {_first_line(error)}") from error
+
+
+def chosen_dtype(dtype: str, device: "torch.device") -> "torch.dtype | str":
+    """The torch dtype of a name; of "auto" `best_cpu_dtype()` on a CPU, else "auto", the checkpoint's own.
+
+    Raises:
+        ModelLoadError: torch does not know it.
+    """
+    import torch
+
+    if dtype == "auto":
+        return best_cpu_dtype() if device.type == "cpu" else "auto"
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype):
+        raise ModelLoadError(f"dtype {dtype!r} is not one that torch knows; try bfloat16, float16 or float32")
+    return kind
 
 
 def check_model(name_or_path: str = SMOLLM2) -> None:
@@ -111,7 +150,7 @@ def check_model(name_or_path: str = SMOLLM2) -> None:
     from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
     from transformers.utils.hub import has_file
 
-    source = str(_converted_smollm2()) if name_or_path == SMOLLM2 else name_or_path
+    source = local_source(name_or_path)
     folder = Path(source).expanduser()
     here = folder.is_dir()
     weights = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
@@ -138,19 +177,11 @@ def cache_folder() -> Path:
 def _load(
     source: str, tried: str, device: str, dtype: str, **kwargs: Any
 ) -> "tuple[PreTrainedModel, PreTrainedTokenizerBase]":
-    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    try:
-        place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    except RuntimeError as error:
-        raise ModelLoadError(f"device {device!r} is not one that torch knows: {_first_line(error)}") from error
+    place = chosen_device(device)
     placed = "device_map" in kwargs or "tp_plan" in kwargs
-    kind = getattr(torch, dtype, None)
-    if dtype == "auto":
-        kind = best_cpu_dtype() if place.type == "cpu" else "auto"
-    elif not isinstance(kind, torch.dtype):
-        raise ModelLoadError(f"dtype {dtype!r} is not one that torch knows; try bfloat16, float16 or float32")
+    kind = chosen_dtype(dtype, place)
     try:
         with _quiet(progress=not kwargs.get("local_files_only")):
             model = AutoModelForCausalLM.from_pretrained(source, dtype=kind, **_with_tensor_parallel(source, kwargs))

@@ -91,6 +91,8 @@ class Observer:
     """Whether it must see every row, so that a cache which an unpatched run has filled is of no use."""
     needs_prompt: bool = False
     """Whether it must see the last rows of a prompt pass."""
+    where_read: bool = False
+    """Whether `answer` is given keys at the places where the newest rows read them, should these be others than their own."""
 
     def slots(self, shape: tuple[int, int, int], device: Any) -> dict[str, Tensor]:
         """Empty statistics of [batch, kv_heads, capacity] slots."""
@@ -122,7 +124,7 @@ class Observer:
 
         Args:
             positions: int32 [batch, kv_heads, n], -1 for an empty slot.
-            keys: gives the keys at their own positions, [batch, kv_heads, n, head_dim].
+            keys: gives the keys at their own positions (or see `where_read`), [batch, kv_heads, n, head_dim].
             scores: how the model scores.
         """
         return {}
@@ -229,9 +231,8 @@ class Mass(Observer):
             self.prompt(observed, rows, mass_known=False)
             return
         held = observed.slots["mass"][..., : mass.shape[-1]]
-        real = rows.at >= 0
         if rows.padded:
-            there = real.to(mass.device).view(-1, *(1,) * (mass.ndim - 1))
+            there = (rows.at >= 0).to(mass.device).view(-1, *(1,) * (mass.ndim - 1))
             mass = mass.masked_fill(~there, 0.0)
             if self.fading != 1:
                 held.mul_(torch.where(there, self.fading, 1.0))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from kvpress.errors import UnsupportedModelError
-from kvpress.tokens import Tokens
+from kvpress.tokens import Ragged, Tokens
 
 if TYPE_CHECKING:
     from kvpress.layer import KVLayer
@@ -30,6 +30,7 @@ class Pass:
         exact: its rows are those of steps that are run once more to be exact: the prefill policy is not asked.
         step: what a decode step brings to its layers, once they are ready for it.
         last_layer: the layer in which a look ends: it raises `Looked`; see `kvpress.policy.Feed`.
+        ragged: how the sequences lie in the row that the model runs on; None where each has a row of its own.
         attended: the layers that have attended so far.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
@@ -45,6 +46,7 @@ class Pass:
     record: list[Any] | None = None
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
     last_layer: int | None = None
+    ragged: Ragged | None = None
     attended: set[int] = field(default_factory=set)
 
     def attend(self, layer: int, name: str) -> None:

@@ -274,12 +274,14 @@ class Handle:
             layers[index] = LayerReport(every, every, nbytes, nbytes, 1.0)
         read = sum(facts.all_read or facts.length for facts in known.values())
         readable = sum(facts.readable or texts.columns for facts in known.values())
+        pairs = sum(facts.pairs for facts in known.values())
         total = LayerReport(
             seen=acted[0].seen,
             kept=sum(layer.kept for layer in acted) / len(acted),
             bytes=sum(layer.bytes for layer in layers.values()) + texts.nbytes,
             full_bytes=sum(layer.full_bytes for layer in layers.values()),
             read_share=read / readable if readable else 1.0,
+            density=sum(float(facts.computed) for facts in known.values()) / pairs if pairs else 1.0,
         )
         kept = None if texts.kept_ids is None else [[one for one in row if one >= 0] for row in texts.kept_ids.tolist()]
         return Report(self.describe(), total, dict(sorted(layers.items())), kept)
@@ -489,4 +491,5 @@ def _layer_report(facts: Facts, texts: Texts) -> LayerReport:
         bytes=facts.nbytes,
         full_bytes=facts.entry_bytes * texts.columns,
         read_share=facts.all_read / facts.readable if facts.readable else facts.length / max(1, texts.columns),
+        density=facts.density,
     )

@@ -76,6 +76,14 @@ class Places:
         """Stored keys [batch, kv_heads, n, head_dim], rotated at their own positions, int32 [batch, kv_heads, n]."""
         return keys
 
+    def as_read(self, keys: Tensor, positions: Tensor, seen: Tensor, rotary: Rotary) -> Tensor:
+        """The same, where queries at their own positions have the distances at which the newest rows read them.
+
+        Args:
+            seen: int32 [batch], real tokens of each sequence.
+        """
+        return self.in_place(keys, positions, rotary)
+
     def queries(self, query: Tensor, tokens: Tokens, held: Held, rotary: Rotary) -> list[Tensor]:
         """The queries of a pass's rows, each of the shape of `query`."""
         return [query]
@@ -154,6 +162,12 @@ class Consecutive(Places):
 
     def in_place(self, keys: Tensor, positions: Tensor, rotary: Rotary) -> Tensor:
         return rotated(keys, positions.clamp(min=0), rotary)
+
+    def as_read(self, keys: Tensor, positions: Tensor, seen: Tensor, rotary: Rotary) -> Tensor:
+        # Side by side up to the newest row, which is at its own position.
+        ranks, held = consecutive(positions, ordered=False)
+        at = ranks + (seen.to(positions.device) - held)[:, None, None]
+        return rotated(keys, at.masked_fill(positions < 0, 0), rotary)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from hashlib import sha256
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -102,6 +103,12 @@ def check_factor(value: Any, name: str) -> None:
         raise PolicyError(f"{name}={value!r} does not work; give a number from 0 to 1")
 
 
+def check_share(value: Any, name: str) -> None:
+    """Raise `PolicyError` unless `value` is a number in (0, 1]."""
+    if not is_number(value) or not 0 < value <= 1:
+        raise PolicyError(f"{name}={value!r} does not work; give a number above 0 and at most 1")
+
+
 def check_at_least_zero(value: Any, name: str) -> None:
     """Raise `PolicyError` unless `value` is a number of at least 0, which may be infinite."""
     if not is_number(value) or value < 0:
@@ -176,7 +183,7 @@ class Entries:
 
     Attributes:
         positions: int32 [batch, kv_heads, n], original positions, -1 for an empty slot.
-        candidates: bool [batch, kv_heads, n], the entries that compete for what `Quota.recent` leaves over.
+        competing: `candidates`, or what makes them when they are asked for.
         observed: name -> float32 [batch, kv_heads, n], what the policy's observer counted.
         tokens: int [batch], real tokens seen of each sequence.
         layer, layers: index among the layers that the policy acts on, and their number.
@@ -184,12 +191,17 @@ class Entries:
     """
 
     positions: Tensor
-    candidates: Tensor
+    competing: Tensor | Callable[[], Tensor]
     observed: dict[str, Tensor] = field(default_factory=dict)
     tokens: Tensor | None = None
     layer: int = 0
     layers: int = 1
     fetch: Callable[[], tuple[Tensor, Tensor]] | None = None
+
+    @property
+    def candidates(self) -> Tensor:
+        """The entries that compete for what `Quota.recent` leaves over, bool [batch, kv_heads, n]."""
+        return self.competing if isinstance(self.competing, Tensor) else self.competing()
 
     @property
     def mass(self) -> Tensor:
@@ -387,21 +399,48 @@ def selected_by_groups(view: View, reads: Tensor, most: int, scanned: float | Te
 
 @dataclass(frozen=True)
 class Pattern:
-    """What rows of a prompt read: a list of blocks for each block of rows, or one list of entries for all of them.
+    """What rows of a prompt read: what `blocks`, `columns`, `diagonals` and `distances` list together, or else `index`.
 
     Entries are numbered as in `View.keys`: the rows are the last ones. A row always reads itself, and nothing after itself.
+    `kvpress.kernels.block_sparse_attention` has the definition of the lists.
 
     Attributes:
         blocks: int [batch, heads or kv_heads, row blocks, m], the blocks of entries that each block of rows reads, in any
             order, each at most once; -1 for none. Block j is the entries [j * block_size, (j + 1) * block_size), for rows as
             for what they read; the first block listed for is that of the first row, which may lie inside of it.
+        columns: int [batch, heads or kv_heads, m], entries that all rows read, -1 for none.
+        diagonals: int [batch, heads or kv_heads, m], distances at which blocks of rows read: all rows of the block whose first
+            row is entry a read the entries [a - d, a - d + block_size). -1 for none.
+        distances: int [batch, heads or kv_heads, m], distances at which each row reads one entry, -1 for none; on a GPU without
+            a kernel of its own.
         block_size: a power of two; below 16 it is slow on a GPU.
         index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
     """
 
     blocks: Tensor | None = None
+    columns: Tensor | None = None
+    diagonals: Tensor | None = None
+    distances: Tensor | None = None
     block_size: int = 64
     index: Tensor | None = None
+
+    @property
+    def lists(self) -> dict[str, Any]:
+        """The lists by name, each a tensor or None, as the kernel takes them."""
+        return {name: getattr(self, name) for name in ("blocks", "columns", "diagonals", "distances")}
+
+
+def listed_blocks(reads: Tensor) -> Tensor:
+    """Blocks as a `Pattern` lists them.
+
+    Args:
+        reads: bool [batch, heads, row blocks, blocks], which blocks each block of rows reads.
+
+    Returns:
+        int64 [batch, heads, row blocks, m], ascending with -1 behind the last one.
+    """
+    order = reads.argsort(dim=-1, descending=True, stable=True)[..., : int(reads.sum(-1).max())]
+    return order.masked_fill_(~reads.gather(-1, order), -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,6 +507,24 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
         """What the calibrated field may be on a model with so many attention layers."""
         return []
 
+    @property
+    def head_values(self) -> Sequence[Any]:
+        """What the calibrated field may say of one query head, where it says something of each; see `try_heads`."""
+        return ()
+
+    def try_heads(self, query: Tensor, key: Tensor, value: Tensor, **scores: Any) -> tuple[Tensor, Tensor]:
+        """How near each of the `head_values` comes to exact attention on one layer's prompt.
+
+        Args:
+            query: [batch, heads, n, head_dim]; key and value: [batch, kv_heads, n, head_dim].
+            scores: scale, softcap and sinks, as the kernels take them.
+
+        Returns:
+            error: float32 [values, heads], the norm of the difference of the outputs over that of the exact ones.
+            recall: float32 [values, heads], the mean share of the attention of late rows that is read.
+        """
+        raise NotImplementedError
+
     @classmethod
     def parameters(cls) -> list[Field[Any]]:
         """The hyper-parameters, those of the method itself before those that all policies of its role have."""
@@ -487,8 +544,13 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
 
 
 def shown_value(value: Any) -> str:
-    """A field's value in a message: a policy as it describes itself."""
-    return value.describe() if isinstance(value, Policy) else repr(value)
+    """A field's value in a message: a policy as it describes itself, a long list by its length and a digest."""
+    if isinstance(value, Policy):
+        return value.describe()
+    shown = repr(value)
+    if isinstance(value, tuple) and len(shown) > 100:
+        return f"<{len(value)} lists, {sha256(shown.encode()).hexdigest()[:8]}>"
+    return shown
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpress.evict import in_position_order
+from kvpress.kernels.block_lists import listed_pairs
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.decode_scores import Moved
@@ -187,12 +188,15 @@ def _planned(
             chunk = slice(start, min(count, start + (layer.prefill.chunk or count)))
             rows = chunk if own is None else own[chunk]
             part = query[only, :, rows]
-            pattern = None
+            pattern, entries = None, past + chunk.stop
             if ordered is not None:
                 keys, values, positions = (x[:, :, : x.shape[2] - count + chunk.stop] for x in ordered)
                 seen = places[only][:, rows][:, -1].to(keys.device) + 1
+                entries = keys.shape[2]
                 view = _view(layer, part, keys, positions, seen, scores)
                 pattern = layer.prefill.plan(view)
+            layer.facts.pairs += _pairs(part, entries)
+            layer.facts.computed += _computed(pattern, part, entries)
             if pattern is None:
                 parts = [one[only, :, rows] for one in queries]
                 output[only, :, rows] = _attend_rows(layer, parts, scores, past + start, held, only, 0)
@@ -223,6 +227,25 @@ def _in_order(layer: KVLayer, only: slice, past: int, stop: int) -> tuple[Tensor
     return *gather_both(keys, values, order), positions.gather(2, order)
 
 
+def _pairs(query: Tensor, entries: int) -> int:
+    """Pairs of the last rows of so many entries, [batch, heads, rows, head_dim], and what is not after them; of one head."""
+    batch, rows = query.shape[0], query.shape[2]
+    return batch * (rows * (entries - rows) + rows * (rows + 1) // 2)
+
+
+def _computed(pattern: Pattern | None, query: Tensor, entries: int) -> float | Tensor:
+    """How many of these a pattern reads."""
+    if pattern is None:
+        return _pairs(query, entries)
+    if pattern.index is not None:
+        entries = pattern.index.shape[2]
+    lists = pattern.lists
+    if all(one is None for one in lists.values()):
+        return _pairs(query, entries)
+    before = (entries - query.shape[2]) % pattern.block_size
+    return listed_pairs(query.shape[2] + before, entries, skip=before, block_size=pattern.block_size, **lists)
+
+
 def _attend_pattern(
     layer: KVLayer, pattern: Pattern, query: Tensor, keys: Tensor, values: Tensor, scores: Scores
 ) -> Tensor:
@@ -232,15 +255,14 @@ def _attend_pattern(
     if layer.places.turns_keys:
         assert layer.rotary is not None
         query, keys = turned(query, keys, None, True, layer.rotary)
-    if pattern.blocks is None:
+    lists = pattern.lists
+    if all(one is None for one in lists.values()):
         attend = decode_attention if query.shape[2] == 1 else prompt_attention
         return attend(query, keys, values, **vars(scores))[0]
     # The rows' first block may begin before them.
     before = (keys.shape[2] - query.shape[2]) % pattern.block_size
     rows = functional.pad(query, (0, 0, before, 0))
-    output, _ = block_sparse_attention(
-        rows, keys, values, blocks=pattern.blocks, block_size=pattern.block_size, **vars(scores)
-    )
+    output, _ = block_sparse_attention(rows, keys, values, block_size=pattern.block_size, **lists, **vars(scores))
     return output[:, :, before:]
 
 

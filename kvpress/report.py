@@ -21,6 +21,8 @@ class LayerReport:
         full_bytes: bytes of K and V that transformers' DynamicCache would hold.
         read_share: entries that decode steps read, of those full attention would have read; before the first step, what
             the next one would read.
+        density: of the pairs of a row and an entry not after it in a prompt's attention, those that were computed, of those
+            that full attention would have computed among the entries that were held (total: over all layers).
     """
 
     seen: float
@@ -28,6 +30,7 @@ class LayerReport:
     bytes: int
     full_bytes: int
     read_share: float
+    density: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ class Report:
         return [tokenizer.decode(ids) for ids in self.kept_ids]
 
     def to_dict(self) -> dict[str, Any]:
-        """The totals under `seen`, `kept`, `bytes`, `full_bytes`, `read_share`; the same per layer under `layers`."""
+        """The totals under `seen`, `kept`, `bytes`, `full_bytes`, `read_share`, `density`; the same per layer under `layers`."""
         layers = [{"layer": index, **asdict(layer)} for index, layer in self.layers.items()]
         return {"policy": self.policy, **asdict(self.total), "layers": layers}
 
@@ -62,7 +65,7 @@ class Report:
         from rich.table import Table
 
         table = Table(title=self.policy)
-        for heading in ("layer", "seen", "kept", "bytes", "full bytes", "of full", "read share"):
+        for heading in ("layer", "seen", "kept", "bytes", "full bytes", "of full", "read share", "density"):
             table.add_column(heading, justify="right")
         for name, layer in _alike(self.layers):
             table.add_row(name, *_cells(layer))
@@ -95,14 +98,16 @@ def _cells(layer: LayerReport) -> list[str]:
     return [
         f"{layer.seen:g}",
         f"{layer.kept:g}",
-        _size(layer.bytes),
-        _size(layer.full_bytes),
+        size(layer.bytes),
+        size(layer.full_bytes),
         f"{share:.1%}",
         f"{layer.read_share:.1%}",
+        f"{layer.density:.1%}",
     ]
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """A number of bytes as people read it: 5.6 MiB."""
     for unit in ("B", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

@@ -14,8 +14,10 @@ from torch import Tensor
 
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
+from kvpress.ids import START, as_lists, check_ids
 from kvpress.patching import handle_of
 from kvpress.policy import EvictionPolicy, check_choice
+from kvpress.prepacking import left_padded, prepacked_cache, why_not
 from kvpress.support import input_device, unwrapped
 
 
@@ -53,8 +55,8 @@ def score(
 ) -> Any:
     """Log-probabilities of continuations after contexts, the given tokens fed one by one.
 
-    All contexts run in one batch (padded on the left where their lengths differ), and each one's cache is copied for each
-    of its continuations, so that a context is computed once.
+    All contexts run in one batch (prepacked where their lengths differ, or padded on the left if the model cannot have that),
+    and each one's cache is copied for each of its continuations, so that a context is computed once.
 
     Args:
         model: a causal LM (or a PEFT model of one), patched or not.
@@ -77,7 +79,7 @@ def score(
         ...     best = max(kvpress.score(model, question, answers), key=lambda answer: answer.sum)
     """
     check_choice(mode, "mode", ("decode", "sequential"))
-    context_ids, continuation_ids = _lists(context_ids), _lists(continuation_ids)
+    context_ids, continuation_ids = as_lists(context_ids), as_lists(continuation_ids)
     contexts, groups = _pair(context_ids, continuation_ids)
     texts = [text for group in groups for text in group]
     _check_ids(model, contexts, texts)
@@ -114,12 +116,11 @@ class _Reader:
 
     def __init__(self, model: Any, contexts: list[list[int]]) -> None:
         self.model, self.cache = model, None
-        width = max(map(len, contexts))
-        pads = [width - len(context) for context in contexts]
-        device = input_device(model)
-        rows = [[0] * pad + context for pad, context in zip(pads, contexts, strict=True)]
-        self.ids = torch.tensor(rows, device=device)
-        self.pads = torch.tensor(pads, device=device)[:, None] if any(pads) else None
+        self.ids, mask = left_padded(contexts, input_device(model))
+        self.pads = None if bool(mask.all()) else (mask == 0).sum(1, keepdim=True)
+        handle = handle_of(model)
+        if self.pads is not None and handle is not None and why_not(model, handle) is None:
+            self.cache = prepacked_cache(model)
         self.seen = 0
         known = inspect.signature(unwrapped(model).forward).parameters
         self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
@@ -154,13 +155,6 @@ class _Reader:
         self.pads = None if self.pads is None else self.pads[rows]
 
 
-def _lists(ids: Any) -> Any:
-    """Tensors and tuples as lists, at any depth."""
-    if isinstance(ids, Tensor):
-        return ids.tolist()
-    return [_lists(item) for item in ids] if isinstance(ids, list | tuple) else ids
-
-
 def _depth(ids: Any) -> int:
     return 1 + max(map(_depth, ids), default=0) if isinstance(ids, list) else 0
 
@@ -188,17 +182,8 @@ def _pair(context_ids: Any, continuation_ids: Any) -> tuple[list[list[int]], lis
 def _check_ids(model: Any, contexts: list[list[int]], texts: list[list[int]]) -> None:
     if not texts:
         raise PolicyError("no continuation to score; give at least one")
-    vocab = model.get_input_embeddings().weight.shape[0]
-    for name, all_ids in (("context", contexts), ("continuation", texts)):
-        for ids in all_ids:
-            if not isinstance(ids, list) or not ids:
-                hint = "; give at least a start token (tokenizer.bos_token_id)" if name == "context" else ""
-                raise PolicyError(
-                    f"a {name} is empty{hint}" if ids == [] else f"a {name} is {ids!r}; give a list of ids"
-                )
-            wrong = [at for at in ids if isinstance(at, bool) or not isinstance(at, int) or not 0 <= at < vocab]
-            if wrong:
-                raise PolicyError(f"a {name} has the token {wrong[0]!r}; give ids from 0 to {vocab - 1}")
+    check_ids(model, "context", contexts, START)
+    check_ids(model, "continuation", texts)
 
 
 def _check_sequential(model: Any) -> None:

@@ -26,6 +26,7 @@ class Texts:
             caller's position ids do. None before anything was left out.
         skipped: columns less than `columns` that the layers were fed.
         fixed: columns that cannot be taken back, those of a prompt some of which was left out.
+        prepacked: whether prompts are run with the sequences end to end in one row, see `kvpress.prepack`.
         kept_ids: int64 [batch, n], the ids that stayed of such prompts, -1 for none; None if there were none, or embeddings.
     """
 
@@ -38,6 +39,7 @@ class Texts:
     left_out: Tensor | None = None
     skipped: int = 0
     fixed: int = 0
+    prepacked: bool = False
     kept_ids: Tensor | None = None
 
     @property

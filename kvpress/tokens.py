@@ -30,6 +30,40 @@ class Tokens:
     turns: dict[Any, Any] = field(default_factory=dict, compare=False)
 
 
+@dataclass(frozen=True)
+class Ragged:
+    """Sequences of different lengths end to end in one row, so that the model runs on no padding; they are attended apart.
+
+    Attributes:
+        columns: the columns of each sequence's real tokens in the padded batch, int64 [real] each, ascending.
+        count: columns of the padded batch.
+    """
+
+    columns: list[Tensor]
+    count: int
+
+    @property
+    def total(self) -> int:
+        """Tokens of all sequences."""
+        return sum(len(columns) for columns in self.columns)
+
+    def joined(self, x: Tensor, batch_dim: int = 0) -> Tensor:
+        """Of [..., batch, count, ...] the real tokens in one row, [..., 1, total, ...]; a batch of 1 means all sequences."""
+        row = [
+            x.select(batch_dim, sequence if x.shape[batch_dim] > 1 else 0).index_select(batch_dim, columns.to(x.device))
+            for sequence, columns in enumerate(self.columns)
+        ]
+        return torch.cat(row, dim=batch_dim).unsqueeze(batch_dim)
+
+    def apart(self, row: Tensor, dim: int = 1) -> Tensor:
+        """The inverse: of [1, ..., total, ...] with the tokens in `dim`, [batch, ..., count, ...], zero where there is padding."""
+        padded = row.new_zeros(len(self.columns), *row.shape[1:dim], self.count, *row.shape[dim + 1 :])
+        own = row.split([len(columns) for columns in self.columns], dim)
+        for sequence, (columns, tokens) in enumerate(zip(self.columns, own, strict=True)):
+            padded[sequence].index_copy_(dim - 1, columns.to(row.device), tokens[0])
+        return padded
+
+
 def plain_tokens(batch: int, count: int, before: list[int] | None, before_tensor: Tensor | None, device: Any) -> Tokens:
     """The tokens of a pass without padding, after `before` real tokens per sequence (None for a new cache)."""
     if before_tensor is None:

@@ -5,6 +5,8 @@ from kvpress.policies.a2sf_prefill import A2SFPrefill
 from kvpress.policies.ada_kv import AdaKV
 from kvpress.policies.dual_chunk import DualChunkAttention
 from kvpress.policies.ems import EMS
+from kvpress.policies.finch import Finch
+from kvpress.policies.flex_prefill import FlexPrefill
 from kvpress.policies.full import Full
 from kvpress.policies.gem_filter import GemFilter
 from kvpress.policies.h2o import H2O
@@ -12,6 +14,7 @@ from kvpress.policies.h2o_prefill import H2OPrefill
 from kvpress.policies.key_diff import KeyDiff
 from kvpress.policies.keyformer import Keyformer
 from kvpress.policies.knorm import Knorm
+from kvpress.policies.minference import MInference
 from kvpress.policies.observed_attention import ObservedAttention
 from kvpress.policies.packed import Packed
 from kvpress.policies.pyramid_kv import PyramidKV
@@ -32,12 +35,15 @@ __all__ = [
     "A2SFPrefill",
     "AdaKV",
     "DualChunkAttention",
+    "Finch",
+    "FlexPrefill",
     "Full",
     "GemFilter",
     "H2OPrefill",
     "KeyDiff",
     "Keyformer",
     "Knorm",
+    "MInference",
     "ObservedAttention",
     "Packed",
     "PyramidKV",

@@ -49,7 +49,8 @@ class Keyformer(EvictionPolicy):
         budget: entries kept per layer and kv head; int, or float share of the prompt's length (authors' config: 0.6;
             paper: 0.5 to 0.9).
         recent_ratio: share of the budget that the newest tokens have, in [0, 1] (paper: 0.2 to 0.3).
-        tau_init, tau_end: temperature in the prompt and after `new_tokens` steps, above 0.
+        tau_init: temperature in the prompt, above 0.
+        tau_end: after `new_tokens` steps, above 0.
         new_tokens: length of the schedule; None for what `generate` was asked for, and 128 where that is not known.
         noise: "fresh" for every row, "per_token" for one number per head and entry, or "none".
         seed: of the noise.

@@ -140,7 +140,7 @@ def test_report_prints_and_counts(model: Any) -> None:
         model.generate(torch.tensor([prompt(30), prompt(30, 1)]), max_new_tokens=6, do_sample=False)
         report = handle.report()
     figures = report.to_dict()
-    assert set(figures) == {"policy", "seen", "kept", "bytes", "full_bytes", "read_share", "layers"}
+    assert set(figures) == {"policy", "seen", "kept", "bytes", "full_bytes", "read_share", "density", "layers"}
     assert (figures["seen"], figures["kept"]) == (70, 20)
     assert (
         figures["full_bytes"] == 2 * 35 * 2 * 2 * 2 * 8 * 4

@@ -8,26 +8,36 @@ from kvpress import outside
 from kvpress.errors import nearest
 from kvpress.evals.task import Task, TaskError
 from kvpress.evals.tasks.infinitebench import InfiniteBench
+from kvpress.evals.tasks.instructions import Instructions
 from kvpress.evals.tasks.json_lines import JsonLines
 from kvpress.evals.tasks.kv_retrieval import KVRetrieval
 from kvpress.evals.tasks.longbench import LongBench
+from kvpress.evals.tasks.longbench_v2 import LongBenchV2
 from kvpress.evals.tasks.needle import Needle
 from kvpress.evals.tasks.needle_threads import NeedleThreads
+from kvpress.evals.tasks.paraphrased_needle import ParaphrasedNeedle
 from kvpress.evals.tasks.passkey import Passkey
 from kvpress.evals.tasks.perplexity import Perplexity
+from kvpress.evals.tasks.reasoning import Reasoning
 from kvpress.evals.tasks.ruler import Ruler
+from kvpress.evals.tasks.scbench import SCBench
 
 __all__ = [
     "TASKS",
     "InfiniteBench",
+    "Instructions",
     "JsonLines",
     "KVRetrieval",
     "LongBench",
+    "LongBenchV2",
     "Needle",
     "NeedleThreads",
+    "ParaphrasedNeedle",
     "Passkey",
     "Perplexity",
+    "Reasoning",
     "Ruler",
+    "SCBench",
     "find_task",
     "import_tasks",
     "make_task",
@@ -37,7 +47,22 @@ __all__ = [
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
-    for task in (InfiniteBench, JsonLines, KVRetrieval, LongBench, Needle, NeedleThreads, Passkey, Perplexity, Ruler)
+    for task in (
+        InfiniteBench,
+        Instructions,
+        JsonLines,
+        KVRetrieval,
+        LongBench,
+        LongBenchV2,
+        Needle,
+        NeedleThreads,
+        ParaphrasedNeedle,
+        Passkey,
+        Perplexity,
+        Reasoning,
+        Ruler,
+        SCBench,
+    )
 }
 
 

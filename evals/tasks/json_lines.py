@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from kvpress.errors import nearest
 from kvpress.evals import metrics
 from kvpress.evals.rows import Kind, check_row, located_hub_rows, located_rows
-from kvpress.evals.task import Sample, Task, TaskError, Turn, check_choice, check_count
+from kvpress.evals.task import Sample, Task, TaskError, Turn, check_choice, check_count, check_flag
+from kvpress.evals.tasks.scbench import MODES, requests_because
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -19,6 +20,8 @@ OF_ALL: dict[str, Callable[[str, Sequence[str]], float]] = {
     "string_match_any": metrics.string_match_any,
 }
 """Metrics of an answer and all right answers."""
+ALL_COUNT = ("words_found", "string_match_all")
+"""Those of them that want every right answer."""
 OF_ONE: dict[str, Callable[[str, str], float]] = {
     "exact_match": metrics.exact_match,
     "qa_f1": metrics.qa_f1,
@@ -54,6 +57,10 @@ class JsonLines(Task):
         columns: what the rows call these, where they call it otherwise: {"context": "document", "answers": "label"}. What is
             named here must be in every row.
         metric: how answers are scored, one of `METRICS`. Without one answers cannot be scored.
+        mode: how the questions of `turns` are asked: "turns" is one conversation; "requests" asks each about the context alone,
+            on a copy of its cache, and needs `query_aware: false`.
+        golden_history: whether the conversation holds each turn's right answer when the next one is asked (the first of them;
+            all of them for a metric of all); else what the model wrote.
         max_new_tokens: of answers, where a row does not say.
         separator: between context and question, and without a chat template before each further question.
         limit: the first so many rows; None for all.
@@ -71,6 +78,8 @@ class JsonLines(Task):
     revision: str | None = None
     columns: Mapping[str, str] = field(default_factory=dict)
     metric: str = ""
+    mode: str = "turns"
+    golden_history: bool = False
     max_new_tokens: int = 64
     separator: str = "\n\n"
     limit: int | None = None
@@ -92,6 +101,8 @@ class JsonLines(Task):
                 raise TaskError(f"columns.{role}={column!r} is no column's name; write it in quotes")
         if self.metric:
             check_choice(self.metric, "metric", METRICS)
+        check_choice(self.mode, "mode", MODES)
+        check_flag(self.golden_history, "golden_history")
         check_count(self.max_new_tokens, "max_new_tokens", 1)
         if self.limit is not None:
             check_count(self.limit, "limit", 1)
@@ -99,6 +110,10 @@ class JsonLines(Task):
     @property
     def label(self) -> str:
         return f"{self.name}/{self.dataset if self.path is None else Path(self.path).stem}"
+
+    @property
+    def unseen_because(self) -> str:
+        return requests_because(self.mode)
 
     def check(self, scored: bool = True) -> None:
         if scored and not self.metric:
@@ -159,17 +174,23 @@ class JsonLines(Task):
                 **({"id": row["id"]} if isinstance(row.get("id"), str | int) else {}),
             },
             turns=tuple(replace(turn, question=self.separator + turn.question) for turn in later),
+            golden=first.golden,
+            requests=self.mode == "requests",
         )
 
     def _turn(self, found: dict[str, Any], where: str, scored: bool) -> Turn:
         answers = found.get("answers", [])
         texts = tuple(map(str, answers if isinstance(answers, list) else [answers]))
-        if scored and (not texts or "" in texts):
+        if (scored or self.golden_history) and (not texts or "" in texts):
             named = self.columns.get("answers", "answers")
-            raise TaskError(f"{where}: no right answer in {named!r}, which scoring needs; add it, or name its column")
+            what = "scoring" if scored else "golden_history"
+            raise TaskError(f"{where}: no right answer in {named!r}, which {what} needs; add it, or name its column")
         most = found.get("max_new_tokens", self.max_new_tokens)
         check_count(most, f"{where}: max_new_tokens", 1)
-        return Turn(found.get("question", ""), texts, most, found.get("answer_prefix", ""))
+        golden = ""
+        if self.golden_history and self.mode == "turns":
+            golden = " " + (", ".join(texts) if self.metric in ALL_COUNT else texts[0])
+        return Turn(found.get("question", ""), texts, most, found.get("answer_prefix", ""), golden)
 
     def _values(
         self, row: Mapping[str, Any], kinds: Mapping[str, Kind], where: str, needed: Sequence[str] = ()

@@ -156,9 +156,10 @@ def cut_middle(tokenizer: "PreTrainedTokenizerBase", context: str, question: str
         return context, question
     half = max_length // 2
     tail = before[len(before) - max(0, half - len(after)) :]
-    cut = _decode(tokenizer, before[:half]) + _decode(tokenizer, tail)
-    return cut, question if len(after) <= half else _decode(tokenizer, after[-half:])
+    cut = decode(tokenizer, before[:half]) + decode(tokenizer, tail)
+    return cut, question if len(after) <= half else decode(tokenizer, after[-half:])
 
 
-def _decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+def decode(tokenizer: "PreTrainedTokenizerBase", ids: list[int]) -> str:
+    """The text of these tokens, without special ones."""
     return str(tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))

@@ -54,6 +54,10 @@ class Perplexity(Task):
     def wants_chat(self) -> bool:
         return False
 
+    @property
+    def unseen_because(self) -> str:
+        return "perplexity has no question to compress with"
+
     def samples(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
         ids = encode(tokenizer, read_text(self.text), special=False)
         size = self.length + self.scored

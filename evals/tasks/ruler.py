@@ -1,11 +1,13 @@
 """RULER: 13 synthetic tasks of retrieval, tracing, counting and question answering, at any length."""
 
 import math
+import re
 import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -13,7 +15,7 @@ from kvpress.evals import draw
 from kvpress.evals.corpora import Corpus, read_hotpotqa, read_squad
 from kvpress.evals.fit import fill, largest
 from kvpress.evals.metrics import string_match_all, string_match_any
-from kvpress.evals.rows import NOISE, read_text
+from kvpress.evals.rows import NOISE, Kind, hub_rows, read_rows, read_text
 from kvpress.evals.task import Sample, Task, TaskError, check_choice, check_count
 from kvpress.haystack import book_text, split_sentences
 
@@ -52,6 +54,11 @@ NIAH = {
     "niah_multiquery": Niah("text", keys=4, queries=4),
 }
 NEW_TOKENS = {**dict.fromkeys(NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
+HUB = "simonjegou/ruler"
+READY_LENGTHS = (4096, 8192, 16384)
+FIELDS: dict[str, Kind] = {
+    "context": str, "question": str, "answer_prefix": str, "answer": list, "task": str, "max_new_tokens": int,
+}  # fmt: skip
 NIAH_DEPTHS = [round(100 * i / 39) / 100 for i in range(40)]
 VT_INTRODUCTION = "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n"
 VT_EXAMPLE_TOKENS = 500
@@ -94,23 +101,33 @@ class Ruler(Task):
     - Each sample is fitted by itself, and nothing is shuffled in the same way for all samples.
     - The example in front of vt is drawn for each sample, as are the words of cwe's.
 
+    With `rows="leaderboard"` the samples are the ready rows behind the leaderboard of NVIDIA's kvpress (`simonjegou/ruler`: RULER's
+    own generator, 500 rows a task, lengths in tokens of Llama 3.1), and control characters are taken out of answers, as there. In
+    that protocol the context is compressed alone: `query_aware: false`; a table of it is the mean over the 13 tasks. What is
+    fed in one pass there, the question, is fed token by token here: the same for policies that act on prompts only, while
+    those that evict in decode evict at its tokens too.
+
     Args:
         task: niah_single_1 to _3, niah_multikey_1 to _3, niah_multivalue, niah_multiquery, vt, cwe, fwe, qa_1, qa_2.
         length: tokens of the whole prompt, chat template included, and the answer, at most.
-        repeats: samples.
+        rows: "drawn", or "leaderboard" for the ready ones, of length 4096, 8192 or 16384.
+        repeats: drawn samples.
+        limit: of ready rows, the first so many of the task; None for all.
         haystack: "books", a text file, or a folder of .txt files; for the tasks that hide needles in text.
         data_dir: for qa_1 and qa_2 a folder with squad.json (SQuAD 2.0's dev set) or hotpotqa.json (HotpotQA's distractor dev
-            set); None loads from the hub.
+            set); of ready rows, a folder with 4096.jsonl, ...; None loads from the hub.
 
     Raises:
-        TaskError: an unknown task, or a number out of range.
+        TaskError: an unknown task, a number out of range, or a length without ready rows.
     """
 
     name: ClassVar[str] = "ruler"
 
     task: str = "niah_single_2"
     length: int = 4096
+    rows: str = "drawn"
     repeats: int = 20
+    limit: int | None = None
     haystack: str = "books"
     data_dir: str | None = None
 
@@ -118,7 +135,13 @@ class Ruler(Task):
         super().__post_init__()
         check_choice(self.task, "task", list(NEW_TOKENS))
         check_count(self.length, "length", 1)
+        check_choice(self.rows, "rows", ["drawn", "leaderboard"])
         check_count(self.repeats, "repeats", 1)
+        if self.limit is not None:
+            check_count(self.limit, "limit", 1)
+        if self.rows == "leaderboard" and self.length not in READY_LENGTHS:
+            known = ", ".join(map(str, READY_LENGTHS))
+            raise TaskError(f"length={self.length}, but the leaderboard has rows of {known} tokens; give one of these")
 
     @property
     def metric(self) -> str:
@@ -129,6 +152,9 @@ class Ruler(Task):
         return f"{self.name}/{self.task}"
 
     def samples(self, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Sample]:
+        if self.rows == "leaderboard":
+            yield from self._ready_samples()
+            return
         write = self._writer(tokenizer)
         limit, guess = self.length - NEW_TOKENS[self.task], self.length // 10
         for index in range(self.repeats):
@@ -141,7 +167,34 @@ class Ruler(Task):
 
     def score(self, sample: Sample, answer: str) -> float:
         match = string_match_any if self.metric == "string_match_any" else string_match_all
+        if self.rows == "leaderboard":
+            answer = re.sub(r"[\x00-\x1f]", "", answer)
         return match(answer, sample.answers)
+
+    def _ready_samples(self) -> Iterator[Sample]:
+        """The leaderboard's rows of this task."""
+        source = f"https://huggingface.co/datasets/{HUB}"
+        how = f"save the rows of {self.length} of {source} as {self.length}.jsonl, one a line, in a data_dir"
+        if self.data_dir is not None:
+            rows = read_rows(Path(self.data_dir).expanduser() / f"{self.length}.jsonl", FIELDS, how)
+        else:
+            rows = hub_rows("RULER's ready rows", FIELDS, how, HUB, str(self.length), split="test")
+        index = 0
+        for row in rows:
+            if row["task"] != self.task or index == self.limit:
+                continue
+            yield Sample(
+                index=index,
+                context=row["context"],
+                question=row["question"],
+                answers=tuple(map(str, row["answer"])),
+                max_new_tokens=row["max_new_tokens"],
+                answer_prefix=row["answer_prefix"],
+                meta={"length": self.length},
+            )
+            index += 1
+        if not index:
+            raise TaskError(f"there are no rows of {self.task} among the ready ones of {self.length} tokens; {how}")
 
     def _sample(self, index: int, text: Text) -> Sample:
         return Sample(

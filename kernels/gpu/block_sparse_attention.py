@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpress.kernels.block_lists import run_table
 from kvpress.kernels.gpu.decode_attention import capped
 from kvpress.kernels.gpu.launch import cdiv, launch, power_of_two
 from kvpress.kernels.launch_shapes import launch_shape, planned
@@ -329,13 +330,8 @@ def _runs(
     if diagonals is None:
         return None, None, None
     real = (diagonals >= 0) & (diagonals < n)
-    outside = n + size
-    starts = torch.where(real, diagonals, outside).long().sort(dim=-1).values
-    # Covered: more begin than end up to here.
-    change = torch.zeros(*starts.shape[:2], n + 2 * size + 1, dtype=torch.int32, device=starts.device)
-    ones = torch.ones_like(starts, dtype=torch.int32)
-    change.scatter_add_(2, starts, ones).scatter_add_(2, starts + size, -ones)
-    table = (change.cumsum(dim=-1)[..., : n + size] > 0).to(torch.uint8).contiguous()
+    starts = torch.where(real, diagonals, n + size).long().sort(dim=-1).values
+    table = run_table(diagonals, n, size).to(torch.uint8)
 
     fresh = torch.ones_like(starts, dtype=torch.bool)  # begins a stretch
     fresh[..., 1:] = starts[..., 1:] - starts[..., :-1] > size

@@ -78,10 +78,12 @@ def evict_kernel(
     tl.store(p_positions + slot, -1, mask=drops)
 
 
-def evict_slot(scores: Tensor, positions: Tensor, seen: Tensor, recents: Tensor, limits: Tensor | None) -> Tensor:
+def evict_slot(
+    scores: Tensor, positions: Tensor, seen: Tensor, recents: Tensor, limits: Tensor | None, out: Tensor | None = None
+) -> Tensor:
     """As `kvpress.kernels.evict_slot.evict_slot`."""
     batch, kv_heads, n = positions.shape
-    slot = torch.empty(batch, kv_heads, dtype=torch.int64, device=positions.device)
+    slot = torch.empty(batch, kv_heads, dtype=torch.int64, device=positions.device) if out is None else out
     if not slot.numel() or not n:
         return slot.zero_()
     scores = scores if scores.stride(-1) == 1 or n == 1 else scores.contiguous()

@@ -3,10 +3,12 @@
 import json
 import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from kvpress.evals import TaskError
+from kvpress.evals.config import read_plan
 from kvpress.evals.tasks import Ruler
 from kvpress.evals.tasks.ruler import NEW_TOKENS, some_words
 
@@ -311,3 +313,72 @@ def test_scores_are_shares(byte):
     task = Ruler(task="niah_multivalue", length=2000, repeats=1)
     (sample,) = task.samples(byte)
     assert task.score(sample, " and ".join(sample.answers[:3])) == 0.75
+
+
+READY = {
+    "context": "One of the special magic numbers for oslo is: 12345. ",
+    "question": "What is the special magic number for oslo? ",
+    "answer_prefix": "The number is",
+    "answer": ["12345", "678"],
+    "task": "niah_single_1",
+    "max_new_tokens": 99,
+}
+
+
+def test_ready_rows_of_the_leaderboard(byte, real, tmp_path):
+    """Context alone is compressed; what follows it and scores are the protocol's, worked out by hand."""
+    rows = [READY, {**READY, "task": "vt"}, {**READY, "context": "Other. "}, READY]
+    (tmp_path / "4096.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = {"task": "niah_single_1", "rows": "leaderboard", "data_dir": str(tmp_path)}
+    task = Ruler(**spec, limit=2)
+    first, second = task.samples(byte)
+    assert (first.index, second.index, second.context, first.max_new_tokens) == (0, 1, "Other. ", 99)
+    assert len(list(Ruler(**spec).samples(byte))) == 3
+    prompt = task.prompt(first, real)
+    message = [{"role": "user", "content": READY["context"] + READY["question"]}]
+    whole = real.apply_chat_template(message, add_generation_prompt=True, tokenize=False) + READY["answer_prefix"]
+    assert real.decode(prompt.context + prompt.question) == whole
+    assert real.decode(prompt.context).endswith(READY["context"]) and "What" not in real.decode(prompt.context)
+    assert task.score(first, "12345 only") == 0.5
+    assert task.score(first, "123\n45 and 6\t78") == 1  # control characters are taken out
+    assert Ruler(task="niah_single_1").score(first, "123\n45") == 0
+    with pytest.raises(TaskError, match=r"no rows of fwe among the ready ones of 4096 tokens; save the rows"):
+        list(Ruler(**{**spec, "task": "fwe"}).samples(byte))
+
+
+def test_ready_rows_come_from_the_hub(monkeypatch, byte):
+    import datasets
+
+    asked = []
+
+    def load(*args, **options):
+        asked.append((args, options))
+        return [READY, {**READY, "answer": []}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(TaskError, match="RULER's ready rows, row 2: answer is"):
+        list(Ruler(task="niah_single_1", rows="leaderboard", length=8192).samples(byte))
+    assert asked == [(("simonjegou/ruler", "8192"), {"split": "test"})]
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rows": "ready"}, "rows='ready' is not known"),
+        (
+            {"rows": "leaderboard", "length": 1000},
+            "the leaderboard has rows of 4096, 8192, 16384 tokens; give one of these",
+        ),
+        ({"rows": "leaderboard", "limit": 0}, "limit=0"),
+    ],
+)
+def test_wrong_rows_are_named(fields, said):
+    with pytest.raises(TaskError, match=said):
+        Ruler(**fields)
+
+
+def test_the_leaderboard_configuration_is_its_protocol():
+    runs = read_plan(Path(__file__).parents[2] / "configs" / "ruler_leaderboard.yaml").runs
+    assert {run.task.task for run in runs} == set(NEW_TOKENS) and len(NEW_TOKENS) == 13
+    assert {run.fields.query_aware for run in runs} == {False} and {run.task.rows for run in runs} == {"leaderboard"}
+    assert {run.fields.budget for run in runs if run.policies[0].name == "snapkv"} == {0.75, 0.5, 0.25, 0.125}

@@ -1,4 +1,4 @@
-"""The CPU path for blocks alone: against the definition, over sizes, sharing and starts that do not fit the blocks."""
+"""The torch path of the lists: against the definition, over sizes, sharing and starts that do not fit the blocks."""
 
 import pytest
 import torch
@@ -13,6 +13,16 @@ SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 
+FORMS = [
+    ("blocks",),
+    ("columns",),
+    ("diagonals",),
+    ("distances",),
+    ("blocks", "columns", "diagonals"),
+    ("blocks", "columns", "diagonals", "distances"),
+]
+
+
 def random_blocks(rows, past, lists, share=0.5):
     """Each key block listed with that probability, in any order, later ones than the rows' own too."""
     generator = torch.Generator().manual_seed(1)
@@ -23,31 +33,73 @@ def random_blocks(rows, past, lists, share=0.5):
 
 
 @pytest.fixture(autouse=True)
-def takes_this_path(monkeypatch):
-    """Every test here is of the path for blocks alone."""
+def takes_this_path(monkeypatch, request):
+    """Every test here is of this path."""
     calls = []
 
     def recorded(*args, **kwargs):
         calls.append(args)
-        return block_lists.attend_listed_blocks(*args, **kwargs)
+        return block_lists.attend_lists(*args, **kwargs)
 
-    monkeypatch.setattr(block_sparse_attention, "attend_listed_blocks", recorded)
+    monkeypatch.setattr(block_sparse_attention, "attend_lists", recorded)
     yield
-    assert calls
+    assert calls or "pairs_are_counted" in request.node.name
+
+
+def random_lists(forms, rows, past, lists):
+    """Blocks, single entries and distances, about a fifth of all there are; -1 among them."""
+    generator, n = torch.Generator().manual_seed(2), rows + past
+    chosen = {}
+    for form in forms:
+        drawn = torch.rand(BATCH, lists, n, generator=generator)
+        numbers = torch.arange(n).expand_as(drawn)
+        chosen[form] = numbers.masked_fill(drawn > (0.04 if form == "diagonals" else 0.2), -1)
+    return chosen | ({"blocks": random_blocks(rows, past, lists)} if "blocks" in forms else {})
 
 
 @pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 62), (64, 0), (63, 0), (64, 32), (19, 92), (150, 7)], ids=str)
 @pytest.mark.parametrize("group", [1, 3], ids="group-{}".format)
 @pytest.mark.parametrize("per_head", [False, True], ids=["kv-head", "head"])
 @pytest.mark.parametrize("tile", [1, 1 << 20], ids=["one-by-one", "together"])
-def test_equals_the_definition(rows, past, group, per_head, tile, monkeypatch):
+@pytest.mark.parametrize(
+    "forms",
+    FORMS,
+    ids="+".join,
+)
+def test_equals_the_definition(rows, past, group, per_head, tile, forms, monkeypatch):
     """One query block at a time, and all together with shorter lists filled up."""
     monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)
+    monkeypatch.setattr(block_lists, "TILE_MARKS", tile)
     tensors = inputs(rows, past, group)
-    blocks = random_blocks(rows, past, KV_HEADS * group if per_head else KV_HEADS)
-    options = {"scale": 0.3, "blocks": blocks, "block_size": SIZE}
+    lists = random_lists(forms, rows, past, KV_HEADS * group if per_head else KV_HEADS)
+    options = {"scale": 0.3, "block_size": SIZE, **lists}
     output, lse = attend(*tensors, **options)
     expected, expected_lse = block_sparse_attention_reference(*tensors, **options)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "past", "skip"), [(1, 0, 0), (64, 0, 0), (64, 32, 9), (19, 93, 3), (150, 7, 0)], ids=str
+)
+@pytest.mark.parametrize("tile", [1, 1 << 20], ids=["one-by-one", "together"])
+@pytest.mark.parametrize("forms", FORMS, ids="+".join)
+def test_pairs_are_counted(rows, past, skip, tile, forms, monkeypatch):
+    monkeypatch.setattr(block_lists, "TILE_MARKS", tile)
+    lists = random_lists(forms, rows, past, 2 * KV_HEADS)
+    expected = listed_keys(rows, rows + past, 2 * KV_HEADS, block_size=SIZE, **lists)[:, :, skip:].sum() / (
+        2 * KV_HEADS
+    )
+    found = block_lists.listed_pairs(rows, rows + past, skip=skip, block_size=SIZE, **lists)
+    assert found.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize(("some", "other"), [("blocks", "columns"), ("columns", "diagonals"), ("diagonals", "blocks")])
+def test_lists_per_head_beside_lists_per_kv_head(some, other):
+    tensors = inputs(70, 30, 3)
+    chosen = random_lists((some,), 70, 30, KV_HEADS * 3) | random_lists((other,), 70, 30, KV_HEADS)
+    output, lse = attend(*tensors, scale=0.3, block_size=SIZE, **chosen)
+    expected, expected_lse = block_sparse_attention_reference(*tensors, scale=0.3, block_size=SIZE, **chosen)
     torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
 
@@ -66,13 +118,15 @@ def test_dtypes_and_sinks(dtype, sink):
 
 
 @pytest.mark.parametrize(("rows", "past"), [(64, 48), (70, 40)], ids=str)
-def test_what_nobody_lists_is_not_read(rows, past):
+@pytest.mark.parametrize("others", [{}, {"columns": [18, 40]}, {"diagonals": [0, 100]}, {"distances": [3]}], ids=str)
+def test_what_nobody_lists_is_not_read(rows, past, others):
     """NaN there reaches nothing."""
     query, key, value = inputs(rows, past, 1)
-    blocks = random_blocks(rows, past, KV_HEADS, share=0.15)
-    options = {"scale": 0.3, "blocks": blocks, "block_size": SIZE}
+    lists = {name: torch.tensor(numbers).expand(BATCH, KV_HEADS, -1) for name, numbers in others.items()}
+    lists["blocks"] = random_blocks(rows, past, KV_HEADS, share=0.05 if others else 0.15)
+    options = {"scale": 0.3, "block_size": SIZE, **lists}
     expected = attend(query, key, value, **options)
-    read = listed_keys(rows, past + rows, KV_HEADS, blocks=blocks, block_size=SIZE).any(2)
+    read = listed_keys(rows, past + rows, KV_HEADS, block_size=SIZE, **lists).any(2)
     assert not read.all()
     key, value = (x.masked_fill(~read[..., None], float("nan")) for x in (key, value))
     for found, before in zip(attend(query, key, value, **options), expected, strict=True):

@@ -16,7 +16,8 @@ from support.brute import attend, causal, eager
 GROUPS = pytest.mark.parametrize("group", [1, 3], ids="group-{}".format)
 SHAPES = pytest.mark.parametrize(("rows", "past"), [(1, 0), (1, 62), (63, 0), (37, 74)], ids=str)
 FORMS = [("blocks",), ("columns",), ("diagonals",), ("columns", "diagonals"), ("blocks", "columns", "diagonals")]
-ALL_FORMS = pytest.mark.parametrize("forms", [(), *FORMS], ids=lambda names: "+".join(names) or "none")
+EXACT = [("distances",), ("columns", "distances"), ("blocks", "columns", "diagonals", "distances")]
+ALL_FORMS = pytest.mark.parametrize("forms", [(), *FORMS, *EXACT], ids=lambda names: "+".join(names) or "none")
 
 
 def lists(forms, rows, past, heads, block_size=16, seed=1):
@@ -46,18 +47,19 @@ def lists(forms, rows, past, heads, block_size=16, seed=1):
             dim=-1,
         )
         chosen["diagonals"][chosen["diagonals"] == n // 2 - 1] = -1  # what -1 became
+    if "distances" in forms:
+        chosen["distances"] = some(n, torch.Size((BATCH, heads)))[..., : 1 + n // 8]
     return chosen
 
 
-def reads(rows, past, heads, blocks=None, columns=None, diagonals=None, block_size=16):
+def reads(rows, past, heads, blocks=None, columns=None, diagonals=None, distances=None, block_size=16):
     """Bool [batch, heads, rows, n]: pair by pair, from the operation's description."""
     n = rows + past
     seen = torch.zeros(BATCH, heads, rows, n, dtype=torch.bool)
     for b in range(BATCH):
         for head in range(heads):
-            of = [
-                None if x is None else x[b, head * x.shape[1] // heads].tolist() for x in (blocks, columns, diagonals)
-            ]
+            forms = (blocks, columns, diagonals, distances)
+            of = [None if x is None else x[b, head * x.shape[1] // heads].tolist() for x in forms]
             for row in range(rows):
                 tile = row // block_size
                 first = past + tile * block_size
@@ -65,6 +67,7 @@ def reads(rows, past, heads, blocks=None, columns=None, diagonals=None, block_si
                     listed = of[0] is not None and j // block_size in of[0][tile]
                     listed |= of[1] is not None and j in of[1]
                     listed |= of[2] is not None and any(0 <= j - first + d < block_size for d in of[2] if d >= 0)
+                    listed |= of[3] is not None and past + row - j in of[3]
                     seen[b, head, row, j] = listed or j == past + row
     return seen
 
@@ -102,7 +105,7 @@ def test_softcap_and_sinks(features):
     options = {"scale": 0.3} | ({"softcap": 1.5} if "softcap" in features else {})
     if "sinks" in features:
         options["sinks"] = torch.randn(query.shape[1], generator=torch.Generator().manual_seed(2))
-    chosen = lists(FORMS[-1], 50, 37, KV_HEADS)
+    chosen = lists(EXACT[-1], 50, 37, KV_HEADS)
     output, lse = block_sparse_attention(query, key, value, block_size=16, **chosen, **options)
     seen = reads(50, 37, query.shape[1], **chosen)
     torch.testing.assert_close(output, exact(query, key, value, seen, **options).float())
@@ -110,7 +113,7 @@ def test_softcap_and_sinks(features):
     torch.testing.assert_close(lse, expected)
 
 
-@pytest.mark.parametrize("form", ["blocks", "columns", "diagonals"])
+@pytest.mark.parametrize("form", ["blocks", "columns", "diagonals", "distances"])
 @pytest.mark.parametrize("block_size", [16, 64, 128], ids="block-{}".format)
 def test_everything_listed_is_dense_attention(form, block_size):
     """All blocks, all columns, or all diagonals: each is the exact causal attention."""
@@ -249,3 +252,9 @@ def test_triton_has_no_small_blocks():
 def test_bad_block_size(block_size):
     with pytest.raises(ValueError, match=f"block_size={block_size} is no power of two"):
         block_sparse_attention(*inputs(4, 0, 1), scale=1.0, block_size=block_size)
+
+
+def test_distances_are_torchs():
+    distances = torch.zeros(BATCH, KV_HEADS, 1, dtype=torch.long)
+    with pytest.raises(ValueError, match="distances are for backend='torch' or 'auto'"):
+        block_sparse_attention(*inputs(4, 0, 1), scale=1.0, block_size=16, distances=distances, backend="triton")

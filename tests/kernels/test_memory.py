@@ -11,12 +11,15 @@ from kvpress.kernels import attention_mass as mass_module
 from kvpress.kernels import block_lists
 from kvpress.kernels import nearest_centre as centre_module
 from kvpress.kernels import prompt_attention as prompt_module
+from kvpress.kernels import vertical_slash_mass as slash_module
 from kvpress.kernels.attention_mass import attention_mass
+from kvpress.kernels.block_means import block_means
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gumbel_noise import gumbel_noise
 from kvpress.kernels.nearest_centre import nearest_centre
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
+from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
 from support.kernel_calls import HEAD_DIM, HEADS, KV_HEADS, LINEAR, Largest, places, qkv
 
 
@@ -88,15 +91,14 @@ def test_decode_attention_repeats_no_keys(with_mass):
 
 @pytest.mark.parametrize("tokens", [1024, 2048], ids="{}-tokens".format)
 def test_block_sparse_attention(tokens):
-    """No more than the rows of one block by what they list: four blocks, 32 columns and their own."""
+    """No more than a tile of copies: far less than rows by entries."""
     query, key, value = qkv(tokens, tokens)
     blocks = torch.arange(4).expand(1, KV_HEADS, tokens // 64, 4)
     columns = torch.arange(512, 544).expand(1, KV_HEADS, 32)
     with Largest() as largest:
         block_sparse_attention(query, key, value, scale=0.125, blocks=blocks, columns=columns)
-    scores = HEADS // KV_HEADS * 64 * (5 * 64 + 32)
-    assert 0 < largest.numbers <= max(query.numel(), scores), largest.operation
-    assert query.numel() < tokens * tokens * HEADS / 10
+    limit = max(query.numel(), block_lists.TILE_NUMBERS)
+    assert 0 < largest.numbers <= limit < tokens * tokens * HEADS / 7, largest.operation
 
 
 def nearest(key, value):
@@ -108,6 +110,8 @@ def nearest(key, value):
 LINEAR_ON_TORCH = {
     "nearest_centre": lambda q, k, v: nearest(k, v),
     "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, scale=0.1, with_mass=True),
+    "vertical_slash_mass": lambda q, k, v: vertical_slash_mass(q[:, :, -16:], k, scale=0.1),
+    "block_means": lambda q, k, v: block_means(k, 0, 16),
     "gumbel_noise": lambda q, k, v: gumbel_noise(1, 0, places(q)[:, :1], k[..., 0].long(), HEADS),
 }
 
@@ -116,7 +120,9 @@ def grows(call, monkeypatch, sizes=(128, 512), tile=1 << 10):
     """The largest tensor at four times the entries over that at one, tiles small."""
     for module in (mass_module, prompt_module):
         monkeypatch.setattr(module, "TILE_SCORES", tile)
+    monkeypatch.setattr(slash_module, "TILE_SCORES", tile)
     monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)
+    monkeypatch.setattr(block_lists, "TILE_MARKS", tile)
     monkeypatch.setattr(centre_module, "TILE_SIMILARITIES", tile)
     numbers = []
     for entries in sizes:

@@ -266,7 +266,7 @@ def test_score_by_hand():
 def test_pooling_by_hand(pooling, expected):
     """[0, 0, 9, 0, 3] over 3 neighbours; the last entry is no candidate and gives the one before it nothing."""
     entries = entries_of(torch.zeros(1, 1, 6), torch.tensor([[[0.0, 0.0, 9.0, 0.0, 3.0, 6.0]]]))  # with a mean of 3
-    entries = replace(entries, candidates=entries.positions < 5)
+    entries = replace(entries, competing=entries.positions < 5)
     got = EMS(kernel_size=3, pooling=pooling, align="mean").score(entries)
     torch.testing.assert_close(3 * got[0, 0, :5], torch.tensor(expected))
 

@@ -1,4 +1,4 @@
-"""Products and softmax of lists of numbers."""
+"""Products, means and softmax of lists of numbers."""
 
 from math import exp, hypot
 
@@ -16,3 +16,13 @@ def softmax(numbers):
     powers = [exp(number - largest) for number in numbers]
     total = sum(powers)
     return [power / total for power in powers]
+
+
+def mean_vector(vectors):
+    return [sum(numbers) / len(vectors) for numbers in zip(*vectors, strict=True)]
+
+
+def block_means(vectors, size):
+    """{block: mean vector}, of {entry: vector}."""
+    blocks = sorted({entry // size for entry in vectors})
+    return {block: mean_vector([v for entry, v in vectors.items() if entry // size == block]) for block in blocks}
