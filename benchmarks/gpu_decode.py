@@ -154,7 +154,9 @@ def policy_cache(model: Any, handle: kvpress.Handle, entries: Entries) -> Dynami
         counted = "mass" in layer.stats
         if counted:
             layer.add_mass(entries.mass)
-        layer.finish_prompt(entries.query, entries.tokens, entries.scores, None, 0, mass_known=counted)
+        if layer.evicts:
+            layer.observe_prompt(entries.query, entries.tokens, entries.scores, None, 0, counted)
+        layer.finish_prompt(entries.query, entries.tokens, entries.scores)
     return cache
 
 

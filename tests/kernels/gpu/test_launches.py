@@ -47,6 +47,7 @@ MOST = {
     "token_select": 58,
     "ada_kv": 10,
     "dual_chunk": 40,
+    "finch": 24,
     "packed": 65,
 }
 FIRST = {case.policy.name: case for case in reversed(CASES)}
