@@ -196,7 +196,9 @@ def _planned(
                 view = _view(layer, part, keys, positions, seen, scores)
                 pattern = layer.prefill.plan(view)
             layer.facts.pairs += _pairs(part, entries)
-            layer.facts.computed = layer.facts.computed + _computed(pattern, part, entries)  # the sum is of this pass's mode
+            layer.facts.computed = layer.facts.computed + _computed(
+                pattern, part, entries
+            )  # the sum is of this pass's mode
             if pattern is None:
                 parts = [one[only, :, rows] for one in queries]
                 output[only, :, rows] = _attend_rows(layer, parts, scores, past + start, held, only, 0)
