@@ -36,6 +36,10 @@ PolicyName = Annotated[
         help="A name from 'kvpress policies', a YAML file, or a class of your own: package.module:MyPolicy, ./file.py:MyPolicy."
     ),
 ]
+PolicyFields = Annotated[
+    list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
+]
+BudgetText = Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")]
 Device = Annotated[str, typer.Option(help="A torch device; 'auto' is the GPU if there is one, else the CPU.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, float16 or float32; 'auto' is the fastest that the CPU has.")]
 Export = Annotated[
@@ -122,10 +126,8 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The prompt, or @FILE to read it from a file.")],
     model: Model = SMOLLM2,
     policy: PolicyName = "full",
-    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
-    ] = None,
+    budget: BudgetText = "",
+    set_: PolicyFields = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 128,
     chat: Annotated[bool | None, typer.Option(help="Use the chat template; by default if the model has one.")] = None,
     device: Device = "auto",
@@ -155,10 +157,8 @@ def generate(
 def chat(
     model: Annotated[str, typer.Argument(help=f"Hub name or folder of a chat model, or '{SMOLLM2}'.")] = SMOLLM2,
     policy: PolicyName = "full",
-    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
-    ] = None,
+    budget: BudgetText = "",
+    set_: PolicyFields = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of an answer.")] = 512,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -182,10 +182,8 @@ def chat(
 def serve(
     model: Annotated[str, typer.Argument(help=f"Hub name or folder of a causal LM, or '{SMOLLM2}'.")] = SMOLLM2,
     policy: PolicyName = "full",
-    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Another field of the policy.")
-    ] = None,
+    budget: BudgetText = "",
+    set_: PolicyFields = None,
     host: Annotated[str, typer.Option(help="The address to listen at; 0.0.0.0 for every one.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     context: Annotated[
@@ -223,7 +221,7 @@ def serve(
 def calibrate(
     policy: Annotated[str, typer.Option(help="As for generate, or a YAML file.")] = "tidal_decode",
     model: Model = SMOLLM2,
-    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
+    budget: BudgetText = "",
     lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "1000,2000",
     samples: Annotated[int, typer.Option(min=1, help="Needles per length.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 1000,
@@ -314,7 +312,7 @@ def evaluate(
         str, typer.Option(help="needle, ruler, longbench, jsonl, ...; or a class of your own: ./file.py:MyTask.")
     ] = "needle",
     policy: PolicyName = "full",
-    budget: Annotated[str, typer.Option(help="A share of the prompt (0.2) or entries (256).")] = "",
+    budget: BudgetText = "",
     length: Annotated[int | None, typer.Option(min=1, help="Sets the task's length.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="The first so many of the task's samples.")] = None,
     query_aware: Annotated[bool, typer.Option(help="Whether the compressed prompt holds the question.")] = True,

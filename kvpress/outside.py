@@ -12,7 +12,7 @@ import re
 import sys
 import sysconfig
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -251,6 +251,27 @@ def identity(cls: type[Any]) -> str:
         _digests[cls] = _digest(Path(source).read_bytes()) if source and Path(source).is_file() else ""
     path, digest = _path_of(cls), _digests[cls]
     return f"{cls.__module__ if path is None else path.name}:{cls.__qualname__}{f'@{digest}' if digest else ''}"
+
+
+def to_import(classes: Iterable[type[Any]], kind: Kind = POLICIES) -> dict[str, str]:
+    """What another process has to import (see `import_all`) before it can unpickle instances of classes: path -> origin.
+
+    The package's own are not among them, nor those of the main script, or of a function: Ray sends these along.
+    """
+    away = [cls for cls in dict.fromkeys(classes) if is_outside(cls, kind) and travels_by_name(cls)]
+    return {reference(cls): identity(cls) for cls in away}
+
+
+def import_all(wanted: Mapping[str, str], kind: Kind = POLICIES) -> None:
+    """Import the classes that another process found with `to_import`.
+
+    Raises:
+        PolicyError (`kind.error`): one cannot be imported here, or is defined by other code than there.
+    """
+    for path, there in wanted.items():
+        here = identity(load_class(path, kind))
+        if here != there:
+            raise kind.error(f"{path}: this process found {here}, another one {there}; all need the same file")
 
 
 def _path_of(cls: type[Any]) -> Path | None:

@@ -103,6 +103,13 @@ def check_factor(value: Any, name: str) -> None:
         raise PolicyError(f"{name}={value!r} does not work; give a number from 0 to 1")
 
 
+def check_block_size(value: Any) -> None:
+    """Raise `PolicyError` unless `value` is a power of two."""
+    check_count(value, "block_size", 1)
+    if value & (value - 1):
+        raise PolicyError(f"block_size={value} is no power of two; give 64 or 128")
+
+
 def check_share(value: Any, name: str) -> None:
     """Raise `PolicyError` unless `value` is a number in (0, 1]."""
     if not is_number(value) or not 0 < value <= 1:

@@ -51,8 +51,7 @@ def to_import(policies: Iterable[Policy]) -> dict[str, str]:
 
     Classes of the main script, or of a function, are not among them: Ray sends them along.
     """
-    classes = [cls for policy in policies for cls in _outside(policy) if outside.travels_by_name(cls)]
-    return {outside.reference(cls): outside.identity(cls) for cls in classes}
+    return outside.to_import(cls for policy in policies for cls in _outside(policy))
 
 
 def import_all(wanted: Mapping[str, str]) -> None:
@@ -61,10 +60,7 @@ def import_all(wanted: Mapping[str, str]) -> None:
     Raises:
         PolicyError: one cannot be imported here, or is defined by other code than there.
     """
-    for path, there in wanted.items():
-        here = outside.identity(find_policy(path))
-        if here != there:
-            raise PolicyError(f"{path}: this process found {here}, another one {there}; all need the same file")
+    outside.import_all(wanted)
 
 
 def make_policy(spec: PolicySpec, **overrides: Any) -> Policy:

@@ -10,7 +10,16 @@ from torch.nn import functional
 from kvpress.errors import PolicyError
 from kvpress.kernels.block_means import block_means, block_scores
 from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
-from kvpress.policy import Pattern, PrefillPolicy, View, check_at_least_zero, check_count, check_share, listed_blocks
+from kvpress.policy import (
+    Pattern,
+    PrefillPolicy,
+    View,
+    check_at_least_zero,
+    check_block_size,
+    check_count,
+    check_share,
+    listed_blocks,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +79,7 @@ class FlexPrefill(PrefillPolicy):
         check_share(self.gamma, "gamma")
         check_at_least_zero(self.tau, "tau")
         check_count(self.min_budget, "min_budget", 1)
-        check_count(self.block_size, "block_size", 1)
+        check_block_size(self.block_size)
         check_count(self.min_len, "min_len", 0)
         if self.max_budget is not None:
             check_count(self.max_budget, "max_budget", 1)
@@ -79,8 +88,6 @@ class FlexPrefill(PrefillPolicy):
                     f"max_budget={self.max_budget} is below min_budget={self.min_budget}; give at least as much, or None for "
                     "no limit"
                 )
-        if self.block_size & (self.block_size - 1):
-            raise PolicyError(f"block_size={self.block_size} is no power of two; give 64 or 128")
 
     def plan(self, view: View) -> Pattern | None:
         """The blocks that each query head reads, int64 [batch, heads, row blocks, m]."""

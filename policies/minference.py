@@ -14,7 +14,7 @@ from kvpress.kernels.block_means import block_means, block_scores
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.prompt_attention import prompt_attention
 from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
-from kvpress.policy import Pattern, PrefillPolicy, View, check_choice, check_count, listed_blocks
+from kvpress.policy import Pattern, PrefillPolicy, View, check_block_size, check_choice, check_count, listed_blocks
 
 KINDS = {"a_shape": 2, "tri_shape": 2, "vertical_slash": 2, "block_sparse": 1, "dense": 0}
 """Kinds of patterns, and how many sizes each has."""
@@ -129,12 +129,11 @@ class MInference(PrefillPolicy):
         check_choice(self.expand, "expand", ("tile", "exact"))
         check_count(self.sink, "sink", 0)
         check_count(self.recent, "recent", 1)
-        for name in ("probe", "n_last", "block_size"):
+        for name in ("probe", "n_last"):
             check_count(getattr(self, name), name, 1)
+        check_block_size(self.block_size)
         check_count(self.starting_layer, "starting_layer", -1)
         check_count(self.min_len, "min_len", 0)
-        if self.block_size & (self.block_size - 1):
-            raise PolicyError(f"block_size={self.block_size} is no power of two; give 64 or 128")
         object.__setattr__(self, "default", tuple(read_pattern(self.default, "default")))
         if not _is_list(self.candidates) or not self.candidates:
             raise PolicyError(

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpress.errors import PolicyError
-from kvpress.policy import Pattern, PrefillPolicy, View, check_count, check_factor, check_finite
+from kvpress.policy import Pattern, PrefillPolicy, View, check_block_size, check_count, check_factor, check_finite
 
 # Scores of one tile of cells, in numbers.
 TILE_SCORES = 1 << 24
@@ -63,11 +63,9 @@ class XAttention(PrefillPolicy):
 
     def __post_init__(self) -> None:
         check_count(self.stride, "stride", 1)
-        check_count(self.block_size, "block_size", 1)
+        check_block_size(self.block_size)
         check_count(self.min_len, "min_len", 0)
         check_finite(self.norm, "norm", above=0)
-        if self.block_size & (self.block_size - 1):
-            raise PolicyError(f"block_size={self.block_size} is no power of two; give 64 or 128")
         if self.block_size % self.stride:
             raise PolicyError(f"stride={self.stride} does not divide block_size={self.block_size}; give 8 or 16")
         if isinstance(self.threshold, Sequence) and not isinstance(self.threshold, str):

@@ -89,9 +89,7 @@ def task_origin(task: Task) -> str:
 
 def tasks_to_import(tasks: Iterable[Task]) -> dict[str, str]:
     """What another process has to import (see `import_tasks`) before it can unpickle these tasks: path -> origin."""
-    classes = dict.fromkeys(type(task) for task in tasks)
-    away = [cls for cls in classes if outside.is_outside(cls, OUTSIDE) and outside.travels_by_name(cls)]
-    return {outside.reference(cls): outside.identity(cls) for cls in away}
+    return outside.to_import(map(type, tasks), OUTSIDE)
 
 
 def import_tasks(wanted: Mapping[str, str]) -> None:
@@ -100,10 +98,7 @@ def import_tasks(wanted: Mapping[str, str]) -> None:
     Raises:
         TaskError: one cannot be imported here, or is defined by other code than there.
     """
-    for path, there in wanted.items():
-        here = outside.identity(find_task(path))
-        if here != there:
-            raise TaskError(f"{path}: this process found {here}, another one {there}; all need the same file")
+    outside.import_all(wanted, OUTSIDE)
 
 
 def make_task(spec: Task | str | Mapping[str, Any]) -> Task:

@@ -110,7 +110,7 @@ def run_demo(
             console.print(f"compiling {record.variant} took {record.compile_seconds:.0f} s", highlight=False)
     setting |= {"plan": asdict(plan), "query_aware": True, "seconds": time.perf_counter() - started}
     write_results(out, setting | {"peak_memory_bytes": peak_memory()}, records, summaries)
-    title = f"{name}, {setting['dtype']}, needle in a haystack, {done} prompts"
+    title = f"{name}, {setting['dtype']}, needle in a haystack, {done} prompt{'' if done == 1 else 's'}"
     draw_heat_map(out / "heat_map.png", records, title)
     draw_memory_accuracy(out / "memory_accuracy.png", summaries, title)
     memory = f", peak memory of the process {peak_memory() / 1e9:.2f} GB" if peak_memory() else ""
