@@ -112,7 +112,7 @@ class HiP:
     sink: int = 32
     block_size: int = 32
     key_block_size: int = 2
-    row_stride: int = 1
+    row_stride: int = 4
     dense_layers: int = 3
     refresh: int = 8
     min_len: int = 0

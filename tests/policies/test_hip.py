@@ -153,13 +153,13 @@ def test_defaults():
     """The paper's numbers, and the proportions of its run on RULER."""
     policy = HiP()
     assert (policy.k, policy.block_size, policy.key_block_size, policy.dense_layers) == (512, 32, 2, 3)
-    assert (policy.refresh, policy.row_stride, policy.min_len) == (8, 1, 0)
+    assert (policy.refresh, policy.row_stride, policy.min_len) == (8, 4, 0)
     assert (policy.window, policy.sink) == (1024 * 512 // 2048, 128 * 512 // 2048)
     assert policy.roles == ("selection", "prefill") and not policy.leaves_prompts_exact
     assert kvpress.make_policy("hip") == policy
 
 
-@pytest.mark.parametrize("budget", [50, 51, 64, 105, 512, 3000])
+@pytest.mark.parametrize("budget", [7, 20, 51, 64, 105, 512, 3000])
 @pytest.mark.parametrize("size", [1, 2])
 def test_a_budget_is_what_a_head_reads_at_most(budget, size):
     policy = HiP.at_budget(budget, key_block_size=size)
@@ -184,7 +184,7 @@ def test_a_budget_is_what_a_head_reads_at_most(budget, size):
         ({"dense_layers": 1.0}, "dense_layers=1.0"),
         ({"refresh": 0}, "refresh=0"),
         ({"min_len": -1}, "min_len=-1"),
-        ({"budget": 49}, "budget=49 cannot be split.*at least 50"),
+        ({"budget": 6}, "budget=6 cannot be split.*at least 7"),
         ({"budget": 0.5}, "budget=0.5"),
         ({"budget": 100, "key_block_size": 3}, "key_block_size=3 is no power of two"),
     ],
