@@ -264,8 +264,8 @@ class PatchedForward(Wrapper):
         """A pass in which tokens may stop: if some do, the caller gets the row of each sequence's newest token."""
         if texts.unfinished:
             raise PolicyError(
-                f"the latest pass over this cache was ended by an error, and under {self.roles.route.describe()} its layers may lack "
-                "tokens since; start a new cache"
+                f"the latest pass over this cache was ended by an error, and under {self.roles.route.describe()} its layers may "
+                "lack tokens since; start a new cache"
             )
         if current.tokens.columns is not None and not any(map(len, current.tokens.columns)):
             return self._run_pass(current, kwargs)  # nothing but padding
@@ -278,7 +278,9 @@ class PatchedForward(Wrapper):
         shape, columns = in_play.shape, in_play.newest_columns
 
         def newest(x: Tensor) -> Tensor:
-            return x[torch.arange(len(x), device=x.device), columns.to(x.device)][:, None] if x.shape[:2] == shape else x
+            return (
+                x[torch.arange(len(x), device=x.device), columns.to(x.device)][:, None] if x.shape[:2] == shape else x
+            )
 
         return _each(output, newest)
 

@@ -94,7 +94,9 @@ def wait(layer: "KVLayer", row: int, batch: int, tokens: Rows) -> None:
         more = count - len(free) + held // 32
         waiting["positions"] = functional.pad(waiting["positions"], (0, more), value=-1)
         for name in inputs:
-            waiting[name] = torch.cat((waiting[name], waiting[name].new_zeros(batch, more, *waiting[name].shape[2:])), 1)
+            waiting[name] = torch.cat(
+                (waiting[name], waiting[name].new_zeros(batch, more, *waiting[name].shape[2:])), 1
+            )
         free = torch.cat((free, torch.arange(held, held + more, device=free.device)))
     free = free[:count]
     waiting["positions"][row, free] = tokens.positions
@@ -183,7 +185,10 @@ class InPlay:
     @property
     def newest_columns(self) -> Tensor:
         """The column of each sequence's newest token in the call, int64 [batch]; the last one where the call brings none."""
-        last = [one.columns[-1] if len(one.columns) else one.columns.new_tensor(self.call.count - 1) for one in self.sequences]
+        last = [
+            one.columns[-1] if len(one.columns) else one.columns.new_tensor(self.call.count - 1)
+            for one in self.sequences
+        ]
         return torch.stack(last)
 
     # ------------------------------------------------------------------ a layer, from its call to its result
@@ -263,7 +268,9 @@ class InPlay:
             parts.append(of_sequence(x, dim, row).index_select(dim, one.new_columns.to(x.device)))
         return torch.cat(parts, dim=dim).unsqueeze(dim)
 
-    def _pass_on(self, row: int, one: Sequence, following: "KVLayer", given: list[tuple[Tensor, int]], own: Tensor) -> None:
+    def _pass_on(
+        self, row: int, one: Sequence, following: "KVLayer", given: list[tuple[Tensor, int]], own: Tensor
+    ) -> None:
         """After a layer: which tokens of a sequence are in play before the next one, and which wait there.
 
         Args:
@@ -285,15 +292,15 @@ class InPlay:
             one.older = older.those(~stopping[older.positions])
         stops = stopping[one.new]
         columns, at = one.new_columns[stops], (one.count if older is None else len(older.positions) + len(one.new))
-        inputs = [of_sequence(x, dim, row).index_select(dim, columns.to(x.device)).movedim(dim, 0) for x, dim in given[1:]]
+        inputs = [
+            of_sequence(x, dim, row).index_select(dim, columns.to(x.device)).movedim(dim, 0) for x, dim in given[1:]
+        ]
         wait(following, row, batch, Rows(one.new[stops], [own[at - len(one.new) : at][stops], *inputs]))
         one.keep(one.after)
 
     # ------------------------------------------------------------------ its attention
 
-    def attend(
-        self, layer: "KVLayer", query: Tensor, key: Tensor, value: Tensor, scores: Scores, past: int
-    ) -> Tensor:
+    def attend(self, layer: "KVLayer", query: Tensor, key: Tensor, value: Tensor, scores: Scores, past: int) -> Tensor:
         """The rows that a layer runs on over what it holds of the tokens in play, themselves included; each sequence alone.
 
         Args:
@@ -315,8 +322,8 @@ class InPlay:
                 continue
             only = slice(row, row + 1)
             at = slice(None) if columns is None else columns[row].to(query.device)
-            own = [x[only, :, at] for x in (query, key, value)]
-            reads = Reads(layer, only, one, *own, scores, past)
+            own_query, own_key, own_value = (x[only, :, at] for x in (query, key, value))
+            reads = Reads(layer, only, one, own_query, own_key, own_value, scores, past)
             output[only, :, at] = reads.attend()
             if layer.index + 1 < len(self.layers):
                 goes_on = self.policy.rows(Depth(layer.index, layer.count, one.positions, reads.newest_row))
@@ -368,9 +375,7 @@ class Reads:
             valid = self.layer.valid(stop if m == 1 else self.past)
             valid = None if valid is None else valid[self.only]
             if m == 1:
-                return self.layer.storage.attend(
-                    self.query, self.scores, stop=stop, valid=valid, rows=self.only
-                )[0]
+                return self.layer.storage.attend(self.query, self.scores, stop=stop, valid=valid, rows=self.only)[0]
             keys, values = self.layer.storage.read(self.only, stop)
             return prompt_attention(self.query, keys, values, valid, **vars(self.scores))[0]
         index = self._slots() if index is None else index

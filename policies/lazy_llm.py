@@ -46,8 +46,8 @@ class LazyLLM(RoutePolicy):
     - A pass without a cache is exact, as under every policy.
 
     Args:
-        layers: after which layers tokens stop, from 0, in ascending order; none is the last one. None for the layers at 30, 60 and 90 %
-            of the depth.
+        layers: after which layers tokens stop, from 0, in ascending order; none is the last one. None for the layers at 30, 60
+            and 90 % of the depth.
         rate: the share of the tokens in play that stops after each of them, from 0 to 1; or one for each of `layers`.
 
     Raises:
@@ -98,15 +98,17 @@ class LazyLLM(RoutePolicy):
         if any(self.stopping(tokens, layer, call.layers) for layer in self.dropping_layers(call.layers)):
             asked = "all" if call.rows == 0 else f"the last {call.rows}"
             raise PolicyError(
-                f"{self.describe()} lets some of the {tokens} tokens seen stop, in a prompt of {call.count} tokens, and logits of {asked} "
-                "were asked for, which tokens that stop do not have; ask for those of the last token alone (logits_to_keep=1, as "
-                "generate does; not with an assistant), or use rate=0"
+                f"{self.describe()} lets some of the {tokens} tokens seen stop, in a prompt of {call.count} tokens, and logits of "
+                f"{asked} were asked for, which tokens that stop do not have; ask for those of the last token alone "
+                "(logits_to_keep=1, as generate does; not with an assistant), or use rate=0"
             )
 
     def __post_init__(self) -> None:
         if self.layers is not None:
             if isinstance(self.layers, str) or not isinstance(self.layers, Sequence):
-                raise PolicyError(f"layers={self.layers!r} is no list; give the numbers of layers, as [8, 17, 26], or None")
+                raise PolicyError(
+                    f"layers={self.layers!r} is no list; give the numbers of layers, as [8, 17, 26], or None"
+                )
             object.__setattr__(self, "layers", tuple(self.layers))
             for layer in self.layers:
                 check_count(layer, "a layer of layers", 0)
@@ -118,8 +120,8 @@ class LazyLLM(RoutePolicy):
                 check_factor(rate, "a rate of rate")
             if self.layers is not None and len(self.layers) != len(self.rate):
                 raise PolicyError(
-                    f"rate={self.rate!r} has {len(self.rate)} numbers for {len(self.layers)} layers ({self.layers!r}); give one for "
-                    "each layer, or one for all"
+                    f"rate={self.rate!r} has {len(self.rate)} numbers for {len(self.layers)} layers ({self.layers!r}); give one "
+                    "for each layer, or one for all"
                 )
         else:
             check_factor(self.rate, "rate")
@@ -128,13 +130,13 @@ class LazyLLM(RoutePolicy):
         where = self.dropping_layers(layers)
         if where and where[-1] >= layers - 1:
             raise PolicyError(
-                f"layers={self.layers!r}: no token can stop after layer {where[-1]} of a model with {layers} attention layers; give "
-                f"layers from 0 to {layers - 2}"
+                f"layers={self.layers!r}: no token can stop after layer {where[-1]} of a model with {layers} attention layers; "
+                f"give layers from 0 to {layers - 2}"
             )
         if isinstance(self.rate, tuple) and len(self.rate) != len(where):
             raise PolicyError(
-                f"rate={self.rate!r} has {len(self.rate)} numbers, and in this model tokens stop after {len(where)} layers ({where}); "
-                "give one number for all, or layers too"
+                f"rate={self.rate!r} has {len(self.rate)} numbers, and in this model tokens stop after {len(where)} layers "
+                f"({where}); give one number for all, or layers too"
             )
 
     def check_company(self, others: Sequence[Policy]) -> None:
