@@ -251,7 +251,7 @@ class InPlay:
         padded = min(counts) < width
         columns = [torch.arange(count, device=positions.device) for count in counts]
         self.current.tokens = Tokens(width, padded, positions, columns if padded else None, call.seen, call.seen_tensor)
-        self.current.ragged = Ragged(columns, width)
+        self.current.ragged = Ragged(columns, width) if len(counts) > 1 else None
 
     def _joined(self, number: int, x: Tensor, dim: int) -> Tensor:
         """What a layer is given for the tokens of the call, for those that it runs on: [..., 1, total, ...].
@@ -285,17 +285,17 @@ class InPlay:
         if one.after is None:
             return
         self.stopped = True
-        stopping = ~one.marks(one.after)
-        batch = len(self.sequences)
+        stopping, batch, first_new = ~one.marks(one.after), len(self.sequences), 0
         if older is not None:
-            wait(following, row, batch, older.those(stopping[older.positions]))
-            one.older = older.those(~stopping[older.positions])
+            stops, first_new = stopping[older.positions], len(older.positions)
+            wait(following, row, batch, older.those(stops))
+            one.older = older.those(~stops)
         stops = stopping[one.new]
-        columns, at = one.new_columns[stops], (one.count if older is None else len(older.positions) + len(one.new))
+        columns = one.new_columns[stops]
         inputs = [
             of_sequence(x, dim, row).index_select(dim, columns.to(x.device)).movedim(dim, 0) for x, dim in given[1:]
         ]
-        wait(following, row, batch, Rows(one.new[stops], [own[at - len(one.new) : at][stops], *inputs]))
+        wait(following, row, batch, Rows(one.new[stops], [own[first_new:][stops], *inputs]))
         one.keep(one.after)
 
     # ------------------------------------------------------------------ its attention
@@ -312,11 +312,11 @@ class InPlay:
             [batch, heads, count, head_dim], zero where there is padding.
         """
         columns = self.current.tokens.columns
+        whole = len(self.sequences) == 1 and columns is None
+        # One sequence without padding needs no other tensor to put its rows into.
+        output = query if whole else query.new_zeros(*query.shape[:3], value.shape[-1])
         if any(one.older is not None for one in self.sequences):
             layer.storage.ordered = False
-        output = query.new_zeros(*query.shape[:3], value.shape[-1])
-        read = pairs = 0
-        computed: float | Tensor = 0.0
         for row, one in enumerate(self.sequences):
             if not one.count:
                 continue
@@ -324,23 +324,30 @@ class InPlay:
             at = slice(None) if columns is None else columns[row].to(query.device)
             own_query, own_key, own_value = (x[only, :, at] for x in (query, key, value))
             reads = Reads(layer, only, one, own_query, own_key, own_value, scores, past)
-            output[only, :, at] = reads.attend()
+            if whole:
+                output = reads.attend()
+            else:
+                output[only, :, at] = reads.attend()
             if layer.index + 1 < len(self.layers):
                 goes_on = self.policy.rows(Depth(layer.index, layer.count, one.positions, reads.newest_row))
                 if goes_on is not None:
                     goes_on = goes_on.clone()
                     goes_on[-1] = True
                     one.after = one.positions[goes_on]
-            read += len(one.positions)
-            pairs += len(one.columns) * one.before + len(one.columns) * (len(one.columns) + 1) // 2
-            computed = computed + torch.searchsorted(one.positions, one.rows, right=True).sum()
-        if self.is_step:
-            layer.facts.read += read / len(self.sequences)
-            layer.facts.readable += layer.texts.columns
-        else:
-            layer.facts.pairs += pairs
-            layer.facts.computed = layer.facts.computed + computed
+        self._count(layer)
         return output
+
+    def _count(self, layer: "KVLayer") -> None:
+        """Count for the report what the rows of a layer have read."""
+        facts = layer.facts
+        if self.is_step:
+            facts.read += sum(len(one.positions) for one in self.sequences) / len(self.sequences)
+            facts.readable += layer.texts.columns
+            return
+        for one in self.sequences:
+            new = len(one.columns)
+            facts.pairs += new * one.before + new * (new + 1) // 2
+            facts.computed = facts.computed + torch.searchsorted(one.positions, one.rows, right=True).sum()
 
 
 @dataclass(frozen=True)
