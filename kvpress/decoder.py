@@ -1,5 +1,6 @@
 """What runs in place of a patched decoder's `forward`: a pass, from the call to its result."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from kvpress.attention import NAME, causal_padding
 from kvpress.compat import DynamicCache, DynamicLayer, ModelOutput, cache_argument, forward_parameters, rename_cache
 from kvpress.contexts import lasting_tensors, no_autocast
 from kvpress.errors import PolicyError, UnsupportedModelError
+from kvpress.in_play import BlockInPlay, InPlay
 from kvpress.layer import KVLayer
 from kvpress.passes import (
     Looked,
@@ -25,7 +27,7 @@ from kvpress.places import check_consecutive
 from kvpress.policy import Call, Feed, Feeds, Look, Policy, Roles
 from kvpress.rotary import Rotary
 from kvpress.step import StepInputs, show_last_row
-from kvpress.support import check_cache
+from kvpress.support import check_cache, find_blocks
 from kvpress.texts import Texts
 from kvpress.tokens import Ragged, Tokens, masked_tokens, plain_tokens
 from kvpress.wrapper import Wrapper
@@ -64,6 +66,13 @@ class PatchedForward(Wrapper):
         self._modules = {id(module): ordinal for ordinal, module in enumerate(attention.values())}
         self._parameters = forward_parameters(decoder)
         self.cache_argument = cache_argument(decoder)
+        blocks = find_blocks(decoder, attention) if self.roles.stops else []
+        self._blocks = [(block, BlockInPlay(block, index)) for index, block in enumerate(blocks)]
+
+    def remove(self, owner: Any) -> None:
+        for block, wrapper in self._blocks:
+            wrapper.remove(block)
+        super().remove(owner)
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,7 +184,7 @@ class PatchedForward(Wrapper):
         layers = self.layers(cache, mask, batch, count)
         acted = [layers[index] for index in self.indices]
         texts = acted[0].texts
-        prompt = count > 1 or texts.columns == 0
+        prompt = self._is_prompt(count, texts)
         tokens = self._tokens(batch, count, mask, inputs.device, texts, prompt)
         _count_on(kwargs, tokens, texts)
         self._check_positions(kwargs.get("position_ids"), tokens, acted[0])
@@ -199,7 +208,7 @@ class PatchedForward(Wrapper):
                         layer.take_back(feed.back)
                 fed = _mask_of(feed, mask, texts)
                 kwargs = _arguments(feed, call, kwargs, fed, self.roles.route.describe())
-                prompt = feed.count > 1 or texts.columns == 0 or feed.columns is not None
+                prompt = self._is_prompt(feed.count, texts) or feed.columns is not None
                 tokens = self._tokens(batch, feed.count, fed, inputs.device, texts, prompt)
             cache.layers[:] = layers  # only now that nothing can be refused any more
             cache.layer_class_to_replicate = None
@@ -212,9 +221,12 @@ class PatchedForward(Wrapper):
                 new_tokens=expected_tokens(),
                 exact=feed.back > 0,
                 record=current_record(),
-                ragged=_ragged(tokens, texts),
+                ragged=None if self.roles.stops else _ragged(tokens, texts),
             )
-            output = self._run_pass(current, _in_one_row(current, feed, call, kwargs))
+            if self.roles.stops:
+                output = self._run_in_play(current, kwargs, texts)
+            else:
+                output = self._run_pass(current, _in_one_row(current, feed, call, kwargs))
             if feed.columns is not None:
                 _leave_out(feed, feed.columns, call, texts)
             if prompt and count == 1 and feed is not call:  # a decode step all the same, which read everything
@@ -243,6 +255,34 @@ class PatchedForward(Wrapper):
             f"layer {feed.last_layer} of {type(self.decoder).__name__} did not call the attention function, so there is nothing to "
             f"choose by; kvpress cannot run {self.roles.route.describe()} on this model"
         )
+
+    def _is_prompt(self, count: int, texts: Texts) -> bool:
+        """Whether a run of so many columns is a prompt pass: where tokens may stop, a step has older ones beside its own."""
+        return count > 1 or texts.columns == 0 or self.roles.stops
+
+    def _run_in_play(self, current: Pass, kwargs: dict[str, Any], texts: Texts) -> Any:
+        """A pass in which tokens may stop: if some do, the caller gets the row of each sequence's newest token."""
+        if texts.unfinished:
+            raise PolicyError(
+                f"the latest pass over this cache was ended by an error, and under {self.roles.route.describe()} its layers may "
+                "lack tokens since; start a new cache"
+            )
+        if current.tokens.columns is not None and not any(map(len, current.tokens.columns)):
+            return self._run_pass(current, kwargs)  # nothing but padding
+        in_play = current.in_play = InPlay(current)
+        texts.unfinished = True
+        output = self._run_pass(current, kwargs)
+        texts.unfinished = False
+        if not in_play.stopped or in_play.call.count == 1:
+            return output
+        shape, columns = in_play.shape, in_play.newest_columns
+
+        def newest(x: Tensor) -> Tensor:
+            return (
+                x[torch.arange(len(x), device=x.device), columns.to(x.device)][:, None] if x.shape[:2] == shape else x
+            )
+
+        return _each(output, newest)
 
     def _run_pass(self, current: Pass, kwargs: dict[str, Any]) -> Any:
         set_pass(current)
@@ -439,15 +479,20 @@ def _in_one_row(current: Pass, feed: Feed, call: Call, kwargs: dict[str, Any]) -
     return _arguments(row, call, kwargs, None, "kvpress.prepack")
 
 
-def _apart(output: Any, ragged: Ragged) -> Any:
-    """A decoder's output (hidden states, in whatever they are nested), each sequence in a row of its own again."""
+def _each(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A decoder's output (hidden states, in whatever they are nested) with every tensor changed."""
     if isinstance(output, Tensor):
-        return ragged.apart(output) if output.shape[:2] == (1, ragged.total) else output
+        return change(output)
     if isinstance(output, ModelOutput):
         for name, value in output.items():
-            output[name] = _apart(value, ragged)
+            output[name] = _each(value, change)
         return output
-    return tuple(_apart(item, ragged) for item in output) if isinstance(output, tuple) else output
+    return tuple(_each(item, change) for item in output) if isinstance(output, tuple) else output
+
+
+def _apart(output: Any, ragged: Ragged) -> Any:
+    """A decoder's output, each sequence in a row of its own again."""
+    return _each(output, lambda x: ragged.apart(x) if x.shape[:2] == (1, ragged.total) else x)
 
 
 def _following(feeds: Feeds, look: Look | None) -> Feed | None:
@@ -506,13 +551,5 @@ def _arguments(feed: Feed, call: Call, kwargs: dict[str, Any], mask: Tensor | No
 
 
 def _from_row(first: int, output: Any) -> Any:
-    """A decoder's output (hidden states, in whatever they are nested) without the rows before the first."""
-    if first == 0:
-        return output
-    if isinstance(output, Tensor):
-        return output[:, first:]
-    if isinstance(output, ModelOutput):
-        for name, value in output.items():
-            output[name] = _from_row(first, value)
-        return output
-    return tuple(_from_row(first, item) for item in output) if isinstance(output, tuple) else output
+    """A decoder's output without the rows before the first."""
+    return _each(output, lambda x: x[:, first:]) if first else output

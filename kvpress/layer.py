@@ -113,6 +113,7 @@ class KVLayer(CacheLayerMixin):
         storage: what holds these.
         state: name -> what a selection policy keeps from step to step; a tensor has the batch as its first dimension.
         notes: name -> what an observer keeps of the sequences, likewise.
+        waiting: what stopped before this layer, likewise; see `kvpress.in_play`.
         dtype: of keys and values, once there are some: that of the values of the first pass.
         nbytes: bytes of all tensors held, statistics and state included.
         texts: the cache's sequences, which all of these layers share; the first one changes them.
@@ -141,6 +142,7 @@ class KVLayer(CacheLayerMixin):
         self.storage: Storage = self._new_storage()
         self.state: dict[str, Any] = {}
         self.notes: dict[str, Tensor] = {}
+        self.waiting: dict[str, Tensor] = {}
         self.texts = Texts()
         self.facts = Facts()
         self.pending = False  # a prompt waits for its eviction (evict="after_prompt")
@@ -705,7 +707,7 @@ class KVLayer(CacheLayerMixin):
 
     def _holders(self) -> list[dict[str, Any]]:
         """The mappings that hold tensors with the batch as first dimension."""
-        return [self.__dict__, self.state, self.notes, *self.storage.holders()]
+        return [self.__dict__, self.state, self.notes, self.waiting, *self.storage.holders()]
 
     def _change_tensors(self, change: Callable[[Tensor], Tensor]) -> None:
         if not self.is_initialized:
@@ -769,14 +771,14 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:
-        """Whether the last tokens can be taken back: not once a policy evicts."""
-        return not self.evicts
+        """Whether the last tokens can be taken back: not where a policy evicts, or lets tokens stop."""
+        return not self.evicts and not self.roles.stops
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last tokens, given as a negative number.
 
         Raises:
-            PolicyError: the policy evicts, or the batch is padded: slots are not in the order of tokens then.
+            PolicyError: the policy evicts or lets tokens stop, or the batch is padded: slots are not in the order of tokens then.
         """
         # Before transformers 5.23 a positive number is the length to keep. Behind the first layer the texts are shorter already.
         length = self.texts.columns if self.index == 0 else self.length + self.texts.skipped
@@ -787,6 +789,11 @@ class KVLayer(CacheLayerMixin):
             raise PolicyError(
                 f"this cache cannot take back {removed} tokens: {self.eviction.describe()} evicts entries. Assisted and "
                 "prompt-lookup decoding need a policy that keeps everything, as Full, or a model that is not patched"
+            )
+        if self.roles.stops:
+            raise PolicyError(
+                f"this cache cannot take back {removed} tokens: under {self.roles.route.describe()} each layer has run on others. "
+                "Start a new cache; assisted and prompt-lookup decoding need another policy"
             )
         if self.index == 0 and self.texts.columns - removed < self.texts.fixed:
             raise PolicyError(

@@ -12,6 +12,7 @@ from kvpress.errors import UnsupportedModelError
 from kvpress.tokens import Ragged, Tokens
 
 if TYPE_CHECKING:
+    from kvpress.in_play import InPlay
     from kvpress.layer import KVLayer
     from kvpress.policy import Look
     from kvpress.step import StepInputs
@@ -31,6 +32,7 @@ class Pass:
         step: what a decode step brings to its layers, once they are ready for it.
         last_layer: the layer in which a look ends: it raises `Looked`; see `kvpress.policy.Feed`.
         ragged: how the sequences lie in the row that the model runs on; None where each has a row of its own.
+        in_play: which tokens each layer runs on, where they may stop in between; it sets `tokens` and `ragged` layer by layer.
         attended: the layers that have attended so far.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
@@ -47,6 +49,7 @@ class Pass:
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
     last_layer: int | None = None
     ragged: Ragged | None = None
+    in_play: "InPlay | None" = None
     attended: set[int] = field(default_factory=set)
 
     def attend(self, layer: int, name: str) -> None:

@@ -27,7 +27,7 @@ from kvpress.registry import PolicySpec, make_policies, make_policy
 from kvpress.replay import ReplayedSteps
 from kvpress.report import LayerReport, Report
 from kvpress.rotary import Rotary
-from kvpress.support import find_attention, find_decoder, unwrapped
+from kvpress.support import find_attention, find_blocks, find_decoder, unwrapped
 from kvpress.texts import Texts
 from kvpress.wrapper import Wrapper
 
@@ -89,8 +89,11 @@ def patch(model: Any, policy: PolicySpec, *, compile: bool = False, **fields: An
             raise PolicyError(
                 f"{type(model).__name__} is already patched with {_handles[decoder].describe()}; call kvpress.unpatch(model) first"
             )
+        if Roles.of(policies).stops:
+            find_blocks(decoder, attention)  # which refuses a model that has none
         if compile:
             check_compiles(model, decoder)
+            _check_steps_compile(policies)
         rotary = _rotary(decoder, attention, policies)
         handle = Handle(model, decoder, policies, attention, rotary)
         _handles[decoder] = handle
@@ -240,6 +243,7 @@ class Handle:
             if forward.run is not forward.inner:
                 raise PolicyError(f"this handle ({self.describe()}) is compiled already")
             check_compiles(self._model(), decoder, backend, mode)
+            _check_steps_compile(self.policies)
             if backend == "replay":
                 forward.run = ReplayedSteps(forward.inner, forward.cache_argument)
             else:
@@ -452,6 +456,16 @@ class PatchedGenerate(Wrapper):
                 return self.inner(*args, **kwargs)
         finally:
             self.handle.end(run)
+
+
+def _check_steps_compile(policies: list[Policy]) -> None:
+    """Raise `PolicyError` if decode steps are no graphs, whatever the model."""
+    roles = Roles.of(policies)
+    if roles.stops:
+        raise PolicyError(
+            f"under {roles.route.describe()} the tokens themselves decide on how many of them each layer of a decode step runs, "
+            "which is no graph; leave compile out"
+        )
 
 
 def _configs(decoder: Any) -> list[Any]:

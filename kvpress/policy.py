@@ -28,6 +28,7 @@ __all__ = [
     "Budget",
     "Call",
     "Consecutive",
+    "Depth",
     "Dropped",
     "DualChunk",
     "Entries",
@@ -854,9 +855,30 @@ Feeds = Generator[Feed, Look | None, None]
 """The runs of a call, one after the other: a generator that is sent the `Look` of each run that is one, else None."""
 
 
+@dataclass(frozen=True)
+class Depth:
+    """A layer after its attention, as a route policy sees it that lets tokens stop: one sequence alone, without padding.
+
+    Attributes:
+        layer, layers: index among the layers that the policies act on, and their number.
+        positions: int64 [n], of the tokens in play, those that the layer attended; ascending, the newest one last.
+        fetch_row: gives `row`.
+    """
+
+    layer: int
+    layers: int
+    positions: Tensor
+    fetch_row: Callable[[], Tensor]
+
+    @property
+    def row(self) -> Tensor:
+        """What the newest token attends to: float32 [n], the mean over the query heads. Computed when asked for."""
+        return self.fetch_row()
+
+
 @dataclass(frozen=True, kw_only=True)
 class RoutePolicy(Policy, role="route"):
-    """A policy that says what is run when the model is called."""
+    """A policy that says what is run when the model is called, and which tokens go on from layer to layer."""
 
     kind: ClassVar[str] = "routing"
 
@@ -873,6 +895,15 @@ class RoutePolicy(Policy, role="route"):
             call: the tokens of the call.
             texts: the cache's sequences, as the runs before have left them.
         """
+
+    def rows(self, depth: Depth) -> Tensor | None:
+        """Which of the tokens in play go on to the next layer, bool [n]; None for all, as by default.
+
+        Asked after each layer but the last, in every pass with a cache, of classes that define it. The newest token goes on
+        whatever the answer. What stops waits, with what the layer made of it; a later pass in which it goes on again runs
+        it from there. Every pass starts with all tokens in play.
+        """
+        return None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -957,6 +988,11 @@ class Roles:
     def routes(self) -> bool:
         """Whether something else may be run than what was asked for."""
         return not isinstance(self.route, OneRun)
+
+    @property
+    def stops(self) -> bool:
+        """Whether tokens may stop between two layers: whether the route's class has `rows` of its own."""
+        return type(self.route).rows is not RoutePolicy.rows
 
     @property
     def stores(self) -> bool:

@@ -59,7 +59,9 @@ def prompt_pass(
     layer.append(key, value, tokens)
     held = layer.held(tokens, layer.length)
     queries = layer.queries(query, tokens, held)
-    if layer.roles.plans and not current.exact:
+    if current.in_play is not None:
+        output = current.in_play.attend(layer, query, key, value, scores, past)
+    elif layer.roles.plans and not current.exact:
         output = _planned(layer, tokens, queries, value, scores, past, held)
     else:
         output = _exactly(layer, tokens, queries, value, scores, past, held)

@@ -119,6 +119,23 @@ def find_attention(decoder: Any) -> dict[int, torch.nn.Module]:
     return dict(sorted(found.items()))
 
 
+def find_blocks(decoder: Any, attention: dict[int, torch.nn.Module]) -> list[torch.nn.Module]:
+    """The decoder's layers as it calls them one after the other, each with one of the attention modules in it.
+
+    Raises:
+        UnsupportedModelError: there is no list of such modules.
+    """
+    for blocks in decoder.modules():
+        if isinstance(blocks, torch.nn.ModuleList) and len(blocks) == len(attention):
+            inside = [{id(child) for child in block.modules()} for block in blocks]
+            if all(id(module) in ids for module, ids in zip(attention.values(), inside, strict=True)):
+                return list(blocks)
+    raise UnsupportedModelError(
+        f"{type(decoder).__name__} has no list of {len(attention)} layers with one attention module each, so tokens cannot stop "
+        "between them; use another policy"
+    )
+
+
 def _uses_mask_functions(decoder: type) -> bool:
     """Whether the file of a decoder's class, or of one that it is derived from, knows transformers' mask functions."""
     files = {sys.modules[kind.__module__] for kind in decoder.__mro__ if issubclass(kind, PreTrainedModel)}

@@ -27,6 +27,7 @@ class Texts:
         skipped: columns less than `columns` that the layers were fed.
         fixed: columns that cannot be taken back, those of a prompt some of which was left out.
         prepacked: whether prompts are run with the sequences end to end in one row, see `kvpress.prepack`.
+        unfinished: a pass has begun and not ended in which tokens may stop: layers may lack some of them.
         kept_ids: int64 [batch, n], the ids that stayed of such prompts, -1 for none; None if there were none, or embeddings.
     """
 
@@ -40,6 +41,7 @@ class Texts:
     skipped: int = 0
     fixed: int = 0
     prepacked: bool = False
+    unfinished: bool = False
     kept_ids: Tensor | None = None
 
     @property

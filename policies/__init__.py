@@ -15,6 +15,7 @@ from kvpress.policies.hip import HiP
 from kvpress.policies.key_diff import KeyDiff
 from kvpress.policies.keyformer import Keyformer
 from kvpress.policies.knorm import Knorm
+from kvpress.policies.lazy_llm import LazyLLM
 from kvpress.policies.minference import MInference
 from kvpress.policies.observed_attention import ObservedAttention
 from kvpress.policies.packed import Packed
@@ -45,6 +46,7 @@ __all__ = [
     "KeyDiff",
     "Keyformer",
     "Knorm",
+    "LazyLLM",
     "MInference",
     "ObservedAttention",
     "Packed",

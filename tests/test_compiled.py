@@ -11,7 +11,7 @@ import kvpress
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.policies import EMS, H2O, Full, HiP, Quest, SnapKV, TidalDecode
-from support.matrix import CASES
+from support.matrix import GRAPHS
 from support.models import tiny_llama, token_ids
 from test_families import FAMILIES, batch, build
 
@@ -71,7 +71,7 @@ def kind_of_layer(policy, index):
 
 
 @pytest.mark.every_case
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", GRAPHS, ids=lambda case: case.id)
 def test_every_policy(case):
     ids = token_ids(2, 24)
     mask = torch.ones_like(ids)

@@ -13,7 +13,7 @@ import kvpress
 from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Full
-from support.matrix import CASES, check, conversation, expect, prompt, rows_to_ask, sharp_llama
+from support.matrix import BACK, CASES, check, conversation, expect, prompt, rows_to_ask, sharp_llama
 from support.models import tiny_llama, tiny_opt
 from test_families import FAMILIES, build
 
@@ -133,11 +133,7 @@ def test_generate_goes_on_outside(model, case):
             assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize(
-    "case",
-    [case for case in CASES if "eviction" not in case.policy.roles or case.policy.name == "full"],
-    ids=lambda case: case.id,
-)
+@pytest.mark.parametrize("case", BACK, ids=lambda case: case.id)
 def test_tokens_are_taken_back_inside_and_fed_again_outside(model, case):
     def logits(first, second):
         cache = DynamicCache(config=model.config)

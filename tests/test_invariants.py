@@ -11,7 +11,7 @@ import kvpress
 from kvpress.compat import CACHE
 from kvpress.kernels import gumbel_noise
 from kvpress.policy import Mass
-from support.matrix import CASES, EVICTING, Case, conversation, prompt, run, sharp_llama
+from support.matrix import CASES, EVICTING, GRAPHS, Case, conversation, prompt, run, sharp_llama
 from support.spies import replace_decode_attention
 
 every_policy = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
@@ -79,7 +79,8 @@ def sizes(policy: Any, layer: list[list[int]]) -> set[float]:
     return {len(head) for head in layer}
 
 
-@every_policy
+# Where tokens may stop, a step is no write into a slot: tests/policies/test_lazy_llm.py has it.
+@pytest.mark.parametrize("case", GRAPHS, ids=lambda case: case.id)
 def test_u4_the_newest_token_is_attended_by_its_own_query(model: Any, case: Case) -> None:
     """Changing the value of the newest token alone changes its own output, at every step.
 

@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import kvpress
 from kvpress.compat import CACHE
 from kvpress.policies import EMS, H2O, Full, Quest, RecycledAttention, SnapKV, TidalDecode
-from support.matrix import CASES, prompt, rows_to_ask
+from support.matrix import BACK, CASES, prompt, rows_to_ask
 from support.models import tiny_llama
 
 PROMPT = 300
@@ -129,7 +129,7 @@ def test_report_is_what_a_padded_batch_holds(model: Any, policies: list[Any]) ->
         check_truth(handle, cache, "one left")
 
 
-@pytest.mark.parametrize("policy", [case.policy for case in CASES if "eviction" not in case.policy.roles], ids=str)
+@pytest.mark.parametrize("policy", [case.policy for case in BACK], ids=str)
 def test_report_is_what_is_left_after_a_crop(model: Any, policy: Any) -> None:
     with kvpress.patch(model, policy) as handle:
         cache = DynamicCache(config=model.config)

@@ -11,7 +11,7 @@ from kvpress import PolicyError
 from kvpress.compat import CACHE
 from kvpress.policies import H2O, Quest, SnapKV
 from kvpress.replay import ReplayedSteps
-from support.matrix import CASES, TOGETHER, rows_to_ask, sharp_llama
+from support.matrix import GRAPHS, TOGETHER, rows_to_ask, sharp_llama
 from support.models import token_ids
 from support.recorder import Recorder
 
@@ -39,7 +39,7 @@ def generate(model, inputs, steps=STEPS):
 @pytest.mark.parametrize("padding", [0, 5], ids=["alike", "padded"])
 @pytest.mark.parametrize(
     "policies",
-    [*([case.policy] for case in CASES), *TOGETHER],
+    [*([case.policy] for case in GRAPHS), *TOGETHER],
     ids=lambda several: "+".join(one.describe().replace(" ", "") for one in several),
 )
 def test_every_policy(policies, padding):
@@ -117,7 +117,7 @@ def test_on_a_gpu(policy):
 
 @torch.no_grad()
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", GRAPHS, ids=lambda case: case.id)
 def test_a_step_waits_for_nothing_on_a_gpu(case):
     """torch raises an error where the host waits for the device."""
     model, ids = sharp_llama(layers=3).cuda(), token_ids(1, 40).cuda()

@@ -26,6 +26,7 @@ from kvpress.policies import (
     KeyDiff,
     Keyformer,
     Knorm,
+    LazyLLM,
     MInference,
     ObservedAttention,
     Packed,
@@ -59,6 +60,10 @@ class Case:
     def run_of(self, count: int) -> int:
         """How many tokens of a prompt of so many the whole model is run on."""
         return min(count, entries_for(self.policy.k, count)) if isinstance(self.policy, GemFilter) else count
+
+    def cuts(self, count: int) -> bool:
+        """Whether some of a prompt of so many tokens have no logits."""
+        return self.run_of(count) < count or isinstance(self.policy, LazyLLM)
 
     @property
     def traits(self) -> set[Any]:
@@ -357,6 +362,8 @@ CASES = [
         dense_layers=1,
         refresh=1,
     ),
+    both(LazyLLM, {"rate": 0.0}, rate=0.4),
+    both(LazyLLM, {"layers": []}, layers=[0], rate=[0.6]),
     both(GemFilter, {"k": 500}, k=7, r=1),
     both(GemFilter, {"k": 1.0}, k=0.5, r=0, kernel_size=3, keep_first=1, keep_last=2),
     # Two bits: with more, the last bit of a number would tell now and then which of two codes is nearer.
@@ -370,6 +377,10 @@ TOGETHER: list[list[Policy]] = [
     [Quest(budget=8, page_size=4, dense_layers=0), Packed(bits=8, group=4, residual=0)],
 ]
 """Policies of several roles; the last one packs."""
+GRAPHS = [case for case in CASES if not isinstance(case.policy, LazyLLM)]
+"""Those whose decode steps are graphs: they can be compiled and replayed."""
+BACK = [case for case in GRAPHS if "eviction" not in case.policy.roles]
+"""Those whose caches can take tokens back."""
 EVICTING = [case for case in CASES if "eviction" in case.policy.roles]
 
 
@@ -388,6 +399,8 @@ def rows_to_ask(model: Any, count: int) -> dict[str, int]:
     """How a pass of `count` tokens asks a patched model for logits: of the last one alone if others are left out of it."""
     handle = handle_of(model)
     policies = [] if handle is None else handle.policies
+    if any(isinstance(policy, LazyLLM) and policy.rate != 0.0 and policy.layers != () for policy in policies):
+        return {"logits_to_keep": 1}
     cut = any(isinstance(policy, GemFilter) and entries_for(policy.k, count) < count for policy in policies)
     return {"logits_to_keep": 1} if cut else {}
 
