@@ -22,7 +22,18 @@ import kvpress
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.layer import KVLayer
-from kvpress.policies import H2O, TOVA, Full, HiP, Quest, RecycledAttention, SnapKV, StreamingLLM, TidalDecode, TokenSelect
+from kvpress.policies import (
+    H2O,
+    TOVA,
+    Full,
+    HiP,
+    Quest,
+    RecycledAttention,
+    SnapKV,
+    StreamingLLM,
+    TidalDecode,
+    TokenSelect,
+)
 from kvpress.policy import Quota, Sinks
 from support import refusals
 from support.models import (
