@@ -50,8 +50,8 @@ class HiP(SelectionPolicy, PrefillPolicy):
     - The window of a block of rows begins `window` keys before the block's second row, so each row reads at least so many up to
       itself, and its own block. Sink and window are whole leaves, and read besides the `k` keys.
     - The leaves of the block of rows itself compete for the `k` keys, and there rows are compared with later keys, too.
-    - Every fourth row of a block is compared: on text that keeps 0.3 points less of the attention than with all rows, and takes
-      a third of the search's time.
+    - Every fourth row of a block is compared. Of SmolLM2's attention in 2048 tokens of a novel (two layers, k=256) this finds
+      77.8 %, all rows 78.1 %, every eighth 77.3 %.
     - Of equal scores the earlier leaf is kept. A range of one leaf is halved no more, and competes as it is.
     - Where leaves are few enough all are kept. A prompt that is not longer than `k` is exact.
     - Blocks and leaves are counted from a sequence's first entry in every pass. The rows of a later pass (a chunk, a turn) may

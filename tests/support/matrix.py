@@ -347,6 +347,7 @@ CASES = [
         sink=1,
         block_size=4,
         key_block_size=2,
+        row_stride=1,
         dense_layers=0,
         refresh=3,
     ),

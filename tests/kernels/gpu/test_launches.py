@@ -44,6 +44,7 @@ MOST = {
     "tidal_decode": 17,
     "quest": 35,
     "recycled": 33,
+    "hip": 25,
     "token_select": 58,
     "ada_kv": 9,
     "dual_chunk": 40,

@@ -15,6 +15,7 @@ from kvpress.policies import (
     H2O,
     AdaKV,
     H2OPrefill,
+    HiP,
     Keyformer,
     Quest,
     SnapKV,
@@ -32,6 +33,10 @@ COMMON = ("decode_attention", "topk_select")
 POLICIES = {
     "quest": (Quest(budget=12, page_size=4, dense_layers=1), (*COMMON, "page_bounds", "page_scores", "union_select")),
     "token_select": (TokenSelect(n_init=2, n_local=6, k=4, chunk=6, theta=1.5), (*COMMON, "soft_vote", "rope_shift")),
+    "hip": (
+        HiP(k=8, window=6, sink=2, block_size=8, key_block_size=2, dense_layers=1, refresh=2),
+        (*COMMON, "gather_slots", "union_select"),
+    ),
     "tidal_decode": (
         TidalDecode(k=6, sparse_layer_start=0, correction_layer=1),
         (*COMMON, "decode_scores", "union_select"),
