@@ -67,12 +67,13 @@ class _Lists:
     past: int
     n: int
     block_size: int
+    key_block_size: int
 
     @property
     def unit(self) -> int:
         """Entries that are listed or not together."""
         only_blocks = self.columns is None and self.runs is None and self.near is None
-        return self.block_size if self.blocks is not None and only_blocks else 1
+        return self.key_block_size if self.blocks is not None and only_blocks else 1
 
     def before(self, start: int, stop: int, width: int) -> tuple[Tensor | None, Tensor | None]:
         """Of the query blocks from `start` to `stop`: which of the first `width` entries they list, counted in units.
@@ -81,10 +82,10 @@ class _Lists:
             whole: bool [lists, stop - start, width // unit], what all rows of a query block read; None for nothing.
             near: likewise, what some row of it reads by its distance.
         """
-        size, whole = self.block_size, []
+        size, whole = self.key_block_size, []
         if self.blocks is not None:
             marks = _marks(self.blocks[:, start:stop], width // size)
-            whole.append(marks if self.unit == size else marks[..., None].expand(-1, -1, -1, size).flatten(2))
+            whole.append(marks if self.unit == size else marks.repeat_interleave(size, dim=-1))
         if self.columns is not None:
             whole.append(self.columns[:, None, :width].expand(-1, stop - start, -1))
         if self.runs is not None:
@@ -103,7 +104,7 @@ class _Lists:
         """Which entries rows read.
 
         Args:
-            entries: int64 [query blocks, width].
+            entries: int64 [query blocks, width], whole key blocks, one after the other.
             at: int64 [query blocks, block_size], the entries of the rows.
 
         Returns:
@@ -112,8 +113,10 @@ class _Lists:
         apart = at[..., None] - entries[:, None]
         visible = (apart == 0)[None]
         if self.blocks is not None:
-            wanted = self.blocks[:, start:stop, None, :] == (entries // self.block_size)[None, :, :, None]
-            visible = visible | wanted.any(-1)[:, :, None]
+            size = self.key_block_size
+            from_first = self.blocks[:, start:stop] - entries[:, :1] // size
+            wanted = _marks(from_first, entries.shape[1] // size).repeat_interleave(size, dim=-1)
+            visible = visible | wanted[:, :, None]
         inside = entries.clamp(max=self.n - 1)
         if self.columns is not None:
             visible = visible | self.columns[:, inside][:, :, None]
@@ -135,6 +138,7 @@ def _marked(
     rows: int,
     n: int,
     block_size: int,
+    key_block_size: int | None,
 ) -> _Lists:
     """The lists as marks, `count` of each sequence."""
 
@@ -151,6 +155,7 @@ def _marked(
         past=n - rows,
         n=n,
         block_size=block_size,
+        key_block_size=key_block_size or block_size,
     )
 
 
@@ -164,6 +169,7 @@ def listed_pairs(
     diagonals: Tensor | None = None,
     distances: Tensor | None = None,
     block_size: int = 64,
+    key_block_size: int | None = None,
 ) -> Tensor:
     """How many pairs of a row and an entry `block_sparse_attention` computes for these lists, of a head on average.
 
@@ -178,7 +184,7 @@ def listed_pairs(
     """
     given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
     count = max(x.shape[1] for x in given)
-    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size)
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size)
     heads, size, device = len(given[0]) * count, block_size, given[0].device
     pairs = torch.zeros((), dtype=torch.int64, device=device)
     # Marks of each row, and not of each query block, where rows of a block read different entries.
@@ -220,6 +226,7 @@ def attend_lists(
     diagonals: Tensor | None,
     distances: Tensor | None,
     block_size: int,
+    key_block_size: int | None,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
@@ -229,7 +236,7 @@ def attend_lists(
     given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
     count = heads if any(x.shape[1] == heads for x in given) else kv_heads  # lists of a sequence
     query_blocks = -(-rows // block_size)
-    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size)
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size)
     padded = functional.pad(query, (0, 0, 0, query_blocks * block_size - rows))
     # [lists, query blocks, heads that share the list, block_size, head_dim]
     parts = padded.reshape(batch, count, heads // count, query_blocks, block_size, head_dim).transpose(2, 3)

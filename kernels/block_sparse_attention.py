@@ -24,6 +24,7 @@ def listed_keys(
     diagonals: Tensor | None = None,
     distances: Tensor | None = None,
     block_size: int = 64,
+    key_block_size: int | None = None,
 ) -> Tensor:
     """What each row reads, as a mask: the definition of the lists of `block_sparse_attention`, for tests and for counting.
 
@@ -31,7 +32,7 @@ def listed_keys(
         bool [batch, heads, rows, n].
     """
     lists = [x for x in (blocks, columns, diagonals, distances) if x is not None]
-    batch, past = (lists[0].shape[0] if lists else 1), n - rows
+    batch, past, size = (lists[0].shape[0] if lists else 1), n - rows, key_block_size or block_size
     mask = torch.zeros(batch, heads, rows, n, dtype=torch.bool, device=lists[0].device if lists else None)
     for b in range(batch):
         for head in range(heads):
@@ -43,7 +44,7 @@ def listed_keys(
                 tile = mask[b, head, start : start + block_size]
                 for place in [] if of_head[0] is None else of_head[0][block].tolist():
                     if place >= 0:
-                        tile[:, place * block_size : (place + 1) * block_size] = True
+                        tile[:, place * size : (place + 1) * size] = True
                 for column in [] if of_head[1] is None else of_head[1].tolist():
                     if column >= 0:
                         tile[:, column] = True
@@ -67,6 +68,7 @@ def block_sparse_attention_reference(
     diagonals: Tensor | None = None,
     distances: Tensor | None = None,
     block_size: int = 64,
+    key_block_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,7 @@ def block_sparse_attention_reference(
     heads, rows, n = query.shape[1], query.shape[2], key.shape[2]
     keys, values = (x.float().repeat_interleave(heads // key.shape[1], dim=1) for x in (key, value))
     lists = {"blocks": blocks, "columns": columns, "diagonals": diagonals, "distances": distances}
-    mask = listed_keys(rows, n, heads, block_size=block_size, **lists).to(query.device)
+    mask = listed_keys(rows, n, heads, block_size=block_size, key_block_size=key_block_size, **lists).to(query.device)
     scores = query.float() @ keys.transpose(-1, -2) * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
@@ -97,6 +99,7 @@ def block_sparse_attention(
     diagonals: Tensor | None = None,
     distances: Tensor | None = None,
     block_size: int = 64,
+    key_block_size: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
     backend: Backend = "auto",
@@ -104,7 +107,7 @@ def block_sparse_attention(
     """Causal attention of the last q of n entries, in order, over the entries that are listed for them.
 
     Query row r is entry n - q + r. Query block t is rows [t * block_size, (t + 1) * block_size), wherever the first row
-    is; key block j is entries [j * block_size, (j + 1) * block_size). A row reads itself, and of what is listed for its
+    is; key block j is entries [j * key_block_size, (j + 1) * key_block_size). A row reads itself, and of what is listed for its
     query block whatever is not after it. Nothing else is loaded.
 
     Args:
@@ -120,20 +123,30 @@ def block_sparse_attention(
         distances: int [batch, heads or kv_heads, m], distances d of 0 or more, each at most once, -1 for none: each row
             reads the entry d before it. What a query block's rows read so together is loaded, and masked row by row; torch only.
         block_size: a power of two, as a rule 64 or 128; the Triton kernel has those from 16.
+        key_block_size: a power of two, at most `block_size`, which it is by default; smaller ones are torch only.
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores.
         sinks: [heads], one logit per head that takes part in the softmax and has no value (gpt-oss).
-        backend: "triton" and "auto" on CUDA run the Triton kernel; "auto" does not where there are `distances`.
+        backend: "triton" and "auto" on CUDA run the Triton kernel; "auto" does not where something is torch only.
 
     Returns:
         output: [batch, heads, q, head_dim of the values] in the dtype of `query`.
         lse: float32 [batch, heads, q], the natural logarithm of the summed exp of what the row read and of the sink.
 
     Raises:
-        ValueError: the block size is no power of two, or below 16 with backend="triton"; `distances` with backend="triton"; the
-            backend does not exist, or cannot run here.
+        ValueError: a block size is no power of two, or that of keys is the larger one; with backend="triton" a block size
+            below 16, two different ones, or `distances`; the backend does not exist, or cannot run here.
     """
     if block_size < 1 or block_size & (block_size - 1):
         raise ValueError(f"block_size={block_size} is no power of two; choose 64 or 128")
+    key_block_size = block_size if key_block_size is None else key_block_size
+    if key_block_size < 1 or key_block_size & (key_block_size - 1) or key_block_size > block_size:
+        raise ValueError(
+            f"key_block_size={key_block_size} is no power of two up to block_size={block_size}; choose a smaller power of two"
+        )
+    if key_block_size < block_size and backend == "triton":
+        raise ValueError(
+            f"key_block_size={key_block_size} below block_size={block_size} is for backend='torch' or 'auto'; leave it out"
+        )
     if block_size < 16 and backend == "triton":
         raise ValueError(f"block_size={block_size} is too small for backend='triton'; choose 64 or 128, or 'auto'")
     if distances is not None and backend == "triton":
@@ -141,9 +154,10 @@ def block_sparse_attention(
     same_width = query.shape[-1] == value.shape[-1]
     lists: dict[str, Any] = {"blocks": blocks, "columns": columns, "diagonals": diagonals}
     options: dict[str, Any] = {"scale": scale, "block_size": block_size, "softcap": softcap, "sinks": sinks}
-    for_triton = block_size >= 16 and same_width and query.dtype != torch.float64 and distances is None
+    one_size = block_size >= 16 and key_block_size == block_size
+    for_triton = one_size and same_width and query.dtype != torch.float64 and distances is None
     if use_triton(backend, query) and for_triton:
         from kvpress.kernels.gpu import block_sparse_attention as gpu
 
         return gpu.block_sparse_attention(query, key, value, **lists, **options)
-    return attend_lists(query, key, value, distances=distances, **lists, **options)
+    return attend_lists(query, key, value, distances=distances, key_block_size=key_block_size, **lists, **options)

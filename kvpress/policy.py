@@ -104,11 +104,11 @@ def check_factor(value: Any, name: str) -> None:
         raise PolicyError(f"{name}={value!r} does not work; give a number from 0 to 1")
 
 
-def check_block_size(value: Any) -> None:
+def check_block_size(value: Any, name: str = "block_size", usual: str = "64 or 128") -> None:
     """Raise `PolicyError` unless `value` is a power of two."""
-    check_count(value, "block_size", 1)
+    check_count(value, name, 1)
     if value & (value - 1):
-        raise PolicyError(f"block_size={value} is no power of two; give 64 or 128")
+        raise PolicyError(f"{name}={value} is no power of two; give {usual}")
 
 
 def check_share(value: Any, name: str) -> None:
@@ -414,14 +414,16 @@ class Pattern:
 
     Attributes:
         blocks: int [batch, heads or kv_heads, row blocks, m], the blocks of entries that each block of rows reads, in any
-            order, each at most once; -1 for none. Block j is the entries [j * block_size, (j + 1) * block_size), for rows as
-            for what they read; the first block listed for is that of the first row, which may lie inside of it.
+            order, each at most once; -1 for none. A block of rows is block_size entries, counted from the first entry; the
+            first one listed for is that of the first row, which may lie inside of it. Block j of entries is
+            [j * key_block_size, (j + 1) * key_block_size).
         columns: int [batch, heads or kv_heads, m], entries that all rows read, -1 for none.
         diagonals: int [batch, heads or kv_heads, m], distances at which blocks of rows read: all rows of the block whose first
             row is entry a read the entries [a - d, a - d + block_size). -1 for none.
         distances: int [batch, heads or kv_heads, m], distances at which each row reads one entry, -1 for none; on a GPU without
             a kernel of its own.
         block_size: a power of two; below 16 it is slow on a GPU.
+        key_block_size: a power of two up to `block_size`, which None stands for; on a GPU smaller ones have no kernel of their own.
         index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
     """
 
@@ -430,12 +432,18 @@ class Pattern:
     diagonals: Tensor | None = None
     distances: Tensor | None = None
     block_size: int = 64
+    key_block_size: int | None = None
     index: Tensor | None = None
 
     @property
     def lists(self) -> dict[str, Any]:
         """The lists by name, each a tensor or None, as the kernel takes them."""
         return {name: getattr(self, name) for name in ("blocks", "columns", "diagonals", "distances")}
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """The sizes of blocks by name, likewise."""
+        return {"block_size": self.block_size, "key_block_size": self.key_block_size}
 
 
 def listed_blocks(reads: Tensor) -> Tensor:

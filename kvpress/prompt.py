@@ -247,7 +247,7 @@ def _computed(pattern: Pattern | None, query: Tensor, entries: int) -> float | T
     if all(one is None for one in lists.values()):
         return _pairs(query, entries)
     before = (entries - query.shape[2]) % pattern.block_size
-    return listed_pairs(query.shape[2] + before, entries, skip=before, block_size=pattern.block_size, **lists)
+    return listed_pairs(query.shape[2] + before, entries, skip=before, **pattern.sizes, **lists)
 
 
 def _attend_pattern(
@@ -266,7 +266,7 @@ def _attend_pattern(
     # The rows' first block may begin before them.
     before = (keys.shape[2] - query.shape[2]) % pattern.block_size
     rows = functional.pad(query, (0, 0, before, 0))
-    output, _ = block_sparse_attention(rows, keys, values, block_size=pattern.block_size, **lists, **vars(scores))
+    output, _ = block_sparse_attention(rows, keys, values, **pattern.sizes, **lists, **vars(scores))
     return output[:, :, before:]
 
 

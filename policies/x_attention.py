@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpress.errors import PolicyError
-from kvpress.policy import Pattern, PrefillPolicy, View, check_block_size, check_count, check_factor, check_finite
+from kvpress.policy import Pattern, PrefillPolicy, View, check_block_size, check_count, check_finite, check_share
 
 # Scores of one tile of cells, in numbers.
 TILE_SCORES = 1 << 24
@@ -42,7 +42,7 @@ class XAttention(PrefillPolicy):
 
     Args:
         stride: side of a cell, a divisor of `block_size` (authors: 8 or 16).
-        threshold: share of the estimated attention that is read, from 0 to 1, or one for each layer that the policy acts on
+        threshold: share of the estimated attention that is read, in (0, 1], or one for each layer that the policy acts on
             and query head (authors: 0.9, or found per head).
         block_size: rows and entries of a block, a power of two.
         norm: divides the scores of cells besides `stride`.
@@ -75,10 +75,10 @@ class XAttention(PrefillPolicy):
                         f"threshold[{layer}]={heads!r} is no list; give one number per layer and query head"
                     )
                 for head, share in enumerate(heads):
-                    check_factor(share, f"threshold[{layer}][{head}]")
+                    check_share(share, f"threshold[{layer}][{head}]")
             object.__setattr__(self, "threshold", tuple(tuple(heads) for heads in self.threshold))
         else:
-            check_factor(self.threshold, "threshold")
+            check_share(self.threshold, "threshold")
 
     def check_layers(self, layers: int) -> None:
         if isinstance(self.threshold, tuple) and len(self.threshold) != layers:

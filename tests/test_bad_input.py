@@ -22,7 +22,18 @@ import kvpress
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
 from kvpress.layer import KVLayer
-from kvpress.policies import H2O, TOVA, Full, Quest, RecycledAttention, SnapKV, StreamingLLM, TidalDecode, TokenSelect
+from kvpress.policies import (
+    H2O,
+    TOVA,
+    Full,
+    HiP,
+    Quest,
+    RecycledAttention,
+    SnapKV,
+    StreamingLLM,
+    TidalDecode,
+    TokenSelect,
+)
 from kvpress.policy import Quota, Sinks
 from support import refusals
 from support.models import (
@@ -702,6 +713,7 @@ SELECTING = {
     "tidal-corrected": (TidalDecode(k=500, sparse_layer_start=0, correct_every=2), None),
     "recycled": (RecycledAttention(budget=500, stride=3), None),
     "token-select": (TokenSelect(k=500), None),
+    "hip": (HiP(k=500, dense_layers=0), None),
 }
 HELPERS = {name: options for name, options in ASSISTED.items() if name != "early-exit"}
 

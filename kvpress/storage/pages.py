@@ -220,7 +220,13 @@ class Pages(Storage):
 
     def slot_dims(self) -> list[tuple[Tensor, int]]:
         stats = [(stat, 1) for stat in self.stats.values()]
-        rows = [(self.paged_keys, 1), (self.paged_values, 1), (self.paged_positions, 1), (self.owner, 1), (self.order, 1)]
+        rows = [
+            (self.paged_keys, 1),
+            (self.paged_values, 1),
+            (self.paged_positions, 1),
+            (self.owner, 1),
+            (self.order, 1),
+        ]
         return [*rows, (self.coming, 2), *stats]
 
     @property

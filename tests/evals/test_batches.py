@@ -45,6 +45,7 @@ PACKED = {"name": "packed", "residual": 16}
 SPARSE = {"name": "x_attention", "stride": 4, "block_size": 16, "threshold": 0.6}
 SHAPED = {"name": "minference", "default": ["vertical_slash", 16, 40], "sink": 4, "recent": 16, "block_size": 16}
 FLEXIBLE = {"name": "flex_prefill", "gamma": 0.6, "min_budget": 16, "block_size": 16}
+TREE = {"name": "hip", "k": 16, "window": 24, "sink": 4, "block_size": 16, "dense_layers": 0}
 CUT = {"name": "gem_filter", "r": 0}
 LAZY = {"name": "lazy_llm", "rate": 0.4}
 SAME = (
@@ -87,12 +88,12 @@ def rows(loaded):
 
 
 def sweep():
-    others = [CHUNKED, CHUNKS, SPARSE, FLEXIBLE, SHAPED, CUT, LAZY, PACKED]
+    others = [CHUNKED, CHUNKS, SPARSE, FLEXIBLE, SHAPED, TREE, CUT, LAZY, PACKED]
     listed = [one if isinstance(one, str) else one["name"] for one in [*POLICIES, *others]]
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [
         {"policy": [*(one for one in POLICIES if one not in fixed), CUT], "budget": [0.3]},
-        {"policy": [*fixed, CHUNKED, SPARSE, FLEXIBLE, SHAPED, CHUNKS, LAZY, PACKED]},
+        {"policy": [*fixed, CHUNKED, SPARSE, FLEXIBLE, SHAPED, TREE, CHUNKS, LAZY, PACKED]},
     ]
 
 
@@ -118,7 +119,16 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
             other = batched[policy][index]
             assert [other[name] for name in SAME] == [row[name] for name in SAME], (policy, index)
             if "evict='each_row'" in policy or policy.startswith(
-                ("token_select", "x_attention", "flex_prefill", "minference", "dual_chunk", "gem_filter", "lazy_llm")
+                (
+                    "token_select",
+                    "x_attention",
+                    "flex_prefill",
+                    "minference",
+                    "hip",
+                    "dual_chunk",
+                    "gem_filter",
+                    "lazy_llm",
+                )
             ):
                 # these change a prompt's own attention, or cut it
                 assert other["batch"] == 1 and other["read_share"] == row["read_share"]

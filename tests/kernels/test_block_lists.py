@@ -23,10 +23,10 @@ FORMS = [
 ]
 
 
-def random_blocks(rows, past, lists, share=0.5):
+def random_blocks(rows, past, lists, share=0.5, key_size=SIZE):
     """Each key block listed with that probability, in any order, later ones than the rows' own too."""
     generator = torch.Generator().manual_seed(1)
-    count = -(-(past + rows) // SIZE)
+    count = -(-(past + rows) // key_size)
     drawn = torch.rand(BATCH, lists, -(-rows // SIZE), count, generator=generator)
     order = drawn.argsort(dim=-1)
     return order.masked_fill(drawn.gather(-1, order) >= share, -1)
@@ -92,6 +92,37 @@ def test_pairs_are_counted(rows, past, skip, tile, forms, monkeypatch):
     )
     found = block_lists.listed_pairs(rows, rows + past, skip=skip, block_size=SIZE, **lists)
     assert found.item() == pytest.approx(expected.item())
+
+
+@pytest.mark.parametrize("key_size", [1, 2, 8])
+@pytest.mark.parametrize(("rows", "past"), [(64, 0), (63, 0), (64, 32), (19, 93), (150, 7)], ids=str)
+@pytest.mark.parametrize("tile", [1, 1 << 20], ids=["one-by-one", "together"])
+@pytest.mark.parametrize("forms", [form for form in FORMS if "blocks" in form], ids="+".join)
+def test_smaller_key_blocks(key_size, rows, past, tile, forms, monkeypatch):
+    """What they list is attended and counted, on their own and beside single entries."""
+    monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)
+    monkeypatch.setattr(block_lists, "TILE_MARKS", tile)
+    tensors, heads = inputs(rows, past, 3), KV_HEADS * 3
+    lists = random_lists(forms, rows, past, heads) | {"blocks": random_blocks(rows, past, heads, 0.3, key_size)}
+    options = {"block_size": SIZE, "key_block_size": key_size, **lists}
+    output, lse = attend(*tensors, scale=0.3, **options)
+    expected, expected_lse = block_sparse_attention_reference(*tensors, scale=0.3, **options)
+    torch.testing.assert_close(output, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=1e-5)
+    for skip in (0, 3):
+        pairs = listed_keys(rows, rows + past, heads, **options)[:, :, skip:].sum() / heads
+        found = block_lists.listed_pairs(rows, rows + past, skip=skip, **options)
+        assert found.item() == pytest.approx(pairs.item())
+
+
+def test_smaller_key_blocks_list_what_larger_ones_do():
+    """A block of 16 keys is its eight blocks of two."""
+    tensors, large = inputs(70, 30, 3), random_blocks(70, 30, KV_HEADS)
+    small = (large[..., None] * 8 + torch.arange(8)).masked_fill(large[..., None] < 0, -1).flatten(3)
+    expected = attend(*tensors, scale=0.3, block_size=SIZE, blocks=large)
+    found = attend(*tensors, scale=0.3, block_size=SIZE, key_block_size=2, blocks=small)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("some", "other"), [("blocks", "columns"), ("columns", "diagonals"), ("diagonals", "blocks")])

@@ -52,7 +52,9 @@ def lists(forms, rows, past, heads, block_size=16, seed=1):
     return chosen
 
 
-def reads(rows, past, heads, blocks=None, columns=None, diagonals=None, distances=None, block_size=16):
+def reads(
+    rows, past, heads, blocks=None, columns=None, diagonals=None, distances=None, block_size=16, key_block_size=None
+):
     """Bool [batch, heads, rows, n]: pair by pair, from the operation's description."""
     n = rows + past
     seen = torch.zeros(BATCH, heads, rows, n, dtype=torch.bool)
@@ -64,7 +66,7 @@ def reads(rows, past, heads, blocks=None, columns=None, diagonals=None, distance
                 tile = row // block_size
                 first = past + tile * block_size
                 for j in range(past + row + 1):
-                    listed = of[0] is not None and j // block_size in of[0][tile]
+                    listed = of[0] is not None and j // (key_block_size or block_size) in of[0][tile]
                     listed |= of[1] is not None and j in of[1]
                     listed |= of[2] is not None and any(0 <= j - first + d < block_size for d in of[2] if d >= 0)
                     listed |= of[3] is not None and past + row - j in of[3]
@@ -241,6 +243,30 @@ def test_small_blocks(block_size, rows, past):
             query, key, value[..., :width], scale=0.3, blocks=blocks, block_size=block_size
         )
         torch.testing.assert_close(found, exact(query, key, value[..., :width], seen, scale=0.3).float())
+
+
+@pytest.mark.parametrize(("key_size", "rows", "past"), [(1, 20, 3), (2, 13, 7), (4, 32, 0), (8, 16, 0), (4, 1, 13)])
+def test_key_blocks_smaller_than_those_of_rows(key_size, rows, past):
+    query, key, value = inputs(rows, past, 2)
+    heads, count = KV_HEADS * 2, -(-(rows + past) // key_size)
+    drawn = torch.rand(BATCH, heads, -(-rows // 8), count, generator=torch.Generator().manual_seed(3))
+    blocks = torch.arange(count).expand_as(drawn).masked_fill(drawn < 0.6, -1)
+    sizes = {"block_size": 8, "key_block_size": key_size}
+    seen = reads(rows, past, heads, blocks=blocks, **sizes)
+    assert torch.equal(listed_keys(rows, rows + past, heads, blocks=blocks, **sizes), seen)
+    found, _ = block_sparse_attention(query, key, value, scale=0.3, blocks=blocks, **sizes)
+    torch.testing.assert_close(found, exact(query, key, value, seen, scale=0.3).float())
+
+
+@pytest.mark.parametrize("key_size", [0, 3, 32])
+def test_bad_key_block_size(key_size):
+    with pytest.raises(ValueError, match=f"key_block_size={key_size} is no power of two up to block_size=16"):
+        block_sparse_attention(*inputs(4, 0, 1), scale=1.0, block_size=16, key_block_size=key_size)
+
+
+def test_triton_has_one_size_for_rows_and_keys():
+    with pytest.raises(ValueError, match="key_block_size=8 below block_size=16 is for backend='torch' or 'auto'"):
+        block_sparse_attention(*inputs(4, 0, 1), scale=1.0, block_size=16, key_block_size=8, backend="triton")
 
 
 def test_triton_has_no_small_blocks():

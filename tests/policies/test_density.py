@@ -5,12 +5,13 @@ import torch
 
 import kvpress
 from kvpress.kernels.block_sparse_attention import listed_keys
-from kvpress.policies import FlexPrefill, Full, GemFilter, MInference, SnapKV, TokenSelect, XAttention
+from kvpress.policies import FlexPrefill, Full, GemFilter, HiP, MInference, SnapKV, TokenSelect, XAttention
 from support.matrix import prompt, sharp_llama
 from support.reads import run
 
 SPARSE = [
     XAttention(stride=2, threshold=0.5, block_size=4),
+    HiP(k=4, window=3, sink=1, block_size=4, key_block_size=2, dense_layers=0),
     FlexPrefill(gamma=0.6, tau=0.25, min_budget=2, block_size=2),
     MInference(default=["vertical_slash", 2, 4], sink=1, recent=2, probe=4, block_size=4),
     MInference(default=["vertical_slash", 2, 4], expand="exact", sink=1, recent=2, probe=4, block_size=4),
@@ -33,7 +34,8 @@ def counted(monkeypatch):
         lists = {name: options[name] for name in ("blocks", "columns", "diagonals", "distances")}
         rows, n, heads = query.shape[2], key.shape[2], query.shape[1]
         skip = int((query == 0).all(-1).all(1)[0].sum())
-        mask = listed_keys(rows, n, heads, block_size=block_size, **lists)[:, :, skip:]
+        sizes = {"block_size": block_size, "key_block_size": options["key_block_size"]}
+        mask = listed_keys(rows, n, heads, **sizes, **lists)[:, :, skip:]
         calls.append((mask.sum().item(), heads))
         return original(query, key, value, block_size=block_size, **options)
 

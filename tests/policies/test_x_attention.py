@@ -118,6 +118,8 @@ def test_defaults():
         ({"stride": 3}, "stride=3 does not divide block_size=128"),
         ({"block_size": 96}, "block_size=96 is no power of two"),
         ({"threshold": 1.5}, "threshold=1.5"),
+        ({"threshold": 0}, "threshold=0 does not work; give a number above 0 and at most 1"),
+        ({"threshold": [[0.5, 0.0]]}, r"threshold\[0\]\[1\]=0.0"),
         ({"threshold": "0.9"}, "threshold='0.9'"),
         ({"threshold": [0.5, 0.6]}, r"threshold\[0\]=0.5 is no list"),
         ({"threshold": [[0.5, -1]]}, r"threshold\[0\]\[1\]=-1"),
@@ -156,7 +158,7 @@ def rules(over=None, **fields):
 @torch.no_grad()
 def test_thresholds_per_layer_and_head(model):
     """A head that reads everything beside one that reads two blocks."""
-    threshold = [[1.0, 0.0, 0.5, 0.3], [0.0] * 4]
+    threshold = [[1.0, 0.01, 0.5, 0.3], [0.01] * 4]
     fields = {**SMALL, "threshold": threshold}
     logits, _, _ = run(model, XAttention(**fields), PASSES)
     oracle = x_attention.Antidiagonals(model, rules(**fields))

@@ -33,11 +33,11 @@ POLICIES = {
     "quest": (Quest(budget=12, page_size=4, dense_layers=1), (*COMMON, "page_bounds", "page_scores", "union_select")),
     "token_select": (TokenSelect(n_init=2, n_local=6, k=4, chunk=6, theta=1.5), (*COMMON, "soft_vote", "rope_shift")),
     "tidal_decode": (
-        TidalDecode(k=6, sparse_layer_start=0, correction_layer=2),
+        TidalDecode(k=6, sparse_layer_start=0, correction_layer=1),
         (*COMMON, "decode_scores", "union_select"),
     ),
     "tidal_decode beside streaming_llm": (
-        [TidalDecode(k=6, sparse_layer_start=0, correction_layer=2), StreamingLLM(budget=16, sink=2)],
+        [TidalDecode(k=6, sparse_layer_start=0, correction_layer=1), StreamingLLM(budget=16, sink=2)],
         (*COMMON, "decode_scores", "rope_shift"),
     ),
     "streaming_llm": (StreamingLLM(budget=16, sink=2), ("decode_attention", "rope_shift")),
@@ -55,15 +55,15 @@ POLICIES = {
 
 
 def run(policy):
-    """Logits of a padded prompt in two chunks and of four steps, and the positions that each layer keeps."""
-    model = tiny_llama(layers=4, heads=8, kv_heads=2, head_dim=16, attention="eager").to(accelerator.DEVICE)
-    ids = token_ids(2, 36).to(accelerator.DEVICE)
+    """Logits of a padded prompt in two chunks and of three steps, and the positions that each layer keeps."""
+    model = tiny_llama(layers=3, heads=8, kv_heads=2, head_dim=16, attention="eager").to(accelerator.DEVICE)
+    ids = token_ids(2, 35).to(accelerator.DEVICE)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
     logits = []
     with torch.no_grad(), kvpress.patch(model, policy):
         cache = None
-        for start, stop in ((0, 20), (20, 32), (32, 33), (33, 34), (34, 35), (35, 36)):
+        for start, stop in ((0, 20), (20, 32), (32, 33), (33, 34), (34, 35)):
             output = model(ids[:, start:stop], attention_mask=mask[:, :stop], **{CACHE: cache}, use_cache=True)
             cache = output[CACHE]
             logits.append(output.logits[:, -1])
