@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import version
 from typing import Any
 
 import vl_convert
@@ -148,10 +149,10 @@ def apart(wanted: Sequence[float], gap: float, top: float) -> list[float]:
 @cache
 def library() -> str:
     """Vega, Vega-Lite and vega-embed as a script without imports; made once, as it takes some seconds, and kept in the cache."""
-    path = cache_folder() / f"vega-lite-{VERSION}-{vl_convert.__version__}.js"
+    path = cache_folder() / f"vega-lite-{VERSION}-{version('vl-convert-python')}.js"
     with suppress(OSError):
         return path.read_text(encoding="utf-8")
-    script = str(vl_convert.javascript_bundle(vl_version=VERSION))
+    script = vl_convert.javascript_bundle(None, vl_version=VERSION)  # type: ignore[arg-type]  # their stub knows no None
     with suppress(OSError, StoreError):  # it is made anew each time where nothing can be written
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, script)

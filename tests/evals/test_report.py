@@ -250,8 +250,8 @@ def test_names_stay_apart(wanted):
 def test_the_library_is_made_once(tmp_path, monkeypatch):
     made = []
 
-    def bundle(**options):
-        made.append(options)
+    def bundle(snippet, vl_version):
+        made.append(vl_version)
         return "a script"
 
     monkeypatch.setattr("vl_convert.javascript_bundle", bundle)
