@@ -536,6 +536,7 @@ def user_errors() -> Iterator[None]:
 def eval_errors() -> Iterator[None]:
     """Make what the evaluation says of wrong input a user's error; name the extra where its packages are missing."""
     try:
+        import kvpress.evals.charts  # noqa: F401
         from kvpress.evals.config import ConfigError
         from kvpress.evals.request import TuneError
         from kvpress.evals.runner import RunError

@@ -67,7 +67,7 @@ def run(guide, folder, place, replace=(), **options):
             outputs += [
                 run_command(line, **options) for line in code.splitlines() if not line.startswith("kvpress serve")
             ]
-        elif language == "python" and (named := re.match(r"# (\w+\.py)\n", code)):
+        elif named := re.match(r"# (\w+\.(py|yaml))\n", code):
             (place / named[1]).write_text(code)
         elif language == "python":
             code = code.replace("cache=", f"{CACHE}=").replace(".cache", f".{CACHE}")  # before transformers 5.24
@@ -136,6 +136,15 @@ def test_tune(folder, place, capsys):
     assert "tuned.yaml is for kvpress.patch" in said
     assert (place / "tuned.html").exists()
     assert "total" in capsys.readouterr().out
+
+
+def test_ray(folder, place, monkeypatch):
+    pytest.importorskip("ray", reason="the extra ray is not installed")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    _, (said, _) = run("ray", folder, place)
+    assert "3 runs finished with 6 new answers" in said
+    report = (place / "results" / "needles" / "report.csv").read_text()
+    assert all(policy in report for policy in ("full()", "snapkv(budget=0.25)", "quest(budget=0.25)"))
 
 
 def test_serve(folder, place):

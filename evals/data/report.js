@@ -31,18 +31,35 @@ document.querySelectorAll("[data-runs]").forEach((link) => {
   link.addEventListener("click", () => show(link.dataset.runs.split(" ")));
 });
 filter.querySelector("button").addEventListener("click", () => show(null));
-// A chip lights up one policy in the pictures of its section.
-document.querySelectorAll(".chips button").forEach((chip) => {
-  chip.addEventListener("click", () => {
-    const on = chip.getAttribute("aria-pressed") !== "true", section = chip.closest("section");
-    section.querySelectorAll(".chips button").forEach((other) => other.setAttribute("aria-pressed", "false"));
-    chip.setAttribute("aria-pressed", String(on));
-    section.querySelectorAll("[data-policy]:not(button)").forEach((part) => {
-      part.classList.toggle("lit", on && part.dataset.policy === chip.dataset.policy);
-      part.classList.toggle("dim", on && part.dataset.policy !== chip.dataset.policy);
+// A policy is lit while a pointer or the focus is on its button or its marks, and stays so once its button is pressed.
+const config = JSON.parse(document.getElementById("config").textContent);
+document.querySelectorAll("section").forEach((section) => {
+  const chips = [...section.querySelectorAll(".chips button")], views = [];
+  function light(policy) {
+    const lit = policy || chips.find((chip) => chip.getAttribute("aria-pressed") === "true")?.dataset.policy || "";
+    views.forEach((view) => view.signal("lit", lit).runAsync());
+    section.querySelectorAll("[data-policy]").forEach((part) => part.classList.toggle("lit", part.dataset.policy === lit));
+  }
+  chips.forEach((chip) => {
+    chip.addEventListener("click", () => {
+      const on = chip.getAttribute("aria-pressed") !== "true";
+      chips.forEach((other) => other.setAttribute("aria-pressed", String(on && other === chip)));
+      section.querySelectorAll("figure[data-map]").forEach((map) => { map.hidden = on && map.dataset.map !== chip.dataset.policy; });
+      light("");
     });
-    section.querySelectorAll("figure[data-map]").forEach((map) => {
-      map.hidden = on && map.dataset.map !== chip.dataset.policy;
+    for (const event of ["pointerenter", "focus"]) chip.addEventListener(event, () => light(chip.dataset.policy));
+    for (const event of ["pointerleave", "blur"]) chip.addEventListener(event, () => light(""));
+  });
+  section.querySelectorAll("[data-chart]").forEach(async (place) => {
+    const chart = JSON.parse(place.nextElementSibling.textContent);
+    const { view } = await vegaEmbed(place, chart, { mode: "vega-lite", renderer: "svg", actions: false, config, tooltip: { theme: "custom" } });
+    views.push(view);
+    view.addEventListener("mouseover", (event, item) => light(item?.datum?.policy ?? ""));
+    view.addEventListener("mouseout", () => light(""));
+    view.addEventListener("click", (event, item) => {
+      if (!item?.datum?.runs || event.pointerType === "touch") return; // a touch shows what a pointer shows
+      show(item.datum.runs);
+      runs.scrollIntoView();
     });
   });
 });

@@ -204,4 +204,4 @@ def test_reports_say_what_long_answers_cost(tmp_path):
     assert (found["h2o(budget=50)"]["new_tokens"], found["h2o(budget=50)"]["strict"]) == ("350.0", "0.5")
     assert (found["h2o(budget=50)"]["cut_off"], found["h2o(budget=50)"]["tokens_kept_most"]) == ("0.5", "50.0")
     page = (tmp_path / "report.html").read_text()
-    assert "new tokens" in page and "of full&#x27;s length, %" in page and ">350</a>" in page
+    assert "new tokens" in page and "of full&#39;s length, %" in page and ">350</a>" in page

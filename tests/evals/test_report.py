@@ -1,6 +1,7 @@
 """Reports: figures by hand, every number traceable, and a page that works in a browser."""
 
 import csv
+import itertools
 import json
 import re
 import shutil
@@ -12,11 +13,13 @@ import pytest
 from typer.testing import CliRunner
 
 from kvpress.cli import app
-from kvpress.evals.charts import Mark, scatter, ticks
+from kvpress.evals.charts import COLOURS, Mark, apart, library, scatter
 from kvpress.evals.config import read_plan
+from kvpress.evals.page import Pictures, Table, render
 from kvpress.evals.report import write_report
 from kvpress.evals.results import load_results, settings
 from kvpress.evals.store import StoreError
+from support.pages import own_text, pictures, shown, words
 from support.plans import tree, write
 from support.saved import MIB, SESSION, row, save
 
@@ -110,20 +113,25 @@ def test_a_report_elsewhere_still_leads_there(out, tmp_path):
 
 def test_the_page_needs_nothing_else(out):
     write_report([out], out)
-    text = (out / "report.html").read_text(encoding="utf-8")
-    page = Page(out / "report.html")
+    text, page = own_text(out / "report.html"), Page(out / "report.html")
     assert page.open_tags == []
     assert page.sources == []
     assert not re.search(r"https?:|//[a-z]|@import|url\(", re.sub(r"// .*", "", text))
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    assert "n.s. (not significant)" in text and "fewer than 6 samples differ" in text
 
 
 def test_heat_maps(out):
     write_report([out], out)
-    text = (out / "report.html").read_text()
-    assert "h2o(budget=0.25), depth 50%, length 1000: 0.0% over 2" in text
-    assert "h2o(budget=0.25), depth 90%, length 2000: 100.0% over 2" in text
-    assert len(re.findall('class="cell"', text)) == 3 * 6
+    charts = [chart for chart in pictures(out / "report.html") if "step" in str(chart["width"])]
+    assert len(charts) == 3 and all(len(chart["data"]["values"]) == 6 for chart in charts)
+    found = {
+        (c["label"], c["depth"], c["length"]): (c["shown"], c["samples"]) for m in charts for c in m["data"]["values"]
+    }
+    assert found["h2o(0.25)", "50%", "1000"] == ("0", 2)
+    assert found["h2o(0.25)", "90%", "2000"] == ("100", 2)
+    (h2o,) = [words(chart) for chart in charts if chart["data"]["values"][0]["label"] == "h2o(0.25)"]
+    assert sorted(h2o) == sorted(["1000", "2000", "10%", "50%", "90%", "0", "0", "0", "0", "100", "100"])
 
 
 def test_the_front(out):
@@ -132,12 +140,15 @@ def test_the_front(out):
     rows = [row(i, 0.0, share=0.6, ms=20.0) for i in range(12)]
     save(out, {"task": task, "policy": "tova", "budget": 0.6}, rows)
     write_report([out], out)
-    text = (out / "report.html").read_text()
-    charts = re.findall(r"<svg viewBox=\"0 0 460.*?</svg>", text, flags=re.DOTALL)
+    charts = [chart for chart in pictures(out / "report.html") if chart["width"] == "container"]
     assert len(charts) == 2
     for chart in charts:
-        front = re.findall(r'class="mark [^"]*on-front[^"]*"[^>]*data-policy="(\w+)"', chart)
-        assert sorted(front) == ["full", "h2o", "snapkv"]
+        front = {point["policy"] for point in chart["data"]["values"] if point["front"]}
+        assert front == {"full", "h2o", "snapkv"}
+        assert {"full", "h2o(0.25)", "snapkv(0.5)", "tova(0.6)", "100%"} <= set(words(chart))
+    (tova,) = [point for point in charts[0]["data"]["values"] if point["policy"] == "tova"]
+    assert (tova["x"], tova["y"], tova["cost"]) == (pytest.approx(2.4), 0, "2.4")
+    assert tova["score"].startswith("0.0% (0.0% to ") and tova["score"].endswith("n=12")
 
 
 def test_what_lacks_samples_is_marked(out):
@@ -148,9 +159,13 @@ def test_what_lacks_samples_is_marked(out):
     text = (out / "report.html").read_text()
     assert "tova(0.1) *" in text and "3 +1 failed" in text
     assert "1 sample(s) failed" in text and "1 of 4 runs are not finished" in text
-    assert (
-        len(re.findall(r'class="mark k\d hollow"', text)) == 2
-    )  # in neither chart on the front, though it is cheapest
+    points = [
+        point
+        for chart in pictures(out / "report.html")
+        for point in chart["data"]["values"]
+        if "front" in point and point["policy"] == "tova"
+    ]
+    assert [(point["whole"], point["front"]) for point in points] == [(False, False)] * 2  # though it is cheapest
     line = table_rows(out)["tova(budget=0.1)"]
     assert (line["n"], line["failed"], line["to_full_n"], line["to_full"]) == ("3", "1", "3", "0.0")
 
@@ -187,6 +202,67 @@ def test_strange_names_do_no_harm(tmp_path):
     assert "a &lt;b&gt; &amp; c" in text
 
 
+def mark(policy, x=1.0, y=0.5, kind="evicting"):
+    return Mark(policy, f"{policy}(0.5)", kind, x, y, y, y, "half", "one", front=True, whole=True, runs=["run"])
+
+
+def test_strange_names_do_no_harm_in_pictures():
+    name = "</script><img>'\"&"
+    charts = scatter([mark(name)], "cost", "score", percent=True)
+    section = {
+        **{"title": name, "machine": name, "warnings": [name], "policies": {name: name}, "tables": []},
+        "pictures": [Pictures(name, name, charts)],
+        "maps": [{"title": name, "width": 150, "charts": [(name, name, charts[""])]}],
+    }
+    text = render("report.html", name, notes=[name], settings=[section], runs=Table("Runs", ("policy",), []))
+    text = text.replace(library(), "")
+    assert "<img" not in text and text.count("<script") == text.count("</script") == 2 + 3
+    assert f"{name}(0.5)" in words(charts[""])
+
+
+def test_many_policies_are_parted_by_kind():
+    """Each has its colour and its name in one picture and is grey in the others; full attention is in all."""
+    names = {"evicting": [f"e{i}" for i in range(13)], "selecting": ["s0", "s1"], "exact": ["full"]}
+    marks = [mark(name, x, kind=kind) for kind, some in names.items() for name in some for x in (1.0, 2.0)]
+    charts = scatter(marks, "cost", "score", percent=False)
+    assert list(charts) == ["evicting, 1 of 3", "evicting, 2 of 3", "evicting, 3 of 3", "selecting"]
+    own = [set(shown(chart, "policy")) for chart in charts.values()]
+    assert all("full" in some and len(some) <= COLOURS + 1 for some in own)
+    assert sorted(name for some in own for name in some - {"full"}) == sorted(names["evicting"] + names["selecting"])
+    for chart, some in zip(charts.values(), own, strict=True):
+        assert some <= set(words(chart)) and not set(words(chart)) & (set(names["evicting"]) - some)
+        colours = {point["policy"]: point["color"] for point in chart["data"]["values"] if point["own"]}
+        assert len(set(colours.values())) == len(some)
+    few = scatter([one for one in marks if one.kind != "evicting"], "cost", "score", percent=False)
+    assert list(few) == [""]
+
+
+@pytest.mark.parametrize("wanted", [[], [50.0], [10.0] * 5, [99.0, 98.0, 100.0], [0.0, 0.0, 100.0, 20.0, 25.0, 7.0]])
+def test_names_stay_apart(wanted):
+    places = apart(wanted, 15, 100)
+    assert all(7.5 <= place <= 92.5 for place in places)
+    together = sorted(zip(wanted, places, strict=True))
+    assert all(b[1] - a[1] >= 15 - 1e-9 for a, b in itertools.pairwise(together))
+    alone = [p for i, (w, p) in enumerate(zip(wanted, places, strict=True)) if 7.5 <= w <= 92.5 and len(wanted) == 1]
+    assert alone == [w for w in wanted if len(wanted) == 1]
+
+
+def test_the_library_is_made_once(tmp_path, monkeypatch):
+    made = []
+
+    def bundle(snippet, vl_version):
+        made.append(vl_version)
+        return "a script"
+
+    monkeypatch.setattr("vl_convert.javascript_bundle", bundle)
+    monkeypatch.setenv("KVPRESS_CACHE", str(tmp_path / "cache"))
+    assert library.__wrapped__() == library.__wrapped__() == "a script"
+    assert len(made) == 1
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("KVPRESS_CACHE", str(tmp_path / "file"))  # no folder, and none can be made
+    assert library.__wrapped__() == "a script" and len(made) == 2
+
+
 def test_several_versions_are_said(tmp_path):
     task = {"name": "needle", "lengths": [1000]}
     for commit, policy in (("abc", "full"), ("def", "h2o")):
@@ -206,17 +282,13 @@ def test_nothing_to_report(tmp_path):
         write_report([tmp_path], tmp_path)
 
 
-def test_ticks():
-    assert ticks(1.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert ticks(55) == [0, 10, 20, 30, 40, 50]
-    for top in (0.003, 0.9, 7, 99, 100, 1234):
-        found = ticks(top)
-        assert 4 <= len(found) <= 9 and found[-1] <= top < found[-1] * 1.5
-
-
 PROBE = """<script>
-window.addEventListener("load", () => {
+window.addEventListener("load", () => setTimeout(() => {
   const found = {};
+  found.drawn = document.querySelectorAll("[data-chart] svg").length;
+  found.loaded = performance.getEntriesByType("resource").map((entry) => entry.name).filter((name) => !name.startsWith("data:"));
+  const faint = () => document.querySelectorAll('[data-chart] [opacity="0.1"]').length;
+  found.usual = faint();
   const table = document.querySelector("section table");
   const scores = () => [...table.tBodies[0].rows].map((row) => row.cells[3].dataset.v);
   const names = () => [...table.tBodies[0].rows].map((row) => row.cells[0].textContent);
@@ -231,12 +303,20 @@ window.addEventListener("load", () => {
   document.querySelector("td [data-runs]").dispatchEvent(new MouseEvent("click", {bubbles: true}));
   found.filtered = shown();
   document.querySelector("#filter button").click(); found.after = shown();
-  document.querySelector('.chips button[data-policy="h2o"]').click();
-  found.lit = document.querySelectorAll(".lit").length; found.dim = document.querySelectorAll(".dim").length;
+  const chip = document.querySelector('.chips button[data-policy="h2o"]');
+  chip.focus();
+  found.focused = document.querySelectorAll("tr.lit").length;
+  chip.blur();
+  found.left = document.querySelectorAll("tr.lit").length;
+  chip.click();
+  found.maps = [...document.querySelectorAll("figure[data-map]")].filter((map) => !map.hidden).length;
   found.wide = document.documentElement.scrollWidth > window.innerWidth;
-  found.errors = window.failures;
-  document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
-});
+  setTimeout(() => {
+    found.lit = document.querySelectorAll("tr.lit").length; found.faint = faint();
+    found.errors = window.failures;
+    document.body.innerHTML = "<pre id=found>" + JSON.stringify(found) + "</pre>";
+  }, 500);
+}, 2000));
 </script>"""
 
 
@@ -248,11 +328,15 @@ def test_in_a_browser(out, tmp_path, width):
         pytest.skip("there is no Chromium; install it to look at the report")
     write_report([out], out)
     text = (out / "report.html").read_text(encoding="utf-8")
-    watch = "<script>window.failures = []; window.onerror = (message) => { window.failures.push(message); };</script>"
+    watch = (
+        "<script>window.failures = []; window.onerror = (message) => { window.failures.push(message); };"
+        "window.onunhandledrejection = (event) => { window.failures.push(String(event.reason)); };</script>"
+    )
     probe = tmp_path / "probe.html"
-    probe.write_text(text.replace("<head>", f"<head>{watch}").replace("</body>", f"{PROBE}</body>"), encoding="utf-8")
+    before, _, after = text.rpartition("</body>")  # the library has one of its own
+    probe.write_text(before.replace("<head>", f"<head>{watch}", 1) + f"{PROBE}</body>{after}", encoding="utf-8")
     command = [chromium, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    command += [f"--window-size={width},900", "--virtual-time-budget=5000", "--dump-dom", probe.as_uri()]
+    command += [f"--window-size={width},900", "--virtual-time-budget=20000", "--dump-dom", probe.as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     found = json.loads(re.search(r'<pre id="found">(.*)</pre>', done.stdout)[1])
     assert found["errors"] == []
@@ -262,25 +346,11 @@ def test_in_a_browser(out, tmp_path, width):
     assert found["names"] == sorted(found["names"])
     assert found["missing_last"] == "full()"
     assert (found["before"], found["filtered"], found["after"]) == (3, 1, 3)
-    assert found["lit"] >= 2 and found["dim"] >= 4
+    assert (found["drawn"], found["loaded"]) == (2 + 3, [])
+    assert (found["focused"], found["left"], found["lit"]) == (2, 0, 2)  # its rows by policy and by length
+    assert found["usual"] == 0 and found["faint"] >= 4
+    assert found["maps"] == 1
     assert not found["wide"]
-
-
-def test_labels_do_not_meet_on_a_phone():
-    """There a letter is largest: 14 units high, and eight wide in bold."""
-    marks = [
-        Mark(x, y, 0.1, 0.45, f"{name}(0.25)", "", name, 0, True, False, [])
-        for name, x, y in (("snapkv", 42.7, 0.276), ("quest", 68.5, 0.291))
-    ]
-    boxes = []
-    for x, y, anchor, name in re.findall(
-        r'<text class="name"[^>]* x="([\d.]+)" y="([\d.]+)" text-anchor="(\w+)">([^<]+)<',
-        scatter(marks, "ms", "score", percent=True),
-    ):
-        left = float(x) - 8 * len(name) * {"start": 0, "middle": 0.5, "end": 1}[anchor]
-        boxes.append((left, left + 8 * len(name), float(y) - 11, float(y) + 3))
-    (left, right, top, bottom), other = boxes
-    assert right <= other[0] or other[1] <= left or bottom <= other[2] or other[3] <= top
 
 
 def invoke(*arguments):

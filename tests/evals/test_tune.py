@@ -17,6 +17,7 @@ from kvpress.evals.config import ConfigError, make_plan
 from kvpress.evals.runner import RunError
 from kvpress.evals.task import TaskError
 from kvpress.evals.tune import Limits, TuneError, read_share, read_size, tune
+from support.pages import pictures, shown, words
 
 WORDS = (
     "the",
@@ -98,7 +99,10 @@ def test_the_least_loss_within_memory(search, loaded, tmp_path):
         model.generate(ids[:, : found.context - 32], max_new_tokens=32, min_new_tokens=32, do_sample=False)
         assert handle.report().total.bytes <= limit
     page = found.page.read_text(encoding="utf-8")
-    assert found.sentence.split(":")[0] in page and "kvpress tune --model" in page and page.count("<svg") >= 2
+    assert found.sentence.split(":")[0] in page and "kvpress tune --model" in page
+    drawn = pictures(found.page)
+    assert len(drawn) == 2 and all("full" in words(chart) for chart in drawn)
+    assert found.chosen.label.replace("budget=", "").removesuffix("()") in shown(drawn[0])
     assert "fewer than 6 samples differ" in page
 
 
