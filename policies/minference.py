@@ -231,7 +231,7 @@ class MInference(PrefillPolicy):
                 counts = [one.a if one.kind == "block_sparse" else 0 for one in patterns]
                 reads |= self._best_blocks(query, keys, torch.tensor(counts, device=device))
             reads &= place <= place[first:, None]
-        lists = {
+        lists: dict[str, Any] = {
             "blocks": listed_blocks(reads),
             "columns": columns,
             "distances" if self.expand == "exact" else "diagonals": slashes,
