@@ -739,6 +739,9 @@ class KVLayer(CacheLayerMixin):
         self._change_tensors(lasting)
         with lasting_tensors():
             self.texts.change_tensors(lasting)
+            for name, value in vars(self.facts).items():
+                if isinstance(value, Tensor) and name != "positions":  # these are the storage's
+                    setattr(self.facts, name, lasting(value))
 
     # ------------------------------------------------------------------ transformers' cache layer interface
 

@@ -57,7 +57,7 @@ class LazyLLM(RoutePolicy):
     """
 
     name: ClassVar[str] = "lazy_llm"
-    kind: ClassVar[str] = "fewer tokens by layer"
+    kind: ClassVar[str] = "pruning"
     paper: ClassVar[str] = "arXiv 2407.14057"
 
     layers: Sequence[int] | None = None

@@ -10,6 +10,7 @@ import kvpress
 from kvpress.kernels import attention_mass as mass_module
 from kvpress.kernels import block_lists
 from kvpress.kernels import nearest_centre as centre_module
+from kvpress.kernels import placed_attention as placed_module
 from kvpress.kernels import prompt_attention as prompt_module
 from kvpress.kernels import vertical_slash_mass as slash_module
 from kvpress.kernels.attention_mass import attention_mass
@@ -18,6 +19,7 @@ from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gumbel_noise import gumbel_noise
 from kvpress.kernels.nearest_centre import nearest_centre
+from kvpress.kernels.placed_attention import placed_attention
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
 from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
 from support.kernel_calls import HEAD_DIM, HEADS, KV_HEADS, LINEAR, Largest, places, qkv
@@ -109,6 +111,7 @@ def nearest(key, value):
 
 LINEAR_ON_TORCH = {
     "nearest_centre": lambda q, k, v: nearest(k, v),
+    "placed_attention": lambda q, k, v: placed_attention(q, k, v, places(q)[0], places(q)[0], scale=0.1),
     "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, scale=0.1, with_mass=True),
     "vertical_slash_mass": lambda q, k, v: vertical_slash_mass(q[:, :, -16:], k, scale=0.1),
     "block_means": lambda q, k, v: block_means(k, 0, 16),
@@ -118,7 +121,7 @@ LINEAR_ON_TORCH = {
 
 def grows(call, monkeypatch, sizes=(128, 512), tile=1 << 10):
     """The largest tensor at four times the entries over that at one, tiles small."""
-    for module in (mass_module, prompt_module):
+    for module in (mass_module, placed_module, prompt_module):
         monkeypatch.setattr(module, "TILE_SCORES", tile)
     monkeypatch.setattr(slash_module, "TILE_SCORES", tile)
     monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)
