@@ -11,6 +11,7 @@ from kvpress.policies.full import Full
 from kvpress.policies.gem_filter import GemFilter
 from kvpress.policies.h2o import H2O
 from kvpress.policies.h2o_prefill import H2OPrefill
+from kvpress.policies.kascade import Kascade
 from kvpress.policies.key_diff import KeyDiff
 from kvpress.policies.keyformer import Keyformer
 from kvpress.policies.knorm import Knorm
@@ -40,6 +41,7 @@ __all__ = [
     "Full",
     "GemFilter",
     "H2OPrefill",
+    "Kascade",
     "KeyDiff",
     "Keyformer",
     "Knorm",

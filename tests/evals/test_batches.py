@@ -45,6 +45,7 @@ PACKED = {"name": "packed", "residual": 16}
 SPARSE = {"name": "x_attention", "stride": 4, "block_size": 16, "threshold": 0.6}
 SHAPED = {"name": "minference", "default": ["vertical_slash", 16, 40], "sink": 4, "recent": 16, "block_size": 16}
 FLEXIBLE = {"name": "flex_prefill", "gamma": 0.6, "min_budget": 16, "block_size": 16}
+CASCADE = {"name": "kascade", "k": 0.3, "least": 1, "tile": 16}
 CUT = {"name": "gem_filter", "r": 0}
 SAME = (
     "index",
@@ -86,12 +87,12 @@ def rows(loaded):
 
 
 def sweep():
-    others = [CHUNKED, CHUNKS, SPARSE, FLEXIBLE, SHAPED, CUT, PACKED]
+    others = [CHUNKED, CHUNKS, SPARSE, FLEXIBLE, SHAPED, CASCADE, CUT, PACKED]
     listed = [one if isinstance(one, str) else one["name"] for one in [*POLICIES, *others]]
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [
         {"policy": [*(one for one in POLICIES if one not in fixed), CUT], "budget": [0.3]},
-        {"policy": [*fixed, CHUNKED, SPARSE, FLEXIBLE, SHAPED, CHUNKS, PACKED]},
+        {"policy": [*fixed, CHUNKED, SPARSE, FLEXIBLE, SHAPED, CASCADE, CHUNKS, PACKED]},
     ]
 
 
@@ -111,13 +112,13 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
     parts = {"defaults": {"task": task | depths, "query_aware": query_aware}, "sweep": grids}
     single = rows(plan("tiny", tmp_path / "1", **parts))
     batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
-    assert len(single) == (len(POLICIES) + 7 if query_aware else 6)
+    assert len(single) == (len(POLICIES) + 8 if query_aware else 6)
     for policy, own in single.items():
         for index, row in own.items():
             other = batched[policy][index]
             assert [other[name] for name in SAME] == [row[name] for name in SAME], (policy, index)
             if "evict='each_row'" in policy or policy.startswith(
-                ("token_select", "x_attention", "flex_prefill", "minference", "dual_chunk", "gem_filter")
+                ("token_select", "x_attention", "flex_prefill", "minference", "kascade", "dual_chunk", "gem_filter")
             ):
                 # these change a prompt's own attention, or cut it
                 assert other["batch"] == 1 and other["read_share"] == row["read_share"]

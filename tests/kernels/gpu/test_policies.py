@@ -15,6 +15,7 @@ from kvpress.policies import (
     H2O,
     AdaKV,
     H2OPrefill,
+    Kascade,
     Keyformer,
     Quest,
     SnapKV,
@@ -39,6 +40,10 @@ POLICIES = {
     "tidal_decode beside streaming_llm": (
         [TidalDecode(k=6, sparse_layer_start=0, correction_layer=2), StreamingLLM(budget=16, sink=2)],
         (*COMMON, "decode_scores", "rope_shift"),
+    ),
+    "kascade": (
+        Kascade(k=10, tile=5, anchors=[0, 2], head_map=[[0, 1], [1, 1], [0, 1], [1, 0]]),
+        (*COMMON, "decode_scores", "attention_mass"),
     ),
     "streaming_llm": (StreamingLLM(budget=16, sink=2), ("decode_attention", "rope_shift")),
     "ada_kv": (AdaKV(SnapKV(budget=16, window=4)), ("paged_attention", "attention_mass")),
