@@ -170,8 +170,8 @@ def _attended(model: Any, ids: Sequence[int]) -> list[Attended]:
     with _turns(model) as turns:
         recorded = record_prompt(model, torch.tensor([list(ids)], device=input_device(model)))
     return [
-        Attended(query, key, value, scores.scale, scores.softcap, turns[layer])
-        for layer, (query, key, value, scores) in enumerate(recorded.layers)
+        Attended(query, key, scores.scale, scores.softcap, turns[layer])
+        for layer, (query, key, _, scores) in enumerate(recorded.layers)
     ]
 
 

@@ -459,14 +459,13 @@ class Attended:
     """One layer's part of a prompt that was run with full attention, as a policy that is fitted to a model sees it.
 
     Attributes:
-        query: [1, heads, n, head_dim], rotated at its own positions; key and value: [1, kv_heads, n, head_dim].
+        query: [1, heads, n, head_dim], and key: [1, kv_heads, n, head_dim], rotated at their own positions.
         scale, softcap: how the model turns q.k into scores.
         turn: how far the layer's attention turns what it is added to: 1 - cos(x, x + output), mean over the tokens.
     """
 
     query: Tensor
     key: Tensor
-    value: Tensor
     scale: float
     softcap: float | None
     turn: float

@@ -37,14 +37,12 @@ class Picked:
     """What an anchor hands to the layers after it.
 
     Attributes:
-        anchor: the layer.
         index: int [batch, kv_heads, k], ascending: slots, in a prompt entries before the tile. None where the layers hold
             different entries.
         chosen: bool [batch, kv_heads, k], False where fewer were picked; None when all were.
         marks: bool [batch, kv_heads, positions], what was picked by position, where `index` is None. None in both: everything.
     """
 
-    anchor: int
     index: Tensor | None = None
     chosen: Tensor | None = None
     marks: Tensor | None = None
@@ -170,11 +168,11 @@ class Kascade(SelectionPolicy, PrefillPolicy):
     def select(self, view: View) -> Selected:
         anchor, heads = self._source(view)
         if anchor != view.layer:
-            return self._reuse(view, anchor, heads)
+            return self._reuse(view, heads)
         kv_heads, n = view.positions.shape[1:]
         width = self.width(n)
         if width == n:
-            view.shared["picked"] = Picked(anchor)
+            view.shared["picked"] = Picked()
             return Selected()
         scores = decode_scores(view.query, view.keys, scale=view.scale, moved=view.moved)
         if view.softcap is not None:
@@ -190,7 +188,7 @@ class Kascade(SelectionPolicy, PrefillPolicy):
             mass, held = mass.masked_fill_(empty, float("-inf")), n - empty.sum(-1)
         counts = self._counts(held)
         index, chosen = topk_select(mass, counts.clamp(max=width), width)
-        picked = Picked(anchor, index, None if empty is None else chosen)
+        picked = Picked(index, None if empty is None else chosen)
         view.shared["picked"] = picked if view.aligned else _by_position(view, picked, held <= counts)
         selected = _selected(view, picked.index, picked.chosen)
         if view.layer == 0:
@@ -204,21 +202,17 @@ class Kascade(SelectionPolicy, PrefillPolicy):
         anchor, heads = self._source(view)
         rows, n = view.query.shape[2], view.positions.shape[2]
         older = n - rows
-        picked = view.shared.get("picked")
         if anchor == view.layer:
             width = max(0, self.width(n) - rows)
-            picked = Picked(anchor)
+            picked = Picked()
             if width < older:
                 at = torch.arange(older, n, device=view.query.device).expand(len(view.query), -1)
                 mass = attention_mass(view.query, at, view.keys, None, scale=view.scale, softcap=view.softcap)
-                picked = Picked(anchor, _top(mass[..., :older], width).int())
+                picked = Picked(_top(mass[..., :older], width).int())
             view.shared["picked"] = picked if view.aligned else _by_position(view, picked)
             if view.layer == 0:
                 return None
-        elif picked is None or picked.anchor != anchor:  # the anchor was not asked
-            return None
-        else:
-            picked = _of_heads(picked, heads)
+        picked = _of_heads(view.shared["picked"], heads)
         index, member = picked.index, picked.chosen
         if picked.marks is not None:
             reads = _marked(view, picked.marks)[..., :older]
@@ -244,13 +238,13 @@ class Kascade(SelectionPolicy, PrefillPolicy):
         return anchor, heads
 
     def _counts(self, held: Tensor) -> Tensor:
-        """The same for each number of an int tensor; for an int more than there are, where it is more."""
+        """As `width`, of each number of an int tensor; more than there are where `k` or `least` is more."""
         counts = entries_of(self.k, held)
         return counts if isinstance(self.k, int) else counts.clamp(min=self.least)
 
-    def _reuse(self, view: View, anchor: int, heads: Sequence[int]) -> Selected:
+    def _reuse(self, view: View, heads: Sequence[int]) -> Selected:
         """What a layer reads of its anchor's picks in a decode step."""
-        picked: Picked = _of_heads(view.shared["picked"], heads)
+        picked = _of_heads(view.shared["picked"], heads)
         if picked.marks is None:
             return Selected() if picked.index is None else _selected(view, picked.index, picked.chosen)
         n = view.positions.shape[2]
@@ -331,7 +325,7 @@ def _of_heads(picked: Picked, heads: Sequence[int]) -> Picked:
     def taken(x: Tensor | None) -> Tensor | None:
         return None if x is None else torch.stack([x[:, head] for head in heads], dim=1)
 
-    return Picked(picked.anchor, taken(picked.index), taken(picked.chosen), taken(picked.marks))
+    return Picked(taken(picked.index), taken(picked.chosen), taken(picked.marks))
 
 
 def _selected(view: View, index: Tensor | None, chosen: Tensor | None) -> Selected:
@@ -354,7 +348,7 @@ def _by_position(view: View, picked: Picked, everything: Tensor | None = None) -
         places = places.masked_fill(~picked.chosen, view.places)
     marks = torch.zeros(*places.shape[:2], view.places + 1, dtype=torch.bool, device=places.device)
     marks = marks.scatter_(2, places, True)[..., : view.places]
-    return Picked(picked.anchor, marks=marks if everything is None else marks | everything[..., None])
+    return Picked(marks=marks if everything is None else marks | everything[..., None])
 
 
 def _marked(view: View, marks: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from test_block_sparse_attention import ALL_FORMS, GROUPS, SHAPES, lists, reads
 
 from kvpress.kernels import block_lists
 from kvpress.kernels.attention_mass import attention_mass
@@ -10,6 +9,7 @@ from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.block_sparse_mass import block_sparse_mass, block_sparse_mass_reference
 from support.attention_inputs import KV_HEADS
 from support.attention_inputs import prompt_inputs as inputs
+from support.block_lists import ALL_FORMS, GROUPS, SHAPES, lists, reads
 
 
 def exact(query, key, seen, softcap=None, sinks=None):

@@ -22,7 +22,10 @@ class Cascade(Planned, Selecting):
         self.picked, self.tiles = None, {}
 
     def anchor(self, layer):
-        return max(anchor for anchor in self.rules.anchors if anchor <= layer)
+        anchors, layers = self.rules.anchors, self.config.num_hidden_layers
+        if anchors is None:
+            anchors = [0, 2, *(round(layers * share) for share in (0.2, 0.4, 0.6))]
+        return max(anchor for anchor in anchors if anchor <= layer)
 
     def sources(self, layer):
         kv_heads = self.config.num_key_value_heads
@@ -116,7 +119,7 @@ class Kascade:
     k: Any = 0.1
     least: int = 128
     tile: int = 32
-    anchors: Any = (0,)
+    anchors: Any = None
     head_map: Any = None
     decode_only: bool = False
     over: Any = field(default_factory=Full)

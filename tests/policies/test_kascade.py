@@ -155,7 +155,7 @@ def test_coverage_by_hand():
     key = torch.cat((shares.log(), torch.full((2, 1), -60.0)), dim=1)[None, :, :, None]
     query = torch.zeros(1, 2, 6, 1)
     query[:, :, 5] = 1  # rows before it look at all alike, and so pick the same
-    layer = Attended(query, key, key, 1.0, None, 0.0)
+    layer = Attended(query, key, 1.0, None, 0.0)
     found = covered([layer], tile=1, k=3)
     assert found.shape == (1, 2, 1, 2)
     assert found[0, 0, 0, 1].item() == pytest.approx(0.2 / 0.7, abs=1e-6) == pytest.approx(0.285714, abs=1e-6)
@@ -241,6 +241,7 @@ def test_anchors_of_another_model(model):
     [
         ([Kascade(), XAttention()], r"kascade\(\) and x_attention\(\) both play the role 'prefill'"),
         ([Kascade(), Quest()], r"kascade\(\) and quest\(\) both play the role 'selection'"),
+        ([Kascade(), AdaKV(SnapKV())], r"ada_kv\(.*keeps another number of entries in each kv head, and kascade\(\)"),
         ([Kascade(), H2O(rope="reindex")], r"kascade\(\) compares queries with rotated keys"),
         ([Kascade(), H2O(evict="each_row")], r"h2o\(.*attends a prompt row by row, and kascade\(\) plans"),
     ],
@@ -328,14 +329,13 @@ def test_layers_that_hold_different_numbers_of_entries(model):
 
 
 def test_where_a_plan_does_not_fit_rows_are_exact(model):
-    """Sinks that come nearer, and kv heads that hold different numbers of entries: prompts are as without the policy."""
-    for evicts in (StreamingLLM(sink=2, recent=12), AdaKV(SnapKV(**SNAP), alpha=0.2)):
-        passes = [prompt(4), *([token] for token in prompt(14, 1)), prompt(13, 2)]
-        expected, _, _ = run(model, evicts, passes)
-        found, _, report = run(model, [evicts, Kascade(**{**SMALL, "k": 20})], passes)
-        assert report.total.read_share == 1  # of no more than 20
-        for a, b in zip(found, expected, strict=True):
-            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+    """Sinks that come nearer: a second turn is as without the policy."""
+    evicts = StreamingLLM(sink=2, recent=12)
+    passes = [prompt(20), [3], [4], prompt(13, 2)]  # only the last has more than 20
+    expected, _, _ = run(model, evicts, passes)
+    found, _, _ = run(model, [evicts, Kascade(**{**SMALL, "k": 20})], passes)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_one_anchor_serves_all(model, monkeypatch):
@@ -486,10 +486,11 @@ def test_the_command(tmp_path, monkeypatch):
     small = tiny_model(tokenizer)
     monkeypatch.setattr("kvpress.cli.load", lambda *_: (small, tokenizer))
     monkeypatch.chdir(tmp_path)
-    arguments = ["calibrate", "--policy", "kascade", "--lengths", "300", "--samples", "1"]
+    arguments = ["calibrate", "--policy", "kascade", "--lengths", "400", "--samples", "1"]
     result = CliRunner().invoke(app, [*arguments, "--out", "found.yaml"])
     assert result.exit_code == 0, result.output
-    assert "anchors=" in result.output and "written to found.yaml" in result.output
+    said = " ".join(result.output.split())
+    assert "kascade(anchors=(0," in said and said.endswith("written to found.yaml")
     written = yaml.safe_load((tmp_path / "found.yaml").read_text())
     layers = small.config.num_hidden_layers
     assert written["anchors"][0] == 0 and len(written["head_map"]) == layers

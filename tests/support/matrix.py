@@ -313,7 +313,7 @@ CASES = [
         query_stride=2,
         similarity=0.3,
     ),
-    both(Kascade, {"k": 500}, k=6, tile=3, anchors=[0, 1]),
+    both(Kascade, {"k": 500}, k=6, tile=3),
     both(Kascade, {"least": 500}, k=0.4, least=2, tile=4, anchors=[0]),
     both(Kascade, {"k": 1.0, "least": 1}, k=5, anchors=[0], decode_only=True),
     both(XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
