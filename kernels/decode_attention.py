@@ -81,8 +81,6 @@ def decode_attention(
     perturbed: tuple[Perturbation, Tensor, Tensor] | None = None,
     with_mass: bool = False,
     per_head: bool = False,
-    into: Tensor | None = None,
-    fading: float = 1.0,
     with_lse: bool = False,
     backend: Backend = "auto",
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -106,30 +104,24 @@ def decode_attention(
             entries, which determine the noise. The sinks are left as they are.
         with_mass: also return the attention weights, summed over the group.
         per_head: the weights are not summed, float32 [batch, heads, n].
-        into: float32 [batch, kv_heads, n or more], where the mass goes instead of being returned: into = fading * into + mass,
-            in the first n. Its entries stand side by side. `with_mass` is implied; not with `index` or `per_head`.
-        fading: factor on what `into` holds.
         with_lse: also return the logarithm of the softmax's denominator.
         backend: "triton", and "auto" on CUDA, run the Triton kernel. Equal inputs give equal results.
 
     Returns:
         output: [batch, heads, 1, head_dim] in the dtype of `query`.
-        mass: float32 [batch, kv_heads, n], or None without `with_mass` or with `into`. Sums to the group size over the slots
+        mass: float32 [batch, kv_heads, n], or None without `with_mass`. Sums to the group size over the slots
             (less with sinks).
         lse: float32 [batch, heads] or None: the natural logarithm of the summed exp of all scores and the sink; -inf where
             there are none.
 
     Raises:
-        ValueError: the backend does not exist, or cannot run here; pages, and no list of them; `into` with what it does not
-            go with, or of another shape; noise or a temperature with more than one other query on a GPU.
+        ValueError: the backend does not exist, or cannot run here; pages, and no list of them; noise or a
+            temperature with more than one other query on a GPU.
     """
     if page_size < 1 or (page_size > 1 and index is None):
         raise ValueError(
             f"page_size={page_size} is the size of listed pages; give 1 or more, and `index` with more than 1"
         )
-    if into is not None:
-        _check_into(into, key, per_head or index is not None)
-        with_mass = True
     if use_triton(backend, query) and query.dtype != torch.float64:
         from kvpress.kernels.gpu import decode_attention as gpu
 
@@ -145,8 +137,6 @@ def decode_attention(
                 with_mass,
                 per_head,
                 with_lse,
-                into,
-                fading,
                 scale=scale,
                 softcap=softcap,
                 index=index,
@@ -168,8 +158,6 @@ def decode_attention(
             with_mass=with_mass,
             per_head=per_head,
             with_lse=with_lse,
-            into=into,
-            fading=fading,
         )
     if index is not None and page_size > 1:
         index, valid = _entries(index, valid, page_size, key.shape[2])
@@ -196,10 +184,6 @@ def decode_attention(
     if with_mass:
         observed = weights if observed is None else observed
         mass = observed.reshape(batch, heads, slots) if per_head else observed.sum(2)
-    if into is not None and mass is not None:
-        held = into[:, :, :slots]
-        (held if fading == 1 else held.mul_(fading)).add_(mass)
-        mass = None
     if with_lse:
         lse = scores.logsumexp(dim=-1).view(batch, heads)
         lse = lse.masked_fill(lse <= torch.finfo(torch.float32).min, float("-inf"))
@@ -217,8 +201,6 @@ def _by_parts(
     with_mass: bool,
     per_head: bool,
     with_lse: bool,
-    into: Tensor | None,
-    fading: float,
     *,
     index: Tensor | None,
     page_size: int,
@@ -267,24 +249,7 @@ def _by_parts(
             mass[..., part] += weight[..., None] * of_slots
     if mass is not None and not per_head:
         mass = mass.unflatten(1, (key.shape[1], -1)).sum(2)
-    if into is not None and mass is not None:
-        into[:, :, :slots].mul_(fading).add_(mass)
-        mass = None
     return output.to(query.dtype), mass, lses.logsumexp(dim=0) if with_lse else None
-
-
-def _check_into(into: Tensor, key: Tensor, refused: bool) -> None:
-    """Raise unless the mass can be added to this tensor."""
-    if refused:
-        raise ValueError(
-            "`into` takes the mass of all slots, summed over the group; give it without `index` and `per_head`"
-        )
-    wanted = *key.shape[:2], key.shape[2]
-    fits = into.ndim == 3 and into.shape[:2] == wanted[:2] and into.shape[2] >= wanted[2]
-    if not fits or into.dtype != torch.float32 or into.stride(-1) != 1:
-        raise ValueError(
-            f"`into` is {into.dtype} {list(into.shape)}; it must be torch.float32 {list(wanted)} or longer, entries side by side"
-        )
 
 
 def _entries(pages: Tensor, valid: Tensor | None, page_size: int, slots: int) -> tuple[Tensor, Tensor]:

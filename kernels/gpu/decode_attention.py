@@ -308,7 +308,7 @@ def lse_of_splits(p_part_lse, o_rows, m_rows, splits, BLOCK_M: tl.constexpr, BLO
     return tl.where(b_sum > 0, b_max + tl.log(b_sum), 0.0)  # a head without keys has scores of -inf only
 
 
-@triton.jit(do_not_specialize=["splits", "count", "group", "merging", "stride_ab", "stride_ah", "kv_heads"])
+@triton.jit(do_not_specialize=["splits", "count", "group", "merging"])
 def finish_kernel(
     p_parts,
     p_part_lse,
@@ -321,10 +321,6 @@ def finish_kernel(
     count,
     group,
     merging,
-    fading,
-    kv_heads,
-    stride_ab,
-    stride_ah,
     HEAD_DIM: tl.constexpr,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -335,10 +331,10 @@ def finish_kernel(
 
     The first `merging` programs, none or `group`, merge a query head each: p_output [rows, head_dim], p_lse [rows]. Each of the
     others makes weights exp(score - LSE) of a tile of keys, unless p_scores is None: in the scores' place, or summed over the
-    group in p_mass, where `fading` times what is there is added unless that is None.
+    group in p_mass.
 
     p_part_lse [kv rows * group, splits], as p_scores_lse, which is that of the scores p_scores [kv rows * group, count];
-    p_mass [batch, kv_heads, count] with strides.
+    p_mass [kv rows, count].
     """
     i_program, i_row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     if i_program < merging:
@@ -361,11 +357,7 @@ def finish_kernel(
         if p_mass is None:
             tl.store(p_tile, b_weights, mask=m_tile)
         else:
-            p_held = p_mass + (i_row // kv_heads) * stride_ab + (i_row % kv_heads) * stride_ah + o_n
-            b_mass = tl.sum(b_weights, axis=0)
-            if fading is not None:
-                b_mass += fading * tl.load(p_held, mask=m_n, other=0.0)
-            tl.store(p_held, b_mass, mask=m_n)
+            tl.store(p_mass + i_row * count + o_n, tl.sum(b_weights, axis=0), mask=m_n)
 
 
 def temperature_parts(temperature: float | Tensor) -> tuple[float, Tensor | None]:
@@ -401,8 +393,6 @@ def decode_attention(
     with_mass: bool,
     per_head: bool,
     with_lse: bool,
-    into: Tensor | None = None,
-    fading: float = 1.0,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """As `kvpress.kernels.decode_attention.decode_attention`, in two launches, or in one where one split is enough and no mass
     is wanted.
@@ -437,8 +427,7 @@ def decode_attention(
     scores = mass = None
     if with_mass:
         scores = query.new_empty(batch, heads, count, dtype=torch.float32)
-        mass = into
-        if into is None and not per_head:
+        if not per_head:
             mass = query.new_empty(batch, kv_heads, count, dtype=torch.float32)
     parts, part_lse = output, lse
     if splits > 1:
@@ -507,13 +496,9 @@ def decode_attention(
             count,
             group,
             merging,
-            None if into is None else float(fading),
-            kv_heads,
-            *((0, 0) if mass is None else mass.stride()[:2]),
             HEAD_DIM=head_dim,
             BLOCK_S=BLOCK_SPLITS,
             BLOCK_D=chosen.block_d,
             **tile,
         )
-    weights = scores if per_head else mass if into is None else None
-    return output, weights, lse if with_lse else None
+    return output, scores if per_head else mass, lse if with_lse else None

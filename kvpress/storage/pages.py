@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.compact_slots import compact_slots
-from kvpress.kernels.paged_attention import paged_attention
+from kvpress.kernels.paged_attention import list_pages, paged_attention
 from kvpress.observe import Scores
 from kvpress.storage.base import Storage, marked_first, spare_slots
 from kvpress.tokens import Tokens
@@ -28,6 +28,7 @@ class Pages(Storage):
         paged_keys, paged_values: [batch, pages * PAGE, head_dim].
         paged_positions: int32 [batch, pages * PAGE], -1 for an empty slot.
         owner: int64 [batch, pages], the kv head that a page belongs to.
+        order, starts: the pages of each kv head side by side, as `list_pages` gives them.
         coming: int64 [batch, kv_heads, steps], the slots of the next entries, as many for every kv head; `write` takes an
             index into these.
         rest, left: int64 [batch, kv_heads], first slot behind those in the kv head's last page, and how many there are.
@@ -41,6 +42,8 @@ class Pages(Storage):
     paged_values: Tensor
     paged_positions: Tensor
     owner: Tensor
+    order: Tensor
+    starts: Tensor
     coming: Tensor
     rest: Tensor
     left: Tensor
@@ -73,12 +76,16 @@ class Pages(Storage):
         self.paged_keys, self.paged_values, self.paged_positions, self.stats = _take(
             slots.keys, slots.values, slots.positions, slots.stats, source, there
         )
-        self.owner = owner
+        self._own(owner, kv_heads)
         rest = first + held
         self.coming = rest[..., None] + torch.arange(steps, device=index.device)
         self.rest, self.left = rest + steps, free - steps
         self.length = self.entries = longest
         return self
+
+    def _own(self, owner: Tensor, kv_heads: int) -> None:
+        self.owner = owner
+        self.order, self.starts = list_pages(owner, kv_heads)
 
     def for_prompt(self, empty: Storage, new: int) -> Storage:
         """The same entries as a rectangle, in an empty `Slots`, with room for `new` more."""
@@ -182,7 +189,7 @@ class Pages(Storage):
         self.paged_positions = pad(self.paged_positions, (0, more), value=-1)
         self.stats = {name: pad(stat, (0, more)) for name, stat in self.stats.items()}
         heads = torch.arange(self.kv_heads, device=self.owner.device)
-        self.owner = torch.cat((self.owner, heads.repeat_interleave(pages).expand(batch, -1)), dim=1)
+        self._own(torch.cat((self.owner, heads.repeat_interleave(pages).expand(batch, -1)), dim=1), self.kv_heads)
         # A kv head first fills what its last page has left, and leaves as much of the new ones.
         steps, left = torch.arange(new, device=heads.device), self.left[..., None]
         block = (slots + heads * new)[:, None]
@@ -208,11 +215,12 @@ class Pages(Storage):
             kv_heads=self.kv_heads,
             **vars(scores),
             with_mass=with_mass,
+            lists=(self.order, self.starts),
         )
 
     def slot_dims(self) -> list[tuple[Tensor, int]]:
         stats = [(stat, 1) for stat in self.stats.values()]
-        rows = [(self.paged_keys, 1), (self.paged_values, 1), (self.paged_positions, 1), (self.owner, 1)]
+        rows = [(self.paged_keys, 1), (self.paged_values, 1), (self.paged_positions, 1), (self.owner, 1), (self.order, 1)]
         return [*rows, (self.coming, 2), *stats]
 
     @property

@@ -276,51 +276,8 @@ def test_parts_merged_by_their_lse(features, per_head, listed):
     expected = decode_attention(query, key, value, scale=0.3, index=index, **chosen, **every)
     valid, moved, sinks = chosen.pop("valid", None), chosen.pop("moved"), chosen.pop("sinks", None)
     options_of_parts = {"softcap": None, **chosen, "scale": 0.3, "index": index, "page_size": 1, "backend": "torch"}
-    found = module._by_parts(
-        query, key, value, valid, moved, sinks, None, True, per_head, True, None, 1.0, **options_of_parts
-    )
+    found = module._by_parts(query, key, value, valid, moved, sinks, None, True, per_head, True, **options_of_parts)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
-    if not per_head and not listed:
-        held = torch.rand(BATCH, KV_HEADS, 70, generator=torch.Generator().manual_seed(6))
-        wanted = held.clone()
-        wanted[:, :, :63] = 0.5 * held[:, :, :63] + expected[1]
-        module._by_parts(query, key, value, valid, moved, sinks, None, True, False, True, held, 0.5, **options_of_parts)
-        torch.testing.assert_close(held, wanted, atol=2e-6, rtol=1e-5)
     with pytest.raises(ValueError, match=f"does not go with {len(moved)} other queries"):
-        module._by_parts(
-            query, key, value, valid, moved, sinks, (), True, per_head, True, None, 1.0, **options_of_parts
-        )
-
-
-@pytest.mark.parametrize("fading", [1.0, 0.5])
-def test_mass_into_a_statistic(fading):
-    """The mass is added to what is there, which fades; nothing behind it changes, and none is returned."""
-    generator = torch.Generator().manual_seed(0)
-    query = torch.randn(2, 6, 1, 16, generator=generator)
-    key, value = torch.randn(2, 2, 3, 40, 16, generator=generator)
-    held = torch.rand(2, 3, 50, generator=generator)
-    output, mass, _ = decode_attention(query, key, value, scale=0.3, with_mass=True)
-    expected = held.clone()
-    expected[:, :, :40] = fading * held[:, :, :40] + mass
-    found = decode_attention(query, key, value, scale=0.3, into=held, fading=fading)
-    assert torch.equal(found[0], output) and found[1] is None
-    torch.testing.assert_close(held, expected)
-
-
-@pytest.mark.parametrize(
-    ("into", "options"),
-    [
-        (torch.zeros(2, 3, 39), {}),
-        (torch.zeros(2, 6, 40), {}),
-        (torch.zeros(2, 3, 40, dtype=torch.float16), {}),
-        (torch.zeros(2, 3, 80)[..., ::2], {}),
-        (torch.zeros(2, 3, 40), {"per_head": True}),
-        (torch.zeros(2, 3, 40), {"index": torch.zeros(2, 3, 5, dtype=torch.int64)}),
-    ],
-    ids=["short", "heads", "dtype", "strided", "per-head", "index"],
-)
-def test_a_statistic_that_does_not_fit(into, options):
-    query, key = torch.zeros(2, 6, 1, 16), torch.zeros(2, 3, 40, 16)
-    with pytest.raises(ValueError, match="`into`"):
-        decode_attention(query, key, key, scale=0.3, into=into, **options)
+        module._by_parts(query, key, value, valid, moved, sinks, (), True, per_head, True, **options_of_parts)

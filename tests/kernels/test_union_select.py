@@ -5,27 +5,44 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kvpress.kernels.union_select import union_select, union_select_reference
+from support.backends import BACKENDS, on
 
 
+def some(share, *shape):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(shape[-1])) < share
+
+
+def check(backend, reads, kv_heads, width=None):
+    found = union_select(*on(backend, reads), kv_heads, width=width, backend=backend)
+    for ours, theirs in zip(found, union_select_reference(reads, kv_heads, width), strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours.cpu(), theirs)
+
+
+@BACKENDS
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 1.0])
-@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (2, 3), (3, 1), (1, 4)], ids=str)
-@pytest.mark.parametrize("n", [1, 17, 64])
-def test_equals_the_definition(n, kv_heads, group, share):
-    reads = torch.rand(2, kv_heads * group, n, generator=torch.Generator().manual_seed(n)) < share
-    index, member = union_select(reads, kv_heads)
-    expected_index, expected_member = union_select_reference(reads, kv_heads)
-    assert torch.equal(index, expected_index) and torch.equal(member, expected_member)
+@pytest.mark.parametrize(("kv_heads", "group"), [(1, 1), (2, 3), (3, 1), (1, 4), (2, 8)], ids=str)
+@pytest.mark.parametrize("n", [1, 17, 64, 111])
+def test_equals_the_definition(n, kv_heads, group, share, backend):
+    check(backend, some(share, 2, kv_heads * group, n), kv_heads)
 
 
+@BACKENDS
 @pytest.mark.parametrize("width", [1, 5, 40, 100])
 @pytest.mark.parametrize("share", [0.0, 0.1, 1.0])
-def test_a_given_width(width, share):
+def test_a_given_width(width, share, backend):
     """The result has it, be the unions smaller, larger or the sequence shorter."""
-    reads = torch.rand(2, 6, 40, generator=torch.Generator().manual_seed(0)) < share
-    for found, expected in zip(
-        union_select(reads, 2, width=width), union_select_reference(reads, 2, width), strict=True
-    ):
-        assert torch.equal(found, expected) and found.shape[-1] == width
+    check(backend, some(share, 2, 6, 40), 2, width)
+
+
+@BACKENDS
+def test_a_slice_of_a_larger_buffer(backend):
+    check(backend, some(0.4, 2, 6, 70)[:, :4, 3:66], 2)
+
+
+@BACKENDS
+def test_no_read_at_all(backend):
+    index, member = union_select(*on(backend, torch.zeros(1, 4, 20, dtype=torch.bool)), 2, backend=backend)
+    assert index.tolist() == [[[0], [0]]] and not member.any() and member.shape == (1, 4, 1)
 
 
 def test_a_given_width_waits_for_nothing():

@@ -239,6 +239,7 @@ def test_bytes_are_those_of_the_heads_pages(inner, dtype, monkeypatch):
             window = sum(note.nbytes for note in layer.notes.values())
             steps = min(page - count % page for count in counts)
             tables = 8 * len(counts) * (steps + 2) + 4 + 4 + window  # upcoming slots and quotas
+            tables += 4 * (pages + len(counts) + 1)  # the pages of each head
             assert layer.nbytes == figures["bytes"] == pages * page_bytes(layer, dtype.itemsize) + tables
             assert figures["kept"] == sum(counts) / len(counts)
             assert figures["read_share"] == pages * page / len(counts) / 400

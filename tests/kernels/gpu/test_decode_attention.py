@@ -333,28 +333,6 @@ def test_split_count_fills_the_device_once():
     assert gpu.split_count(1, 1, CPU) == gpu.split_count(0, 1, CPU) == 1
 
 
-@pytest.mark.parametrize("perturbation", [None, Perturbation(0.8, seed=5, layer=1)], ids=["plain", "noise"])
-@pytest.mark.parametrize("fading", [1.0, 0.25])
-@SPLITS
-def test_mass_into_a_statistic(fading, perturbation, keys_per_split, monkeypatch):
-    """The first entries of a longer tensor take fading times what they were, and the mass; what is behind stays."""
-    monkeypatch.setattr(gpu, "KEYS_PER_SPLIT", keys_per_split)
-    query, key, value = inputs(111, 3, 32, seed=8, spare=4)
-    chosen = options(("valid", "sinks"), 111, query)
-    if perturbation is not None:
-        positions = torch.arange(111, dtype=torch.int32).expand(BATCH, KV_HEADS, 111).contiguous()
-        chosen["perturbed"] = perturbation, torch.full((BATCH, 1), 111, dtype=torch.int32), positions
-    held = torch.rand(BATCH, KV_HEADS + 1, 120, generator=torch.Generator().manual_seed(0))[:, 1:].to(DEVICE)
-    before = held.clone()
-    found = on_device(query, key, value, scale=0.3, **chosen, into=held, fading=fading, with_lse=True)
-    output, mass, lse = decode_attention_reference(query, key, value, scale=0.3, **chosen)
-    before[:, :, :111] = fading * before[:, :, :111] + mass.to(DEVICE)
-    torch.testing.assert_close(held, before, atol=2e-6, rtol=2e-5)
-    assert found[1] is None
-    torch.testing.assert_close(found[0], output, atol=2e-6, rtol=2e-5)
-    torch.testing.assert_close(found[2], lse, atol=2e-6, rtol=2e-5)
-
-
 @pytest.mark.parametrize("seed", [None, 3], ids=["temperature", "noise"])
 def test_a_temperature_on_the_device(seed):
     """A tensor gives what the number gives, and nothing waits for it."""

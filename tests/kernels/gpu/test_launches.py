@@ -45,7 +45,7 @@ MOST = {
     "quest": 35,
     "recycled": 33,
     "token_select": 58,
-    "ada_kv": 10,
+    "ada_kv": 9,
     "dual_chunk": 40,
     "finch": 24,
     "packed": 65,

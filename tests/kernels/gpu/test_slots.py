@@ -2,14 +2,11 @@
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kvpress.kernels.evict_slot import evict_slot, evict_slot_reference
 from kvpress.kernels.gpu import evict_slot as evict_module
 from kvpress.kernels.gpu import write_slot as write_module
 from kvpress.kernels.write_slot import write_slot, write_slot_reference
-from support import gpu_launches as launches
 from support.accelerator import DEVICE, DTYPES
 from support.slot_inputs import BATCH, KV_HEADS, cache, entry, levels
 
@@ -76,40 +73,3 @@ def test_evict_by_scores_of_another_kind(dtype):
     held = positions.to(DEVICE)
     found = evict_slot(scores.to(DEVICE), held, seen.to(DEVICE), recents.to(DEVICE), backend="triton")
     assert torch.equal(found.cpu(), slots) and torch.equal(held.cpu(), expected)
-
-
-def test_a_step_of_h2o_is_four_launches():
-    """Store, attend with the mass into its statistic, evict: two launches for attention, and no operation of torch that is one.
-
-    On tensors without numbers; 4096 entries, in several splits.
-    """
-
-    class Computed(TorchDispatchMode):
-        """Operations that are neither a view nor memory that is not written."""
-
-        def __init__(self):
-            super().__init__()
-            self.names = []
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if not func.is_view and not str(func).startswith(("aten.empty", "aten.new_empty", "prim.device")):
-                self.names.append(str(func))
-            return func(*args, **(kwargs or {}))
-
-    def step(n=4096, heads=32, kv_heads=8, head_dim=128):
-        keys, values = (torch.empty(1, kv_heads, n, head_dim, dtype=torch.bfloat16) for _ in range(2))
-        positions, mass = torch.empty(1, kv_heads, n, dtype=torch.int32), torch.empty(1, kv_heads, n)
-        query = torch.empty(1, heads, 1, head_dim, dtype=torch.bfloat16)
-        seen, recents, slot = (torch.empty(*shape, dtype=torch.int32) for shape in ((1,), (1,), (1, kv_heads)))
-        with Computed() as computed:
-            new = (x[:, :, :1] for x in (keys, values))
-            launches.gpu("write_slot").write_slot(keys, values, positions, [mass], slot, *new, seen)
-            options = dict.fromkeys(("valid", "index", "softcap", "sinks", "moved", "perturbed"))
-            options |= {"scale": 0.1, "page_size": 1, "with_mass": True, "per_head": False, "with_lse": False}
-            launches.gpu("decode_attention").decode_attention(query, keys, values, **options, into=mass)
-            launches.gpu("evict_slot").evict_slot(mass, positions, seen, recents, None)
-        return computed.names
-
-    with launches.noting() as noted, FakeTensorMode(allow_non_fake_inputs=True):
-        assert step() == []
-    assert [launch.kernel for launch in noted] == ["write_kernel", "attend_kernel", "finish_kernel", "evict_kernel"]
