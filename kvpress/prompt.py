@@ -295,8 +295,8 @@ def _attend_pattern(
     mass = None
     if with_mass:
         lse[:, :, :before] = float("inf")  # these do not count
-        options = {"scale": scores.scale, "softcap": scores.softcap, "block_size": pattern.block_size}
-        mass = block_sparse_mass(rows, keys, lse, **lists, **options)
+        size, scale, softcap = pattern.block_size, scores.scale, scores.softcap
+        mass = block_sparse_mass(rows, keys, lse, scale=scale, softcap=softcap, block_size=size, **lists)
     return output[:, :, before:], mass
 
 
