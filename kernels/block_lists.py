@@ -57,6 +57,7 @@ class _Lists:
             at which some row of the block reads one of `distances`.
         distances: bool [lists, n].
         past: the entry of the first row.
+        device: where the rows are.
     """
 
     blocks: Tensor | None
@@ -68,6 +69,7 @@ class _Lists:
     n: int
     block_size: int
     key_block_size: int
+    device: torch.device
 
     @property
     def unit(self) -> int:
@@ -139,6 +141,7 @@ def _marked(
     n: int,
     block_size: int,
     key_block_size: int | None,
+    device: torch.device,
 ) -> _Lists:
     """The lists as marks, `count` of each sequence."""
 
@@ -156,6 +159,7 @@ def _marked(
         n=n,
         block_size=block_size,
         key_block_size=key_block_size or block_size,
+        device=device,
     )
 
 
@@ -184,8 +188,8 @@ def listed_pairs(
     """
     given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
     count = max(x.shape[1] for x in given)
-    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size)
     heads, size, device = len(given[0]) * count, block_size, given[0].device
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size, device)
     pairs = torch.zeros((), dtype=torch.int64, device=device)
     # Marks of each row, and not of each query block, where rows of a block read different entries.
     share = 1 if lists.distances is None else size
@@ -231,16 +235,12 @@ def attend_lists(
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """As `kvpress.kernels.block_sparse_attention.block_sparse_attention`, on any device."""
-    batch, heads, rows, head_dim = query.shape
+    batch, heads, rows, _ = query.shape
     kv_heads, n = key.shape[1], key.shape[2]
-    given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
-    count = heads if any(x.shape[1] == heads for x in given) else kv_heads  # lists of a sequence
+    count = _list_count(heads, kv_heads, blocks, columns, diagonals, distances)
     query_blocks = -(-rows // block_size)
-    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size)
-    padded = functional.pad(query, (0, 0, 0, query_blocks * block_size - rows))
-    # [lists, query blocks, heads that share the list, block_size, head_dim]
-    parts = padded.reshape(batch, count, heads // count, query_blocks, block_size, head_dim).transpose(2, 3)
-    parts = parts.flatten(0, 1)
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size, query.device)
+    parts = _in_parts(query, count, block_size, 0.0)
     kv_row = torch.arange(batch * count, device=query.device) * kv_heads // count
     output = query.new_empty(*parts.shape[:-1], value.shape[-1], dtype=torch.float32)
     lse = output.new_empty(parts.shape[:-1])
@@ -279,6 +279,19 @@ def attend_lists(
     return output.to(query.dtype), lse.contiguous()
 
 
+def _list_count(heads: int, kv_heads: int, *lists: Tensor | None) -> int:
+    """Lists of a sequence: one for each head, or where no form tells them apart for each kv head."""
+    return heads if any(x.shape[1] == heads for x in lists if x is not None) else kv_heads
+
+
+def _in_parts(rows: Tensor, count: int, block_size: int, filled: float) -> Tensor:
+    """Rows [batch, heads, q, d] as [lists, query blocks, heads that share the list, block_size, d], filled up."""
+    batch, heads, q, d = rows.shape
+    blocks = -(-q // block_size)
+    rows = functional.pad(rows, (0, 0, 0, blocks * block_size - q), value=filled)
+    return rows.reshape(batch, count, heads // count, blocks, block_size, d).transpose(2, 3).flatten(0, 1)
+
+
 def _stretches(lists: _Lists, query_blocks: int, count: int) -> Iterator[tuple[int, int]]:
     """Query blocks that are attended together, from the last ones on: as many as a tile of marks has room for."""
     stop = query_blocks
@@ -309,7 +322,37 @@ def _before(
     Yields:
         int64 [pairs], which they are; their output, float32 [pairs, heads, block_size, head_dim]; its LSE.
     """
-    size, unit, device = lists.block_size, lists.unit, parts.device
+    rows = parts.flatten(0, 1)
+    numbers = parts.shape[-1] if flash else max(parts.shape[-1], parts.shape[2] * parts.shape[3])
+    for pairs, taken, seen in _calls(lists, len(parts), start, stop, numbers):
+        keys, values = (_taken(table, lists, kv_row, pairs, taken, stop - start) for table in tables)
+        if not flash:
+            yield pairs, *_attend(rows[pairs], keys, values, seen, scale, softcap)
+            continue
+        mask = None
+        if seen is not None:
+            mask = keys.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+        shared = (x.expand(-1, parts.shape[2], -1, -1) for x in (keys, values))
+        part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows[pairs], *shared, 0.0, False, attn_mask=mask, scale=scale
+        )
+        yield pairs, part, part_lse.float()
+
+
+def _calls(
+    lists: _Lists, count: int, start: int, stop: int, numbers: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+    """What query blocks list before their edge, as many pairs of a list and a query block at a time as a tile has room for.
+
+    Args:
+        count: of lists.
+        numbers: that a tile has for each entry.
+
+    Yields:
+        int64 [pairs], which they are; int64 [pairs, m], the units that each takes; and which of their entries are read, bool
+        [pairs, 1, 1 or block_size, m * unit], None for all.
+    """
+    size, unit, device = lists.block_size, lists.unit, lists.device
     firsts = lists.past + torch.arange(start, stop, device=device) * size
     edges = firsts // size * (size // unit)  # units before the edge
     width = int(edges[-1])
@@ -324,12 +367,9 @@ def _before(
     counts = listed.sum(-1)
     begins = counts.cumsum(0) - counts
     units = listed.nonzero()[:, 1]
-    rows, (keys_table, values_table) = parts.flatten(0, 1), tables
-    shift = (kv_row * (lists.n // unit)).repeat_interleave(stop - start)
-    first = firsts.repeat(len(parts))
+    first = firsts.repeat(count)
     order = counts.argsort(descending=True, stable=True)
     lengths = counts[order].tolist()
-    numbers = parts.shape[-1] if flash else max(parts.shape[-1], parts.shape[2] * size)
     place = 0
     while place < len(lengths) and lengths[place]:
         most = lengths[place]
@@ -339,19 +379,7 @@ def _before(
         real = torch.arange(most, device=device) < counts[pairs, None]
         # A list is filled up with its own first unit, which is masked: nothing that nobody listed is read.
         taken = units[begins[pairs, None] + torch.arange(most, device=device).where(real, 0)]
-        at = (taken + shift[pairs, None]).flatten()
-        keys, values = (x.index_select(0, at).view(len(pairs), 1, most * unit, -1) for x in (keys_table, values_table))
         seen = None if real.all() else real.repeat_interleave(unit, dim=1)[:, None, None]
-        if flash:
-            mask = None
-            if seen is not None:
-                mask = keys.new_zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-            shared = (x.expand(-1, parts.shape[2], -1, -1) for x in (keys, values))
-            part, part_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows[pairs], *shared, 0.0, False, attn_mask=mask, scale=scale
-            )
-            yield pairs, part, part_lse.float()
-            continue
         if lists.distances is not None:
             apart = (first[pairs, None] + torch.arange(size, device=device))[..., None] - taken[:, None]
             of_list = (pairs // (stop - start))[:, None, None]
@@ -359,7 +387,17 @@ def _before(
             if whole is not None:
                 visible |= whole.flatten(0, 1)[pairs[:, None], taken][:, None]
             seen = visible[:, None] if seen is None else visible[:, None] & seen
-        yield pairs, *_attend(rows[pairs], keys, values, seen, scale, softcap)
+        yield pairs, taken, seen
+
+
+def _taken(table: Tensor, lists: _Lists, kv_row: Tensor, pairs: Tensor, taken: Tensor, blocks: int) -> Tensor:
+    """Of K or V, a row for each unit, what pairs take, side by side: [pairs, 1, m * unit, head_dim].
+
+    Args:
+        blocks: query blocks of a stretch.
+    """
+    at = taken + (kv_row[pairs // blocks] * (lists.n // lists.unit))[:, None]
+    return table.index_select(0, at.flatten()).view(len(pairs), 1, taken.shape[1] * lists.unit, -1)
 
 
 def _edge(
@@ -381,23 +419,101 @@ def _edge(
     Returns:
         output: float32 [lists, query blocks, heads, block_size, head_dim], and lse: float32, likewise.
     """
+    output = parts.new_empty(*parts.shape[:-1], value.shape[-1], dtype=torch.float32)
+    lse = output.new_empty(parts.shape[:-1])
+    for some, entries, visible in _edges(parts, lists, start, stop):
+        keys, values = (x.flatten(0, 1)[kv_row[:, None, None], entries][:, :, None] for x in (key, value))
+        # What no row reads adds nothing, not even NaN.
+        values = values.masked_fill(~visible.any(2)[:, :, None, :, None], 0.0)
+        output[:, some], lse[:, some] = _attend(parts[:, some], keys, values, visible[:, :, None], scale, softcap)
+    return output, lse
+
+
+def _edges(parts: Tensor, lists: _Lists, start: int, stop: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The entries from the key block of a query block's first row on, some query blocks at a time.
+
+    Yields:
+        which query blocks they are; int64 [query blocks, width], the entries; and whether rows read them, bool
+        [lists, query blocks, block_size, width].
+    """
     size, device = lists.block_size, parts.device
     firsts = lists.past + torch.arange(start, stop, device=device)[:, None] * size
     width = size if lists.past % size == 0 else 2 * size
     entries = firsts // size * size + torch.arange(width, device=device)
     at = (firsts + torch.arange(size, device=device)).clamp_(max=lists.n - 1)  # rows beyond the last repeat it
-    output = parts.new_empty(*parts.shape[:-1], value.shape[-1], dtype=torch.float32)
-    lse = output.new_empty(parts.shape[:-1])
     inside = entries.clamp(max=lists.n - 1)
     step = max(1, TILE_NUMBERS // (len(parts) * width * max(parts.shape[-1], parts.shape[2] * size)))
     for begin in range(0, stop - start, step):
         some = slice(begin, begin + step)
         visible = lists.at_edge(start + begin, min(stop, start + begin + step), entries[some], at[some])
-        keys, values = (x.flatten(0, 1)[kv_row[:, None, None], inside[some]][:, :, None] for x in (key, value))
-        # What no row reads adds nothing, not even NaN.
-        values = values.masked_fill(~visible.any(2)[:, :, None, :, None], 0.0)
-        output[:, some], lse[:, some] = _attend(parts[:, some], keys, values, visible[:, :, None], scale, softcap)
-    return output, lse
+        yield some, inside[some], visible
+
+
+def mass_of_lists(
+    query: Tensor,
+    key: Tensor,
+    lse: Tensor,
+    *,
+    scale: float,
+    blocks: Tensor | None,
+    columns: Tensor | None,
+    diagonals: Tensor | None,
+    distances: Tensor | None,
+    block_size: int,
+    key_block_size: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """As `kvpress.kernels.block_sparse_mass.block_sparse_mass`."""
+    batch, heads, rows, _ = query.shape
+    kv_heads, n = key.shape[1], key.shape[2]
+    count = _list_count(heads, kv_heads, blocks, columns, diagonals, distances)
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size, query.device)
+    query_blocks = -(-rows // block_size)
+    parts = _in_parts(query, count, block_size, 0.0)
+    # Rows that fill up the last query block give nothing.
+    limits = _in_parts(lse[..., None], count, block_size, float("inf"))[..., 0]
+    kv_row = torch.arange(batch * count, device=query.device) * kv_heads // count
+    table = key[:, :, : n // lists.unit * lists.unit].reshape(-1, lists.unit * key.shape[-1])
+    mass = torch.zeros(batch * kv_heads * n, dtype=torch.float32, device=query.device)
+    numbers = max(parts.shape[-1], parts.shape[2] * block_size)
+    for start, stop in _stretches(lists, query_blocks, len(parts)):
+        some, limit = parts[:, start:stop], limits[:, start:stop]
+        for which, entries, visible in _edges(some, lists, start, stop):
+            keys = key.flatten(0, 1)[kv_row[:, None, None], entries][:, :, None]
+            given = _given(some[:, which], keys, limit[:, which], visible[:, :, None], scale, softcap)
+            _add(mass, kv_row[:, None, None] * n + entries, given)
+        rows_of, limit_of = some.flatten(0, 1), limit.flatten(0, 1)
+        for pairs, taken, seen in _calls(lists, len(parts), start, stop, numbers):
+            keys = _taken(table, lists, kv_row, pairs, taken, stop - start)
+            given = _given(rows_of[pairs], keys, limit_of[pairs], seen, scale, softcap)
+            entries = (taken[..., None] * lists.unit + torch.arange(lists.unit, device=query.device)).flatten(1)
+            _add(mass, kv_row[pairs // (stop - start)][:, None] * n + entries, given)
+    return mass.view(batch, kv_heads, n)
+
+
+def _given(
+    rows: Tensor, keys: Tensor, lse: Tensor, visible: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
+    """What rows [..., heads, q, head_dim] with lse [..., heads, q] give entries [..., 1, m, head_dim]: [..., m]."""
+    weights = (_scores(rows, keys, visible, scale, softcap) - lse[..., None]).exp_()
+    return weights.sum(dim=(-3, -2))
+
+
+def _add(mass: Tensor, index: Tensor, given: Tensor) -> None:
+    """Add to some of a row of numbers, some of them several times, in an order that is always the same."""
+    index, given = index.expand_as(given).flatten(), given.flatten()
+    if mass.device.type == "cpu":
+        mass.index_add_(0, index, given)
+    else:  # it sorts, where index_add_ leaves the order to chance
+        mass.index_put_((index,), given, accumulate=True)
+
+
+def _scores(rows: Tensor, keys: Tensor, visible: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """Scores in float32, -inf for what is not seen."""
+    scores = torch.matmul(rows.float() * scale, keys.float().transpose(-1, -2))
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return scores if visible is None else scores.masked_fill_(~visible, float("-inf"))
 
 
 def _attend(
@@ -410,11 +526,7 @@ def _attend(
         keys, values: [..., 1, m, head_dim].
         visible: bool, broadcast to [..., heads, q, m]; None for all.
     """
-    scores = torch.matmul(rows.float() * scale, keys.float().transpose(-1, -2))
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    if visible is not None:
-        scores.masked_fill_(~visible, float("-inf"))
+    scores = _scores(rows, keys, visible, scale, softcap)
     lse = scores.logsumexp(dim=-1)
     weights = scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp_()
     return torch.matmul(weights, values.float()), lse

@@ -1,7 +1,8 @@
-"""Choose a policy's model-dependent field by trying its values on needles, or of each head by what its attention loses."""
+"""Choose what of a policy depends on the model: a field by needles, heads by what attention loses, or by the policy's own `fit`."""
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.patching import Handle, patch
-from kvpress.policy import Policy, check_choice
+from kvpress.policy import Attended, Policy, check_choice
 from kvpress.registry import policy_spec
 from kvpress.sharing import SharedPrompt, record_prompt
 from kvpress.support import find_attention, find_decoder, input_device
@@ -146,6 +147,60 @@ def calibrate_heads(
     return choices
 
 
+@torch.inference_mode()
+def fit(model: Any, policy: Policy, prompts: Sequence[Sequence[int]]) -> Policy:
+    """The policy with the fields that belong to this model, found by its own `fit`. Each prompt is run once, with full attention.
+
+    Args:
+        model: a model that is not patched.
+        policy: one that `learns`; its other fields are kept.
+        prompts: token ids.
+
+    Raises:
+        PolicyError: the policy learns nothing, there is no prompt, or one is too short.
+    """
+    if not policy.learns:
+        raise PolicyError(f"{policy.name} is not fitted to a model; calibrate kascade")
+    if not prompts:
+        raise PolicyError("there is no prompt to calibrate on; give at least one")
+    return policy.fit(_attended(model, ids) for ids in prompts)
+
+
+def _attended(model: Any, ids: Sequence[int]) -> list[Attended]:
+    with _turns(model) as turns:
+        recorded = record_prompt(model, torch.tensor([list(ids)], device=input_device(model)))
+    return [
+        Attended(query, key, scores.scale, scores.softcap, turns[layer])
+        for layer, (query, key, _, scores) in enumerate(recorded.layers)
+    ]
+
+
+@contextmanager
+def _turns(model: Any) -> Iterator[dict[int, float]]:
+    """Within the block a run leaves how far the attention of each layer turns the residual stream: `Attended.turn`."""
+    decoder = find_decoder(model)
+    parents = {id(child): parent for parent in decoder.modules() for child in parent.children()}
+    turns: dict[int, float] = {}
+    streams: dict[int, Tensor] = {}
+    hooks = []
+    for layer, module in enumerate(find_attention(decoder).values()):
+
+        def enter(_: Any, args: Any, kwargs: Any, layer: int = layer) -> None:
+            streams[layer] = args[0] if args else kwargs["hidden_states"]
+
+        def leave(_: Any, __: Any, output: Any, layer: int = layer) -> None:
+            before, added = streams.pop(layer).float(), (output[0] if isinstance(output, tuple) else output).float()
+            turns[layer] = 1 - torch.cosine_similarity(before, before + added.to(before.device), dim=-1).mean().item()
+
+        hooks.append(parents[id(module)].register_forward_pre_hook(enter, with_kwargs=True))
+        hooks.append(module.register_forward_hook(leave))
+    try:
+        yield turns
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def write_heads(path: Path, choices: Sequence[Sequence[HeadChoice]], metric: str = "error") -> None:
     """Write what was found as JSON: for each layer an object from the head's number to [value..., score]."""
     layers = [
@@ -177,4 +232,13 @@ def write_policy(path: Path, policy: Policy, **fields: Any) -> None:
     Args:
         fields: what to write for these instead, such as the path of a file that they were read from.
     """
-    path.write_text(yaml.safe_dump({**policy_spec(policy), **fields}, sort_keys=False), encoding="utf-8")
+    spec = yaml.dump({**policy_spec(policy), **fields}, Dumper=_ListsInLines, sort_keys=False)
+    path.write_text(spec, encoding="utf-8")
+
+
+class _ListsInLines(yaml.SafeDumper):
+    """YAML with each list of plain values in one line."""
+
+    def represent_sequence(self, tag: str, sequence: Any, flow_style: bool | None = None) -> yaml.SequenceNode:
+        nested = any(isinstance(one, list | tuple | dict) for one in sequence)
+        return super().represent_sequence(tag, sequence, flow_style=not nested)

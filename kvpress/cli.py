@@ -230,9 +230,10 @@ def calibrate(
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="The YAML file to write; POLICY.yaml by default.")] = None,
 ) -> None:
-    """Choose what of a policy depends on the model (TidalDecode's correction_layer, MInference's patterns); write a policy file.
+    """Choose what of a policy depends on the model (TidalDecode's, MInference's, Kascade's layers and heads).
 
-    A single field is chosen by the answers to needles; what each head has of its own by the attention that it loses on them.
+    Writes a policy file. A single field is chosen by the answers to needles; what each head has of its own by the attention that
+    it loses on them; Kascade's anchors by how much of the attention of each layer they hold.
     """
     with user_errors():
         sizes = [parse(part, int, "--lengths") for part in lengths.split(",")]
@@ -244,6 +245,7 @@ def calibrate(
             best,
             calibrate_heads,
             calibration_values,
+            fit,
             write_heads,
             write_policy,
         )
@@ -253,7 +255,7 @@ def calibrate(
         chosen = kvpress.make_policy(policy, **fields)
         console = Console()
         loaded, tokenizer = load(model, device, dtype, console)
-        values = [] if chosen.head_values else calibration_values(loaded, chosen)
+        values = [] if chosen.head_values or chosen.learns else calibration_values(loaded, chosen)
         haystack = Haystack(tokenizer)
         examples = []
         for length in sizes:
@@ -261,6 +263,11 @@ def calibrate(
                 needle = haystack.needle(length, (sample + 0.5) / samples, seed + sample)
                 examples.append(Example(needle.input_ids, haystack.encode(f" {needle.number}")))
         path = out or Path(f"{chosen.name}.yaml")
+        if chosen.learns:
+            fitted = fit(loaded, chosen, [example.prompt for example in examples])
+            write_policy(path, fitted)
+            console.print(f"{fitted.describe()} written to {path}", highlight=False)
+            return
         if chosen.head_values:
             heads = calibrate_heads(loaded, chosen, [example.prompt for example in examples], metric)
             table = path.with_suffix(".json")

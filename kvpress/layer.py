@@ -399,17 +399,21 @@ class KVLayer(CacheLayerMixin):
 
     @property
     def takes_prompt_mass(self) -> bool:
-        """Whether a prompt's attention hands out the mass that the observer counts: only where all rows read everything.
+        """Whether a prompt's attention hands out the mass that the observer counts: of a sparse prompt what its rows read.
 
-        Where tokens are attended at other places than their own, and the observer needs more than that, it asks for all of
-        it at their own.
+        Where not everything is read, or tokens are attended at other places than their own, and the observer needs more than
+        that, it asks for all of it over all entries, at their own.
         """
-        moved = self.places.moved and not self.takes_mass
-        return self.observer.takes_prompt_mass and not moved and not self.roles.plans
+        apart = (self.places.moved or self.roles.plans) and not self.takes_mass
+        return self.observer.takes_prompt_mass and not apart
 
-    def add_mass(self, mass: Tensor, rows: slice = slice(None)) -> None:
-        """Add what a prompt pass gave, float32 [batch, kv_heads, n], to the first n slots (of some sequences)."""
-        self.stats["mass"][rows, :, : mass.shape[2]] += mass
+    def add_mass(self, mass: Tensor, rows: slice = slice(None), slots: Tensor | None = None) -> None:
+        """Add what a prompt pass gave, float32 [batch, kv_heads, n], to the first n slots (of some sequences), or to `slots`."""
+        held = self.stats["mass"][rows]
+        if slots is None:
+            held[:, :, : mass.shape[2]] += mass
+        else:
+            held.scatter_add_(2, slots, mass)
 
     def observe_prompt(
         self, query: Tensor, tokens: Tokens, scores: Scores, new_tokens: int | None, past: int, mass_known: bool

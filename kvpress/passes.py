@@ -33,6 +33,7 @@ class Pass:
         last_layer: the layer in which a look ends: it raises `Looked`; see `kvpress.policy.Feed`.
         ragged: how the sequences lie in the row that the model runs on; None where each has a row of its own.
         in_play: which tokens each layer runs on, where they may stop in between; it sets `tokens` and `ragged` layer by layer.
+        handed: of a prompt pass, what the prefill policy hands from layer to layer, by which rows it was for.
         attended: the layers that have attended so far.
         record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
@@ -50,6 +51,7 @@ class Pass:
     last_layer: int | None = None
     ragged: Ragged | None = None
     in_play: "InPlay | None" = None
+    handed: dict[Any, dict[str, Any]] = field(default_factory=dict)
     attended: set[int] = field(default_factory=set)
 
     def attend(self, layer: int, name: str) -> None:

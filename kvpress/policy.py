@@ -8,7 +8,7 @@ can act together, and one may play several. A policy without a role may still sa
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from hashlib import sha256
 from typing import Any, ClassVar, Literal
@@ -25,6 +25,7 @@ from kvpress.storage import NewStats, Slots, Storage
 from kvpress.texts import Texts
 
 __all__ = [
+    "Attended",
     "Budget",
     "Call",
     "Consecutive",
@@ -285,7 +286,7 @@ class View:
     """One cache layer as a selection or prefill policy sees it, before its attention; this pass's entries are in it.
 
     A prefill policy sees the entries of a prompt in the order of their positions, none of them empty (`valid` is None); its
-    rows are the last ones. It keeps and hands on nothing: `state` and `shared` are empty and lost.
+    rows are the last ones. It keeps nothing, `state` is empty and lost; what it hands on is for the same rows in later layers.
 
     In a decode step all widths and shapes that a policy makes come from the budget and from the shapes that it is given, never
     from the numbers in a tensor, or the step could not be compiled: `width` says what else is allowed.
@@ -302,7 +303,7 @@ class View:
             positions; only under `Consecutive` places.
         state: what the policy keeps for this layer from step to step. It lives with the cache and starts empty, also after
             every prompt pass; a tensor must have the batch as its first dimension. See `keep`.
-        shared: what the policy hands from layer to layer in one pass; empty at the first layer.
+        shared: what the policy hands from layer to layer in one pass; empty at the first layer that it is asked in.
         fetch: gives `keys`.
         length: slots in use, of the n: those behind were never used. An int, or int64 [] in a compiled step.
         newest: the slot of the newest entry, likewise (int64 [1]).
@@ -425,6 +426,8 @@ class Pattern:
         block_size: a power of two; below 16 it is slow on a GPU.
         key_block_size: a power of two up to `block_size`, which None stands for; on a GPU smaller ones have no kernel of their own.
         index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
+        member: bool [batch, kv_heads, k], False where a kv head reads fewer than k of what `index` lists, whatever stands there;
+            True for the rows themselves. None when all are read. Not under `Consecutive` places.
     """
 
     blocks: Tensor | None = None
@@ -434,6 +437,7 @@ class Pattern:
     block_size: int = 64
     key_block_size: int | None = None
     index: Tensor | None = None
+    member: Tensor | None = None
 
     @property
     def lists(self) -> dict[str, Any]:
@@ -457,6 +461,23 @@ def listed_blocks(reads: Tensor) -> Tensor:
     """
     order = reads.argsort(dim=-1, descending=True, stable=True)[..., : int(reads.sum(-1).max())]
     return order.masked_fill_(~reads.gather(-1, order), -1)
+
+
+@dataclass(frozen=True)
+class Attended:
+    """One layer's part of a prompt that was run with full attention, as a policy that is fitted to a model sees it.
+
+    Attributes:
+        query: [1, heads, n, head_dim], and key: [1, kv_heads, n, head_dim], rotated at their own positions.
+        scale, softcap: how the model turns q.k into scores.
+        turn: how far the layer's attention turns what it is added to: 1 - cos(x, x + output), mean over the tokens.
+    """
+
+    query: Tensor
+    key: Tensor
+    scale: float
+    softcap: float | None
+    turn: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -538,6 +559,19 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
         Returns:
             error: float32 [values, heads], the norm of the difference of the outputs over that of the exact ones.
             recall: float32 [values, heads], the mean share of the attention of late rows that is read.
+        """
+        raise NotImplementedError
+
+    @property
+    def learns(self) -> bool:
+        """Whether `kvpress calibrate` fits the policy to a model: whether the class has a `fit` of its own."""
+        return type(self).fit is not Policy.fit
+
+    def fit(self, prompts: Iterable[Sequence[Attended]]) -> "Policy":
+        """The policy with those fields that belong to a model, found on its prompts.
+
+        Args:
+            prompts: for each one its layers, those that the policy acts on. Each is dropped when the next one is asked for.
         """
         raise NotImplementedError
 
@@ -682,6 +716,7 @@ class SelectionPolicy(Policy, role="selection"):
     policies that evict during decode then."""
 
     def check_company(self, others: "Sequence[Policy]") -> None:
+        super().check_company(others)  # it may play another role, too
         for other in others:
             _check_sees_rotated_keys(self, other)
             if self.notes is not None and isinstance(other, EvictionPolicy) and other.evict_every is not None:
@@ -740,6 +775,7 @@ class PrefillPolicy(Policy, role="prefill"):
         return False
 
     def check_company(self, others: "Sequence[Policy]") -> None:
+        super().check_company(others)  # it may play another role, too
         for other in others:
             _check_sees_rotated_keys(self, other)
             if isinstance(other, EvictionPolicy) and other.evict == "each_row":

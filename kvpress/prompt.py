@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +11,7 @@ from torch.nn import functional
 from kvpress.evict import in_position_order
 from kvpress.kernels.block_lists import listed_pairs
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
+from kvpress.kernels.block_sparse_mass import block_sparse_mass
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.decode_scores import Moved
 from kvpress.kernels.gather_slots import gather_both
@@ -62,7 +64,7 @@ def prompt_pass(
     if current.in_play is not None:
         output = current.in_play.attend(layer, query, key, value, scores, past)
     elif layer.roles.plans and not current.exact:
-        output = _planned(layer, tokens, queries, value, scores, past, held)
+        output = _planned(layer, tokens, queries, value, scores, past, held, current)
     else:
         output = _exactly(layer, tokens, queries, value, scores, past, held)
     if current.record is not None:
@@ -170,7 +172,14 @@ def _row_by_row(
 
 
 def _planned(
-    layer: KVLayer, tokens: Tokens, queries: list[Tensor], value: Tensor, scores: Scores, past: int, held: Held
+    layer: KVLayer,
+    tokens: Tokens,
+    queries: list[Tensor],
+    value: Tensor,
+    scores: Scores,
+    past: int,
+    held: Held,
+    current: Pass,
 ) -> Tensor:
     """A prompt pass whose rows read what the prefill policy plans, each sequence alone unless all hold as many entries."""
     query = queries[0]
@@ -192,10 +201,12 @@ def _planned(
             part = query[only, :, rows]
             pattern, entries = None, past + chunk.stop
             if ordered is not None:
-                keys, values, positions = (x[:, :, : x.shape[2] - count + chunk.stop] for x in ordered)
+                keys, values, positions = (x[:, :, : x.shape[2] - count + chunk.stop] for x in ordered[:3])
                 seen = places[only][:, rows][:, -1].to(keys.device) + 1
                 entries = keys.shape[2]
-                view = _view(layer, part, keys, positions, seen, scores)
+                shared = current.handed.setdefault((only.start, start), {})
+                aligned = past == 0 or not layer.evicts
+                view = _view(layer, part, keys, positions, seen, scores, shared, aligned)
                 pattern = layer.prefill.plan(view)
             layer.facts.pairs += _pairs(part, entries)
             layer.facts.computed = layer.facts.computed + _computed(
@@ -205,14 +216,17 @@ def _planned(
                 parts = [one[only, :, rows] for one in queries]
                 output[only, :, rows] = _attend_rows(layer, parts, scores, past + start, held, only, 0)
             else:
-                output[only, :, rows] = _attend_pattern(layer, pattern, view.query, keys, values, scores)
+                output[only, :, rows], mass = _attend_pattern(layer, pattern, view.query, keys, values, scores)
+                if mass is not None:
+                    order = None if ordered is None else ordered[3]
+                    layer.add_mass(mass, only, None if order is None else order[..., :entries])
     return output
 
 
-def _in_order(layer: KVLayer, only: slice, past: int, stop: int) -> tuple[Tensor, Tensor, Tensor] | None:
+def _in_order(layer: KVLayer, only: slice, past: int, stop: int) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
     """Keys, values and positions of what a sequence (or each of all) holds in the first `stop` slots, in position order.
 
-    None where kv heads hold different numbers of entries.
+    With the slots in that order, None where they are. None where kv heads hold different numbers of entries.
 
     Args:
         past: slots that were in use before the pass; what lies behind is in order.
@@ -220,7 +234,7 @@ def _in_order(layer: KVLayer, only: slice, past: int, stop: int) -> tuple[Tensor
     held = layer.storage
     (keys, values), positions = held.read(only, stop), held.positions[only, :, :stop]
     if past == 0 or (held.ordered and layer.is_full):
-        return keys, values, positions
+        return keys, values, positions, None
     most = least = held.entries
     if not layer.uniform:
         counts = (positions >= 0).sum(-1)
@@ -228,7 +242,7 @@ def _in_order(layer: KVLayer, only: slice, past: int, stop: int) -> tuple[Tensor
     if least < most:
         return None
     order = in_position_order(positions)[..., :most]
-    return *gather_both(keys, values, order), positions.gather(2, order)
+    return *gather_both(keys, values, order), positions.gather(2, order), order
 
 
 def _pairs(query: Tensor, entries: int) -> int:
@@ -245,15 +259,21 @@ def _computed(pattern: Pattern | None, query: Tensor, entries: int) -> float | T
         entries = pattern.index.shape[2]
     lists = pattern.lists
     if all(one is None for one in lists.values()):
-        return _pairs(query, entries)
+        left_out = 0 if pattern.member is None else (~pattern.member).sum() / pattern.member.shape[1] * query.shape[2]
+        return _pairs(query, entries) - left_out
     before = (entries - query.shape[2]) % pattern.block_size
     return listed_pairs(query.shape[2] + before, entries, skip=before, **pattern.sizes, **lists)
 
 
 def _attend_pattern(
     layer: KVLayer, pattern: Pattern, query: Tensor, keys: Tensor, values: Tensor, scores: Scores
-) -> Tensor:
-    """Rows of a prompt over what they read of the entries, which are in position order, the rows' own ones last."""
+) -> tuple[Tensor, Tensor | None]:
+    """Rows of a prompt over what they read of the entries, which are in position order, the rows' own ones last.
+
+    Returns:
+        output, and what the rows gave each entry, float32 [batch, kv_heads, entries], where that is counted.
+    """
+    n, with_mass = keys.shape[2], layer.takes_prompt_mass
     if pattern.index is not None:
         keys, values = gather_both(keys, values, pattern.index)
     if layer.places.turns_keys:
@@ -261,16 +281,37 @@ def _attend_pattern(
         query, keys = turned(query, keys, None, True, layer.rotary)
     lists = pattern.lists
     if all(one is None for one in lists.values()):
-        attend = decode_attention if query.shape[2] == 1 else prompt_attention
-        return attend(query, keys, values, **vars(scores))[0]
+        member = pattern.member
+        if query.shape[2] == 1:
+            output, mass, _ = decode_attention(query, keys, values, member, **vars(scores), with_mass=with_mass)
+        else:
+            older = None if member is None else member[:, :, : -query.shape[2]]
+            output, mass, _ = prompt_attention(query, keys, values, older, **vars(scores), with_mass=with_mass)
+        if mass is not None and pattern.index is not None:
+            mass = mass.new_zeros(*mass.shape[:2], n).scatter_add_(2, pattern.index, mass)
+        return output, mass
     # The rows' first block may begin before them.
-    before = (keys.shape[2] - query.shape[2]) % pattern.block_size
+    before = (n - query.shape[2]) % pattern.block_size
     rows = functional.pad(query, (0, 0, before, 0))
-    output, _ = block_sparse_attention(rows, keys, values, **pattern.sizes, **lists, **vars(scores))
-    return output[:, :, before:]
+    output, lse = block_sparse_attention(rows, keys, values, **pattern.sizes, **lists, **vars(scores))
+    mass = None
+    if with_mass:
+        lse[:, :, :before] = float("inf")  # these do not count
+        scale, softcap = scores.scale, scores.softcap
+        mass = block_sparse_mass(rows, keys, lse, scale=scale, softcap=softcap, **pattern.sizes, **lists)
+    return output[:, :, before:], mass
 
 
-def _view(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor, seen: Tensor, scores: Scores) -> View:
+def _view(
+    layer: KVLayer,
+    query: Tensor,
+    keys: Tensor,
+    positions: Tensor,
+    seen: Tensor,
+    scores: Scores,
+    shared: dict[str, Any],
+    aligned: bool,
+) -> View:
     """Rows of a prompt and the entries up to them, in position order, as a prefill policy sees them."""
     turn = None
     if layer.places.turns_keys:
@@ -289,8 +330,9 @@ def _view(layer: KVLayer, query: Tensor, keys: Tensor, positions: Tensor, seen: 
         softcap=scores.softcap,
         turn=turn,
         state={},
-        shared={},
+        shared=shared,
         length=positions.shape[2],
         newest=positions.shape[2] - 1,
         places=layer.texts.columns,
+        aligned=aligned,
     )

@@ -260,7 +260,9 @@ def test_nothing_lasting_is_made_in_inference_mode(model, case):
             cache.reorder_cache(torch.tensor([1, 0]))
             cache, mask = copy.deepcopy(cache), mask.flip(0)
             for layer in cache.layers:
-                held = {name: tensor for holder in layer._holders() for name, tensor in holder.items()} | vars(layer.facts)
+                held = {name: tensor for holder in layer._holders() for name, tensor in holder.items()} | vars(
+                    layer.facts
+                )
                 held["tokens"] = layer.texts.seen_tensor
                 made = [name for name, x in held.items() if isinstance(x, torch.Tensor) and x.is_inference()]
                 assert not made, f"made in inference mode: {made}"

@@ -16,13 +16,14 @@ from kvpress.kernels import vertical_slash_mass as slash_module
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_means import block_means
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
+from kvpress.kernels.block_sparse_mass import block_sparse_mass
 from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.gumbel_noise import gumbel_noise
 from kvpress.kernels.nearest_centre import nearest_centre
 from kvpress.kernels.placed_attention import placed_attention
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
 from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
-from support.kernel_calls import HEAD_DIM, HEADS, KV_HEADS, LINEAR, Largest, places, qkv
+from support.kernel_calls import HEAD_DIM, HEADS, KV_HEADS, LINEAR, Largest, own_and_half_way, places, qkv
 
 
 def fake_qkv(rows, entries, dtype=torch.float32):
@@ -111,6 +112,9 @@ def nearest(key, value):
 
 LINEAR_ON_TORCH = {
     "nearest_centre": lambda q, k, v: nearest(k, v),
+    "block_sparse_mass": lambda q, k, v: block_sparse_mass(
+        q, k, q[..., 0], scale=0.1, blocks=own_and_half_way(q, 16), block_size=16
+    ),
     "placed_attention": lambda q, k, v: placed_attention(q, k, v, places(q)[0], places(q)[0], scale=0.1),
     "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, scale=0.1, with_mass=True),
     "vertical_slash_mass": lambda q, k, v: vertical_slash_mass(q[:, :, -16:], k, scale=0.1),

@@ -24,6 +24,8 @@ class A2SF(Rules):
     recent: int | float = 0
     runner = Fading
 
+    counts_reads = property(lambda self: self.alpha == 1)
+
     def keep(self, entries, rows, seen):
         scores = [entry.score for entry in entries]
         return best_and_recent(entries, scores, resolve(self.budget, seen), share(self.recent, seen))

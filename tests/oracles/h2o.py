@@ -15,6 +15,7 @@ class H2O(Rules):
     heavy: int | float | None = None
     recent: int | float | None = None
     budget: int | float | None = None
+    counts_reads = True
 
     def parts(self, seen):
         """(heavy, recent) in entries."""

@@ -12,6 +12,7 @@ class H2OPrefill(Rules):
     budget: int | float
     recent: int = 32
     prompt_only = True
+    counts_reads = True
 
     def keep(self, entries, rows, seen):
         return best_and_recent(entries, [entry.score for entry in entries], resolve(self.budget, seen), self.recent)

@@ -11,6 +11,7 @@ class ObservedAttention(Rules):
 
     budget: int | float
     prompt_only = True
+    counts_reads = True
 
     def keep(self, entries, rows, seen):
         means = [entry.score / len(range(entry.position, seen)) for entry in entries]

@@ -17,6 +17,7 @@ from kvpress.policies import (
     A2SFPrefill,
     Full,
     H2OPrefill,
+    Kascade,
     Keyformer,
     Quest,
     RecycledAttention,
@@ -128,6 +129,12 @@ PAIRS = [
         Quest(budget=0.3, page_size=1, dense_layers=0),
         PickingEverywhere(k=0.3, sparse_layer_start=0),
         model={"layers": 3},
+    ),
+    Pair(
+        "kascade-of-one-anchor-is-tidal-decode-where-each-head-has-its-own-keys",
+        Kascade(k=6, anchors=[0], decode_only=True),
+        TidalDecode(k=6, sparse_layer_start=0, correction_layer=9),
+        model={"layers": 4, "kv_heads": 4},
     ),
     Pair("recycled-attention-of-full-steps-is-full", RecycledAttention(budget=3, stride=1), Full()),
     Pair(

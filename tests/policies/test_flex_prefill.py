@@ -13,8 +13,9 @@ from kvpress.policies.flex_prefill import best, best_pairs, block_sums, cover_co
 from kvpress.policy import listed_blocks
 from kvpress.registry import make_policies
 from oracles import flex_prefill, snapkv
-from support.matrix import kept, prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 from support.reads import run
+from support.sparse_prompts import check_chunks, check_padded_turns, check_rows
 
 SMALL: dict[str, Any] = {"gamma": 0.6, "tau": 0.25, "min_budget": 2, "block_size": 2}
 PASSES = [prompt(26), *([token] for token in prompt(5, 1)), prompt(13, 2), *([token] for token in prompt(3, 3))]
@@ -119,11 +120,6 @@ def test_bad_values(fields, reason):
 # ---------------------------------------------------------------------------------------------------- on a model
 
 
-def check(logits, steps, row=0):
-    for got, step in zip(logits, steps, strict=True):
-        torch.testing.assert_close(got[row, -len(step.logits) :], step.logits, atol=1e-4, rtol=1e-4)
-
-
 def flexible(model, over=None, **fields):
     return flex_prefill.Flexible(model, flex_prefill.FlexPrefill(**fields, **({"over": over} if over else {})))
 
@@ -136,7 +132,7 @@ def test_patterns(model, fields):
     """Each head by itself, in a prompt and in a later turn: heads of both kinds, of one, of the other."""
     logits, _, _ = run(model, FlexPrefill(**fields), PASSES)
     oracle = flexible(model, **fields)
-    check(logits, oracle.run(PASSES))
+    check_rows(logits, oracle.run(PASSES))
     assert set(oracle.patterns.values()) == {0.25: {True, False}, 0.9: {True}, 0: {False}}[fields["tau"]]
     assert all(0 in blocks and 12 in blocks for blocks in oracle.log[0, 25])
     assert any(len(blocks) < 13 for blocks in oracle.log[0, 25])
@@ -157,26 +153,14 @@ def test_a_share_of_one_is_dense(model):
 @pytest.mark.parametrize("cuts", [[26], [8, 18], [5, 9, 12], [13, 1, 12]])
 def test_chunks(model, cuts):
     """Each pass has a probe of its own; blocks are counted from the first entry."""
-    ids = prompt(26)
-    passes = [ids[sum(cuts[:i]) : sum(cuts[: i + 1])] for i in range(len(cuts))]
-    logits, _, _ = run(model, FlexPrefill(**SMALL), passes)
-    check(logits, flexible(model, **SMALL).run(passes))
+    check_chunks(model, FlexPrefill(**SMALL), flexible(model, **SMALL), cuts)
 
 
 def test_beside_eviction_and_padding(model):
     """A second turn reads blocks of what is kept; padded sequences each as it is alone."""
     policies = [FlexPrefill(**SMALL), SnapKV(budget=14, window=4, kernel_size=3)]
     oracle = flexible(model, snapkv.SnapKV(budget=14, window=4, kernel_size=3), **SMALL)
-    texts, mask = [[0] * 8 + prompt(16, 4), prompt(24, 5)], torch.ones(2, 42, dtype=torch.long)
-    mask[0, :8] = 0
-    turn = [prompt(14, 6), prompt(14, 7)]
-    later = [[[token], [token + 1]] for token in prompt(2, 6)]
-    logits, cache, _ = run(model, policies, [texts, *later, turn, *later], mask)
-    for row in range(2):
-        own = [step[row] for step in later]
-        steps = oracle.run([texts[row][8 * (row == 0) :], *own, turn[row], *own])
-        check(logits, steps, row)
-        assert kept(cache, row) == steps[-1].kept
+    check_padded_turns(model, policies, oracle)
 
 
 def test_kv_heads_are_as_if_repeated():

@@ -208,7 +208,7 @@ def test_a_model_without_a_layer_to_select_in_is_refused(model):
     [
         ([HiP(), XAttention()], r"hip\(\) and x_attention\(\) both play the role 'prefill'"),
         ([HiP(), Quest()], r"hip\(\) and quest\(\) both play the role 'selection'"),
-        ([HiP(), A2SF(evict="each_row")], r"a2sf\(.*frees slots in decode, and the leaves that hip has found"),
+        ([HiP(), A2SF(evict="each_row")], r"a2sf\(.*attends a prompt row by row, and hip\(\) plans"),
         ([HiP(), H2O(rope="reindex")], r"hip\(\) compares queries with rotated keys"),
         ([HiP(), AdaKV(SnapKV())], r"ada_kv\(.*keeps another number of entries in each kv head, and hip\(\) chooses"),
         ([HiP(), H2O()], r"h2o\(.*frees slots in decode, and the leaves.*snapkv"),

@@ -18,8 +18,9 @@ from kvpress.policies import FlexPrefill, Full, MInference, SnapKV
 from kvpress.policies.minference import HeadPattern
 from kvpress.registry import make_policies
 from oracles import minference, snapkv
-from support.matrix import kept, prompt, sharp_llama
+from support.matrix import prompt, sharp_llama
 from support.reads import run
+from support.sparse_prompts import check_chunks, check_padded_turns, check_rows
 from support.tiny_saved import byte_tokenizer, tiny_model
 
 SIZES: dict[str, Any] = {"sink": 1, "recent": 2, "probe": 4, "n_last": 3, "block_size": 4}
@@ -206,11 +207,6 @@ def test_patterns_of_another_model(model):
 # ---------------------------------------------------------------------------------------------------- on a model
 
 
-def check(logits, steps, row=0):
-    for got, step in zip(logits, steps, strict=True):
-        torch.testing.assert_close(got[row, -len(step.logits) :], step.logits, atol=1e-4, rtol=1e-4)
-
-
 def shaped(model, over=None, **fields):
     return minference.Shaped(model, minference.MInference(**fields, **({"over": over} if over else {})))
 
@@ -223,7 +219,7 @@ def test_heads_of_all_kinds(model, expand, force_diagonal):
     fields = {**SMALL, "expand": expand, "force_diagonal": force_diagonal}
     logits, _, _ = run(model, MInference(**fields), PASSES)
     oracle = shaped(model, **fields)
-    check(logits, oracle.run(PASSES))
+    check_rows(logits, oracle.run(PASSES))
     assert [len(read) < 26 for read in oracle.log[1, 25]] == [True, False, True, False]
 
 
@@ -233,7 +229,7 @@ def test_heads_of_all_kinds(model, expand, force_diagonal):
 )
 def test_where_it_acts(model, fields):
     logits, _, _ = run(model, MInference(**{**SMALL, **fields}), PASSES)
-    check(logits, shaped(model, **{**SMALL, **fields}).run(PASSES))
+    check_rows(logits, shaped(model, **{**SMALL, **fields}).run(PASSES))
 
 
 @torch.no_grad()
@@ -248,25 +244,13 @@ def test_room_for_everything_on_a_model(model):
 @pytest.mark.parametrize("cuts", [[8, 18], [5, 9, 12], [13, 1, 12]])
 def test_chunks(model, cuts):
     """Tiles are counted from the first entry, and each pass has a probe of its own."""
-    ids = prompt(26)
-    passes = [ids[sum(cuts[:i]) : sum(cuts[: i + 1])] for i in range(len(cuts))]
-    logits, _, _ = run(model, MInference(**SMALL), passes)
-    check(logits, shaped(model, **SMALL).run(passes))
+    check_chunks(model, MInference(**SMALL), shaped(model, **SMALL), cuts)
 
 
 def test_beside_eviction_and_padding(model):
     policies = [MInference(**SMALL), SnapKV(budget=14, window=4, kernel_size=3)]
     oracle = shaped(model, snapkv.SnapKV(budget=14, window=4, kernel_size=3), **SMALL)
-    texts, mask = [[0] * 8 + prompt(16, 4), prompt(24, 5)], torch.ones(2, 42, dtype=torch.long)
-    mask[0, :8] = 0
-    turn = [prompt(14, 6), prompt(14, 7)]
-    later = [[[token], [token + 1]] for token in prompt(2, 6)]
-    logits, cache, _ = run(model, policies, [texts, *later, turn, *later], mask)
-    for row in range(2):
-        own = [step[row] for step in later]
-        steps = oracle.run([texts[row][8 * (row == 0) :], *own, turn[row], *own])
-        check(logits, steps, row)
-        assert kept(cache, row) == steps[-1].kept
+    check_padded_turns(model, policies, oracle)
 
 
 def test_bfloat16_is_finite():

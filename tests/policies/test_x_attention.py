@@ -14,6 +14,7 @@ from kvpress.registry import make_policies
 from oracles import h2o, snapkv, streaming_llm, x_attention
 from support.matrix import kept, prompt, sharp_llama
 from support.reads import run
+from support.sparse_prompts import check_chunks, check_padded_turns, check_rows
 
 SMALL: dict[str, Any] = {"stride": 2, "threshold": 0.5, "block_size": 4}
 PASSES = [prompt(26), *([token] for token in prompt(5, 1)), prompt(13, 2), *([token] for token in prompt(3, 3))]
@@ -146,11 +147,6 @@ def test_thresholds_of_another_model(model):
 # ---------------------------------------------------------------------------------------------------- on a model
 
 
-def check(logits, steps, row=0):
-    for got, step in zip(logits, steps, strict=True):
-        torch.testing.assert_close(got[row, -len(step.logits) :], step.logits, atol=1e-4, rtol=1e-4)
-
-
 def rules(over=None, **fields):
     return x_attention.XAttention(**fields) if over is None else x_attention.XAttention(**fields, over=over)
 
@@ -162,7 +158,7 @@ def test_thresholds_per_layer_and_head(model):
     fields = {**SMALL, "threshold": threshold}
     logits, _, _ = run(model, XAttention(**fields), PASSES)
     oracle = x_attention.Antidiagonals(model, rules(**fields))
-    check(logits, oracle.run(PASSES))
+    check_rows(logits, oracle.run(PASSES))
     assert oracle.log[0, 25] == [[0, 1, 2, 3, 4, 5, 6], [0, 6], *oracle.log[0, 25][2:]]
 
 
@@ -180,12 +176,9 @@ def test_threshold_one_is_dense(model):
 @pytest.mark.parametrize("cuts", [[26], [8, 18], [8, 12, 6], [5, 9, 12], [13, 1, 12]])
 def test_chunks(model, cuts):
     """Blocks are counted from the first entry: whole blocks at a time give what the whole prompt gives."""
-    ids = prompt(26)
-    passes = [ids[sum(cuts[:i]) : sum(cuts[: i + 1])] for i in range(len(cuts))]
-    logits, _, _ = run(model, XAttention(**SMALL), passes)
-    check(logits, x_attention.Antidiagonals(model, rules(**SMALL)).run(passes))
+    logits = check_chunks(model, XAttention(**SMALL), x_attention.Antidiagonals(model, rules(**SMALL)), cuts)
     if all(sum(cuts[:i]) % 4 == 0 for i in range(len(cuts))):
-        whole, _, _ = run(model, XAttention(**SMALL), [ids])
+        whole, _, _ = run(model, XAttention(**SMALL), [prompt(26)])
         torch.testing.assert_close(torch.cat(logits, dim=1), whole[0], atol=1e-5, rtol=1e-4)
 
 
@@ -208,25 +201,10 @@ def test_beside_eviction(model, evicts, over):
     oracle = x_attention.Antidiagonals(model, rules(over, **SMALL))
     logits, cache, _ = run(model, policies, PASSES)
     steps = oracle.run(PASSES)
-    check(logits, steps)
+    check_rows(logits, steps)
     assert kept(cache) == steps[-1].kept
     assert any(head is not None and head != list(range(max(head) + 1)) for head in oracle.log[0, 43])
-
-    texts, mask = [[0] * 8 + prompt(16, 4), prompt(24, 5)], torch.ones(2, 42, dtype=torch.long)
-    mask[0, :8] = 0
-    turn = [prompt(14, 6), prompt(14, 7)]
-    later = [[[token], [token + 1]] for token in prompt(2, 6)]
-    logits, cache, _ = run(model, policies, [texts, *later, turn, *later], mask)
-    for row in range(2):
-        alone = [
-            texts[row][8 * (row == 0) :],
-            *(step[row] for step in later),
-            turn[row],
-            *(step[row] for step in later),
-        ]
-        steps = oracle.run(alone)
-        check(logits, steps, row)
-        assert kept(cache, row) == steps[-1].kept
+    check_padded_turns(model, policies, oracle)
 
 
 def test_beside_a_selection(model):

@@ -27,8 +27,8 @@ def positions_read(view, selected, row=0):
     for head in range(heads):
         held = view.positions[row, head // group].tolist()
         slots = range(len(held)) if selected.index is None else selected.index[row, head // group].tolist()
-        member = [True] * len(held) if selected.index is None or selected.member is None else None
-        if member is None:
+        member = [True] * len(slots)
+        if selected.index is not None and selected.member is not None:
             wide = selected.member.shape[1] == heads
             member = selected.member[row, head if wide else head // group].tolist()
         positions = [held[slot] for slot, reads in zip(slots, member, strict=True) if reads]

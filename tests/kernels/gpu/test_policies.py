@@ -16,6 +16,7 @@ from kvpress.policies import (
     AdaKV,
     H2OPrefill,
     HiP,
+    Kascade,
     Keyformer,
     Quest,
     SnapKV,
@@ -44,6 +45,10 @@ POLICIES = {
     "tidal_decode beside streaming_llm": (
         [TidalDecode(k=6, sparse_layer_start=0, correction_layer=1), StreamingLLM(budget=16, sink=2)],
         (*COMMON, "decode_scores", "rope_shift"),
+    ),
+    "kascade": (
+        Kascade(k=10, tile=5, anchors=[0, 2], head_map=[[0, 1], [1, 1], [0, 1], [1, 0]]),
+        (*COMMON, "decode_scores", "attention_mass"),
     ),
     "streaming_llm": (StreamingLLM(budget=16, sink=2), ("decode_attention", "rope_shift")),
     "ada_kv": (AdaKV(SnapKV(budget=16, window=4)), ("paged_attention", "attention_mass")),

@@ -38,16 +38,16 @@ class Planned(Oracle):
 
     def row(self, layer, queries, row, positions, decode):
         self.sees_all = decode
-        if not decode and not isinstance(
-            self.policy, Full
-        ):  # an eviction policy counts what a row would give everything
+        counts_reads = self.policy.counts_reads
+        # Else an eviction policy counts what a row would give everything.
+        if not decode and not counts_reads and not isinstance(self.policy, Full):
             self.sees_all = True
             super().row(layer, queries, row, positions, decode)
             self.sees_all = False
         return super().row(layer, queries, row, positions, decode)
 
     def observe(self, *seen):
-        if self.sees_all:
+        if self.sees_all or self.policy.counts_reads:
             super().observe(*seen)
 
     def reads(self, layer, queries, row, positions, decode):
@@ -55,7 +55,7 @@ class Planned(Oracle):
         if self.sees_all:
             return reads
         if row == 0:
-            self.plans = [self._plan(layer, queries, head, positions) for head in range(len(reads))]
+            self.plans = self.plan_heads(layer, queries, positions, len(reads))
         narrowed, log = [], []
         for (entries, places, place), plan in zip(reads, self.plans, strict=True):
             own = len(entries) - 1  # what a row may read are the first entries, itself the last of them
@@ -68,7 +68,13 @@ class Planned(Oracle):
         self.log[layer, positions[row]] = log
         return narrowed
 
-    def _plan(self, layer, queries, head, positions):
+    def plan_heads(self, layer, queries, positions, heads):
+        """The plan of each query head."""
+        scale = 1 / sqrt(self.config.head_dim)
+        return [self.plan(layer, head, *self.inputs(layer, queries, head, positions), scale) for head in range(heads)]
+
+    def inputs(self, layer, queries, head, positions):
+        """What `plan` is given of a query head: its rows and the keys."""
         config = self.config
         entries = self.heads[layer][head * config.num_key_value_heads // config.num_attention_heads].entries
         n = len(entries)
@@ -77,4 +83,4 @@ class Planned(Oracle):
             n - len(positions) + row: rotate(queries[row, head], position, self.theta).tolist()
             for row, position in enumerate(positions)
         }
-        return self.plan(layer, head, rows, keys, 1 / sqrt(config.head_dim))
+        return rows, keys

@@ -22,6 +22,9 @@ class Rules:
     evict: str = "each_pass"
     rope: str = "original"
     prompt_only = False  # whether decode appends without evicting
+    counts_reads = (
+        False  # whether it counts what a sparse prompt's rows gave what they read, not what they would give all
+    )
     runner = Oracle
 
     def keep(self, entries, rows, seen):

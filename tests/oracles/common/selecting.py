@@ -66,6 +66,7 @@ class Over:
     evict = property(lambda self: self.over.evict)
     rope = property(lambda self: self.over.rope)
     prompt_only = property(lambda self: self.over.prompt_only)
+    counts_reads = property(lambda self: self.over.counts_reads)
 
     def keep(self, entries, rows, seen):
         return self.over.keep(entries, rows, seen)
