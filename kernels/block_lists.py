@@ -163,6 +163,36 @@ def _marked(
     )
 
 
+def listed_rows(
+    first: int,
+    last: int,
+    rows: int,
+    n: int,
+    *,
+    blocks: Tensor | None = None,
+    columns: Tensor | None = None,
+    diagonals: Tensor | None = None,
+    distances: Tensor | None = None,
+    block_size: int = 64,
+    key_block_size: int | None = None,
+) -> Tensor:
+    """What the rows from `first` to `last` of a call read, as a mask: part of what `listed_keys` defines, without its loops.
+
+    Returns:
+        bool [batch, heads or kv_heads, last - first, n - rows + last]: the entries up to the last of these rows; for each head
+        where some list tells them apart.
+    """
+    given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
+    batch, count, size, device = len(given[0]), max(x.shape[1] for x in given), block_size, given[0].device
+    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, size, key_block_size, device)
+    start, stop = first // size, -(-last // size)
+    at = lists.past + torch.arange(start * size, stop * size, device=device).view(-1, size)
+    width = n - rows + last
+    entries = torch.arange(-(-width // size) * size, device=device).expand(stop - start, -1)
+    reads = lists.at_edge(start, stop, entries, at).flatten(1, 2)
+    return reads[:, first - start * size : last - start * size, :width].unflatten(0, (batch, count))
+
+
 def listed_pairs(
     rows: int,
     n: int,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvpress.errors import PolicyError, UnsupportedModelError
+    from kvpress.inspection import Inspection, inspect
     from kvpress.patching import Handle, patch, unpatch
     from kvpress.policy import EvictionPolicy, Policy
     from kvpress.prepacking import prepack
@@ -32,12 +33,14 @@ if (_checkout / "pyproject.toml").is_file() and (_checkout / "kernels" / "decode
 _HOMES = {
     "EvictionPolicy": "kvpress.policy",
     "Handle": "kvpress.patching",
+    "Inspection": "kvpress.inspection",
     "Policy": "kvpress.policy",
     "PolicyError": "kvpress.errors",
     "Score": "kvpress.scoring",
     "SharedPrompt": "kvpress.sharing",
     "UnsupportedModelError": "kvpress.errors",
     "available": "kvpress.registry",
+    "inspect": "kvpress.inspection",
     "make_policy": "kvpress.registry",
     "patch": "kvpress.patching",
     "prepack": "kvpress.prepacking",
@@ -50,12 +53,14 @@ _HOMES = {
 __all__ = [
     "EvictionPolicy",
     "Handle",
+    "Inspection",
     "Policy",
     "PolicyError",
     "Score",
     "SharedPrompt",
     "UnsupportedModelError",
     "available",
+    "inspect",
     "make_policy",
     "patch",
     "policies",

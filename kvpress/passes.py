@@ -14,8 +14,28 @@ from kvpress.tokens import Ragged, Tokens
 if TYPE_CHECKING:
     from kvpress.in_play import InPlay
     from kvpress.layer import KVLayer
-    from kvpress.policy import Look
+    from kvpress.observe import Scores
+    from kvpress.policy import Look, Pattern
     from kvpress.step import StepInputs
+
+
+class Record:
+    """What is told of each layer of the prompt passes within `recording`."""
+
+    def attends(
+        self, layer: int, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: "Scores"
+    ) -> None:
+        """A layer is about to attend.
+
+        Args:
+            layer: index among the layers that the policies act on.
+            tokens: the tokens of the pass.
+            query: [batch, heads, count, head_dim], rotated as the model does; key and value: [batch, kv_heads, count, head_dim].
+            scores: how the model scores.
+        """
+
+    def planned(self, layer: int, rows: slice, pattern: "Pattern | None") -> None:
+        """What the prefill policy has planned for some rows of the layer's pass; None for everything."""
 
 
 @dataclass
@@ -35,7 +55,7 @@ class Pass:
         in_play: which tokens each layer runs on, where they may stop in between; it sets `tokens` and `ragged` layer by layer.
         handed: of a prompt pass, what the prefill policy hands from layer to layer, by which rows it was for.
         attended: the layers that have attended so far.
-        record: if prompts are being recorded, where each layer appends the tokens, query, key, value and `Scores`.
+        record: what is told of each layer, if prompts are being recorded.
         seen: if the layers are only looked at, where each leaves the query and key that it attends with; see `kvpress.probe`.
     """
 
@@ -46,7 +66,7 @@ class Pass:
     new_tokens: int | None = None
     exact: bool = False
     step: "StepInputs | None" = None
-    record: list[Any] | None = None
+    record: Record | None = None
     seen: dict[int, tuple[Tensor, Tensor]] | None = None
     last_layer: int | None = None
     ragged: Ragged | None = None
@@ -97,17 +117,17 @@ def active_pass() -> Pass | None:
     return getattr(_thread, "current", None)
 
 
-def current_record() -> list[Any] | None:
-    """Where prompt passes on this thread are recorded, within `recording`."""
+def current_record() -> Record | None:
+    """What is told of prompt passes on this thread, within `recording`."""
     return getattr(_thread, "record", None)
 
 
 @contextmanager
-def recording() -> Iterator[list[Any]]:
-    """Within the block a prompt pass leaves its tokens, queries, keys and values, layer by layer, in the list given out."""
-    before, _thread.record = current_record(), []
+def recording(record: Record) -> Iterator[None]:
+    """Within the block `record` is told of the layers of each prompt pass on this thread."""
+    before, _thread.record = current_record(), record
     try:
-        yield _thread.record
+        yield
     finally:
         _thread.record = before
 

@@ -50,7 +50,9 @@ def prompt_pass(
         current: the pass.
     """
     layer.scores = scores
-    arrived, query = query, layer.own_query(query, tokens)
+    if current.record is not None:
+        current.record.attends(layer.index, tokens, query, key, value, scores)
+    query = layer.own_query(query, tokens)
     if layer.eviction.evict == "each_row":
         return _row_by_row(layer, tokens, query, key, value, scores, current)
     past = layer.length
@@ -67,8 +69,6 @@ def prompt_pass(
         output = _planned(layer, tokens, queries, value, scores, past, held, current)
     else:
         output = _exactly(layer, tokens, queries, value, scores, past, held)
-    if current.record is not None:
-        current.record.append((tokens, arrived, key, value, scores))
     if layer.evicts:
         layer.observe_prompt(query, tokens, scores, current.new_tokens, past, layer.takes_prompt_mass)
     layer.finish_prompt(query, tokens, scores)
@@ -208,6 +208,8 @@ def _planned(
                 aligned = past == 0 or not layer.evicts
                 view = _view(layer, part, keys, positions, seen, scores, shared, aligned)
                 pattern = layer.prefill.plan(view)
+            if current.record is not None:
+                current.record.planned(layer.index, chunk, pattern)
             layer.facts.pairs += _pairs(part, entries)
             layer.facts.computed = layer.facts.computed + _computed(
                 pattern, part, entries

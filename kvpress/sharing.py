@@ -14,7 +14,8 @@ from torch import Tensor
 from kvpress.compat import CACHE, DynamicCache
 from kvpress.errors import PolicyError
 from kvpress.layer import KVLayer
-from kvpress.passes import recording
+from kvpress.observe import Scores
+from kvpress.passes import Record, recording
 from kvpress.patching import patch
 from kvpress.support import unwrapped
 from kvpress.tokens import Tokens
@@ -46,6 +47,18 @@ class SharedPrompt:
         return sum(tensor.nbytes for layer in self.layers for tensor in layer[:3])
 
 
+class _Layers(Record):
+    """Keeps what every layer attends with."""
+
+    def __init__(self) -> None:
+        self.tokens: Tokens | None = None
+        self.layers: list[tuple[Tensor, Tensor, Tensor, Scores]] = []
+
+    def attends(self, layer: int, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> None:
+        self.tokens = tokens
+        self.layers.append((query, key, value, scores))
+
+
 @torch.no_grad()
 def record_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None = None) -> SharedPrompt:
     """Run a prompt once, with full attention, and keep what several policies need of it.
@@ -74,11 +87,13 @@ def record_prompt(model: Any, input_ids: Tensor, attention_mask: Tensor | None =
     if attention_mask is not None and "position_ids" in inspect.signature(unwrapped(model).forward).parameters:
         # As `generate` does: each sequence at its own positions, which not every policy's choice is indifferent to.
         places["position_ids"] = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
-    with patch(model, "full"), recording() as record:
+    record = _Layers()
+    with patch(model, "full"), recording(record):
         output = model(input_ids, attention_mask=attention_mask, use_cache=True, logits_to_keep=1, **places)
     cache = output[CACHE]
     others = DynamicCache(config=model.config.get_text_config(decoder=True))
     for index, layer in enumerate(cache.layers):
         if not isinstance(layer, KVLayer):
             others.layers[index] = layer
-    return SharedPrompt(output.logits[:, -1], record[0][0], [layer[1:] for layer in record], others)
+    assert record.tokens is not None
+    return SharedPrompt(output.logits[:, -1], record.tokens, record.layers, others)
