@@ -132,6 +132,57 @@ def heat_map(
     return chart("heat_map.yaml", rows=rows, columns=columns) | {"data": {"values": data}}
 
 
+def head_grid(values: Mapping[int, Sequence[float]], figure: str) -> Chart:
+    """A share of each head of each layer, layers down and heads across.
+
+    Args:
+        values: layer -> the share of each head.
+        figure: what it is.
+    """
+    data = [
+        {"layer": layer, "head": head, "value": rounded(value), "shown": f"{value * 100:.0f}"}
+        for layer, heads in values.items()
+        for head, value in enumerate(heads)
+    ]
+    return chart("head_grid.yaml", figure=figure, heads=max(map(len, values.values()))) | {"data": {"values": data}}
+
+
+def head_map(
+    kept: Sequence[Sequence[float]],
+    mass: Sequence[Sequence[float]],
+    held: Sequence[Sequence[float]],
+    y_title: str,
+    rows: int,
+    columns: int,
+    cell: tuple[int, int],
+    tall: int,
+) -> Chart:
+    """What rows read, and beside it where their attention is; a cell in which there is neither stays empty.
+
+    Args:
+        kept, mass, held: of each row of cells each cell's share of pairs that are read, of attention, and of attention in them.
+        y_title: what the rows are.
+        rows, columns: how many there are.
+        cell: rows and columns of a cell.
+        tall: pixels.
+    """
+    data = [
+        {"x": j * cell[1], "y1": i * cell[0], "kept": rounded(read), "mass": rounded(given), "held": rounded(part)}
+        for i, line in enumerate(zip(kept, mass, held, strict=True))
+        for j, (read, given, part) in enumerate(zip(*line, strict=True))
+        if read or given
+    ]
+    whole = chart(
+        "head_map.yaml", y_title=y_title, rows=rows, columns=columns, height=cell[0], width=cell[1], tall=tall
+    )
+    return whole | {"data": {"values": data}}
+
+
+def rounded(value: float) -> float:
+    """To four digits."""
+    return float(f"{value:.4g}")
+
+
 def apart(wanted: Sequence[float], gap: float, top: float) -> list[float]:
     """Places in [0, top] with at least `gap` between any two, in the order of what is wanted, and close to it.
 

@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -112,10 +112,7 @@ def demo(
         from kvpress.demo.run import Plan, run_demo
 
         plan = Plan(names, to_compile, shares, tokens, depths, samples, seed, minutes)
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"--out: cannot make the folder {out}: {error.strerror}") from error
+        make_folder(out, "--out")
         console = Console()
         loaded, tokenizer = load(model, device, dtype, console)
         run_demo(loaded, tokenizer, model, plan, out, console)
@@ -290,6 +287,51 @@ def calibrate(
         found = dataclasses.replace(chosen, **{str(chosen.calibrated): best(trials).value})
         write_policy(path, found)
         console.print(f"{found.describe()} written to {path}", highlight=False)
+
+
+@app.command()
+def inspect(
+    text: Annotated[str, typer.Argument(help="The prompt, or @FILE; by default a part of the shipped novels.")] = "",
+    policy: PolicyName = "x_attention",
+    model: Model = SMOLLM2,
+    budget: BudgetText = "",
+    set_: PolicyFields = None,
+    length: Annotated[
+        int | None, typer.Option(min=2, help="The text's first so many tokens; all of yours, or 2000 of the novels.")
+    ] = None,
+    layers: Annotated[
+        str, typer.Option(help="Layers whose heads are drawn, comma-separated; by default the heads that lose most.")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="The page to write, such as inspect.html; none by default.")] = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> None:
+    """See what a policy reads or keeps of a prompt, head by head, and how much of the exact attention lies in it.
+
+    Takes several times as long as the prompt alone.
+    """
+    with user_errors(), eval_errors() if out is not None else nullcontext():
+        given = read_prompt(text) if text else ""
+        named = [parse(part, int, "--layers") for part in split_names(layers)]
+        chosen = chosen_policy(policy, budget, set_)
+        if out is not None:
+            make_folder(out.parent, "--out")
+        import kvpress
+
+        console = Console()
+        loaded, tokenizer = load(model, device, dtype, console)
+        ids = prompt_ids(tokenizer, given, length)
+        depth = loaded.config.get_text_config(decoder=True).num_hidden_layers
+        if not all(0 <= layer < depth for layer in named):
+            raise UsageError(f"--layers {layers!r} does not work; {model} has the layers 0 to {depth - 1}")
+        with console.status(f"{chosen.describe()} on {len(ids)} tokens"):
+            found = kvpress.inspect(loaded, chosen, ids)
+        console.print(found)
+        if out is not None:
+            from kvpress.evals.inspection_page import write_page
+
+            write_page(out, found, f"{model}, {len(ids)} tokens of {'a text' if text else 'the shipped novels'}", named)
+            console.print(str(out), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -575,6 +617,14 @@ def load(name: str, device: str, dtype: str, console: Console) -> "tuple[PreTrai
         return load_model(name, device, dtype)
 
 
+def make_folder(folder: Path, option: str) -> None:
+    """Make a folder that an option names, unless there is one."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{option}: cannot make the folder {folder}: {error.strerror}") from error
+
+
 def read_prompt(argument: str) -> str:
     """The argument itself, or the text of the file that it names after an @."""
     text = argument
@@ -587,6 +637,20 @@ def read_prompt(argument: str) -> str:
     if not text.strip():
         raise UsageError("the prompt is empty; give a text, or @FILE")
     return text
+
+
+def prompt_ids(tokenizer: "PreTrainedTokenizerBase", text: str, length: int | None) -> list[int]:
+    """The first `length` tokens of a text, or all; without one of the shipped novels, 2000 by default."""
+    if not text:
+        from kvpress.haystack import Haystack
+
+        return Haystack(tokenizer).cut(length or 2000, 0, 0.0)[0]
+    ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    if length is not None and length > len(ids):
+        raise UsageError(
+            f"--length {length} is more than the text has, {len(ids)} tokens; give a longer text, or leave it out"
+        )
+    return ids[:length]
 
 
 def encode(tokenizer: "PreTrainedTokenizerBase", text: str, chat: bool | None) -> Any:

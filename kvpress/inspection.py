@@ -1,4 +1,4 @@
-"""How much of the exact attention's probability mass lies in what a policy reads or keeps of a prompt, layer by layer and head by head.
+"""How much of the exact attention's probability mass lies in what a policy reads or keeps of a prompt, by layer and head.
 
 The prompt runs under the policy. In each layer the exact attention is computed beside it, from the same queries and keys, some rows
 at a time: what of it lies in the pairs that the policy reads is the recall.
@@ -126,7 +126,8 @@ def _cells(density: Tensor, recall: Tensor) -> list[str]:
 def inspect(model: Any, policy: PolicySpec, input_ids: Any, *, cells: int = 32, **fields: Any) -> Inspection:
     """Run one prompt under a policy, and look at what its rows read and what is kept of it.
 
-    Costs about two exact prompts. What is held besides: `cells` x `cells` numbers for each head, and a few tiles of rows.
+    Takes several times as long as the prompt alone. What is held besides are three maps of at most `cells` x `cells` numbers for
+    each head, and a few tiles of rows.
 
     Args:
         model: a model that is not patched.
@@ -268,7 +269,9 @@ class _Prompt(Record):
         self.tokens, self.cell, self.columns = tokens, cell, -(-tokens // cell)
         self.evicts, self.last = evicts, min(LAST, tokens)
         self.meters: dict[int, _Meter] = {}
-        self.ends: dict[int, Tensor] = {}  # by layer, float32 [heads, n]: what the last rows give the entries, mean over them
+        self.ends: dict[
+            int, Tensor
+        ] = {}  # by layer, float32 [heads, n]: what the last rows give the entries, mean over them
 
     def attends(self, layer: int, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: Scores) -> None:
         self.query, self.scores = query[0], scores

@@ -22,9 +22,7 @@ if TYPE_CHECKING:
 class Record:
     """What is told of each layer of the prompt passes within `recording`."""
 
-    def attends(
-        self, layer: int, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: "Scores"
-    ) -> None:
+    def attends(self, layer: int, tokens: Tokens, query: Tensor, key: Tensor, value: Tensor, scores: "Scores") -> None:
         """A layer is about to attend.
 
         Args:

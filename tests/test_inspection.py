@@ -239,5 +239,3 @@ def test_bad_input(model, policy, ids, words):
 def test_bad_cells(model):
     with pytest.raises(kvpress.PolicyError, match="cells=0"):
         kvpress.inspect(model, PREFILL[0], prompt(9), cells=0)
-
-

@@ -30,7 +30,7 @@ function show(ids) {
 document.querySelectorAll("[data-runs]").forEach((link) => {
   link.addEventListener("click", () => show(link.dataset.runs.split(" ")));
 });
-filter.querySelector("button").addEventListener("click", () => show(null));
+filter?.querySelector("button").addEventListener("click", () => show(null));
 // A policy is lit while a pointer or the focus is on its button or its marks, and stays so once its button is pressed.
 const config = JSON.parse(document.getElementById("config").textContent);
 document.querySelectorAll("section").forEach((section) => {

@@ -105,7 +105,13 @@ def test_rows_read_what_the_definition_lists(key_size, rows, past, forms):
         lists["blocks"] = random_blocks(rows, past, heads, 0.3, key_size)
     options = {"block_size": SIZE, "key_block_size": key_size, **lists}
     expected = listed_keys(rows, n, heads, **options)
-    for first, last in {(0, rows), (0, 1), (rows // 3, rows // 3 + 1), (rows // 2, rows), (rows // 5, rows - rows // 5)}:
+    for first, last in {
+        (0, rows),
+        (0, 1),
+        (rows // 3, rows // 3 + 1),
+        (rows // 2, rows),
+        (rows // 5, rows - rows // 5),
+    }:
         found = block_lists.listed_rows(first, last, rows, n, **options)
         assert torch.equal(found, expected[:, :, first:last, : past + last])
 
