@@ -150,12 +150,14 @@ def section(setting: Setting) -> dict[str, Any]:
 
 
 def pictures(setting: Setting) -> list[Pictures]:
-    """Score against bytes, and against milliseconds."""
+    """Score against bytes, against milliseconds, and where policies read less of a prompt against how much they read."""
     y_title = "score" if setting.percent else "mean probability of a token"
     found = []
     for name, scale, x_title, cost in (
         ("bytes", 2**-20, "cache after the answer, MiB", partial(Figures.mean, name="bytes")),
         ("token_ms", 1.0, "ms per token", partial(Figures.median, name="token_ms")),
+        *[("density", 100.0, "density of the prompt's attention, %", partial(Figures.mean, name="density"))]
+        * setting.plans,
     ):
         costs = [(entry, cost(entry.figures)) for entry in setting.policies]
         known = [(entry, value * scale) for entry, value in costs if value is not None]

@@ -130,6 +130,11 @@ class Figures:
         values = self._values(name)
         return statistics.fmean(values) if values else None
 
+    @property
+    def least_density(self) -> float:
+        """The least share of a prompt's attention that was computed; 1 where that is not known."""
+        return min(self._values("density"), default=1.0)
+
     def median(self, name: str) -> float | None:
         values = self._values(name)
         return statistics.median(values) if values else None
@@ -229,6 +234,11 @@ class Setting:
         return any(result.config["metric"] == "boxed" for entry in self.policies for result, _ in entry.figures.samples)
 
     @property
+    def plans(self) -> bool:
+        """Whether some policy read less of a prompt than there is."""
+        return any(entry.figures.least_density < 1 for entry in self.policies)
+
+    @property
     def groups(self) -> dict[str, list[str]]:
         """Name -> the groups that samples belong to by their `meta["groups"]`, in the order in which they come."""
         found: dict[str, dict[str, None]] = {}
@@ -313,6 +323,8 @@ def measures(setting: Setting) -> dict[str, tuple[Measure, str]]:
         return 100 * held / full if held is not None and full else None
 
     found: dict[str, tuple[Measure, str]] = {f"{name}, %": (detail(name), "{:.1f}") for name in setting.details}
+    if setting.plans:
+        found["density, %"] = percent("density"), "{:.1f}"
     if setting.reasons:
         found |= {
             "new tokens": (lambda figures: figures.mean("new_tokens"), "{:.0f}"),

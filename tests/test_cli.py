@@ -1,7 +1,9 @@
 """The command line on a tiny model: what it prints, and how it fails."""
 
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -151,3 +153,45 @@ def test_chat_is_used_where_there_is_a_template():
 def test_number():
     assert [number(text) for text in ("64", "0.5", "1.0", "-3")] == [64, 0.5, 1.0, -3]
     assert isinstance(number("1.0"), float) and isinstance(number("1"), int)
+
+
+def test_inspect_says_what_is_read(folder):
+    text = "Call me Ishmael. Some years ago, never mind how long precisely. " * 3
+    fields = ("--set", "block_size=16", "--set", "stride=4", "--set", "threshold=0.5")
+    result = run("inspect", "--model", folder, "--policy", "x_attention", *fields, "--length", "100", text)
+    assert result.exit_code == 0, result.output
+    assert "read by the 100 rows of the prompt" in result.output
+    rows = [line.split("│")[1:-1] for line in result.output.splitlines() if line.startswith("│")]
+    layers = json.loads((Path(folder) / "config.json").read_text())["num_hidden_layers"]
+    assert [row[0].strip() for row in rows] == [*map(str, range(layers)), "all"]
+    densities = [float(row[1].strip().removesuffix("%")) for row in rows]
+    assert max(densities) < 100
+    assert densities[-1] == pytest.approx(sum(densities[:-1]) / layers, abs=0.1)
+
+
+def test_inspect_draws_a_page(folder, tmp_path):
+    page = tmp_path / "new" / "inspect.html"
+    options = ("--policy", "h2o", "--budget", "30", "--length", "90", "--layers", "1", "--out", str(page))
+    result = run("inspect", "--model", folder, *options)
+    assert result.exit_code == 0, result.output
+    assert str(page) in result.output
+    assert "layer 1: keeps 33.3%" in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--policy", "quest", "a whale"), "nothing to inspect"),
+        (("--policy", "h2o", "--length", "99", "a whale"), "--length 99"),
+        (("--policy", "h2o", "--layers", "7", "a whale"), "--layers '7'"),
+        (("--policy", "h2o", "--layers", "one", "a whale"), "--layers 'one'"),
+        (("--policy", "x_attention", "--set", "min_len=50", "a whale"), "min_len=50"),
+        (("--policy", "h2o", "--out", __file__ + "/a.html", "a whale"), "--out: cannot make the folder"),
+        (("@no-such-file",), "no-such-file"),
+    ],
+)
+def test_inspect_bad_input(folder, arguments, word):
+    result = run("inspect", "--model", folder, *arguments)
+    assert result.exit_code == 2
+    assert word in result.stderr
+    assert result.stderr.count("\n") == 1

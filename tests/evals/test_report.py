@@ -134,6 +134,25 @@ def test_heat_maps(out):
     assert sorted(h2o) == sorted(["1000", "2000", "10%", "50%", "90%", "0", "0", "0", "0", "100", "100"])
 
 
+def test_density_where_some_policy_reads_less(out, tmp_path):
+    """A column and a picture; a report in which every prompt was read whole has neither."""
+    task = {"name": "needle", "lengths": [1000]}
+    save(tmp_path / "some", {"task": task}, [row(i, 1.0, density=1.0) for i in range(2)])
+    sparse = {"name": "x_attention", "threshold": 0.6}
+    save(tmp_path / "some", {"task": task, "policy": sparse}, [row(i, 0.5, density=0.2 + i / 10) for i in range(2)])
+    write_report([tmp_path / "some"], tmp_path / "some")
+    page = tmp_path / "some" / "report.html"
+    drawn = [chart for chart in pictures(page) if "density" in json.dumps(chart)]
+    marks = {mark["label"]: mark["x"] for mark in drawn[0]["data"]["values"]}
+    assert marks == {"full()": 100.0, "x_attention(threshold=0.6)": pytest.approx(25.0)}
+    assert "density, %" in own_text(page)
+    lines = (tmp_path / "some" / "report.md").read_text().splitlines()
+    column = next(line for line in lines if "density" in line).split("|").index(" density, % ")
+    assert next(line.split("|")[column].strip() for line in lines if "x_attention" in line) == "25.0"
+    write_report([out], out)
+    assert "density, %" not in own_text(out / "report.html")
+
+
 def test_the_front(out):
     """h2o is cheapest, snapkv dearer and better, full best; a policy that is dearer and worse is not on it."""
     task = {"name": "needle", "lengths": [1000, 2000], "depths": [0.1, 0.5, 0.9], "repeats": 2}
