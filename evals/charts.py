@@ -148,9 +148,7 @@ def head_grid(values: Mapping[int, Sequence[float]], figure: str) -> Chart:
 
 
 def head_map(
-    kept: Sequence[Sequence[float]],
-    mass: Sequence[Sequence[float]],
-    held: Sequence[Sequence[float]],
+    maps: Sequence[Sequence[Sequence[float]]],
     y_title: str,
     rows: int,
     columns: int,
@@ -160,7 +158,7 @@ def head_map(
     """What rows read, and beside it where their attention is; a cell in which there is neither stays empty.
 
     Args:
-        kept, mass, held: of each row of cells each cell's share of pairs that are read, of attention, and of attention in them.
+        maps: of each row of cells each cell's share of pairs that are read; the same of attention, and of attention in them.
         y_title: what the rows are.
         rows, columns: how many there are.
         cell: rows and columns of a cell.
@@ -168,7 +166,7 @@ def head_map(
     """
     data = [
         {"x": j * cell[1], "y1": i * cell[0], "kept": rounded(read), "mass": rounded(given), "held": rounded(part)}
-        for i, line in enumerate(zip(kept, mass, held, strict=True))
+        for i, line in enumerate(zip(*maps, strict=True))
         for j, (read, given, part) in enumerate(zip(*line, strict=True))
         if read or given
     ]

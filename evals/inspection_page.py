@@ -77,8 +77,8 @@ def rows_maps(found: "kvpress.Inspection", layers: Collection[int]) -> Pictures:
     for layer, head in shown:
         one = found.prompt[layer]
         title = f"layer {layer}, head {head}: reads {one.density[head]:.1%}, which holds {one.recall[head]:.1%}"
-        maps = (x[head].tolist() for x in (one.kept, one.mass, one.held))
-        charts[title] = head_map(*maps, "row", found.tokens, found.tokens, (found.cell, found.cell), tall=190)
+        maps = [x[head].tolist() for x in (one.kept, one.mass, one.held)]
+        charts[title] = head_map(maps, "row", found.tokens, found.tokens, (found.cell, found.cell), tall=190)
     which = "All heads" if len(shown) == len(heads) else "The heads that hold least of their attention"
     return Pictures(which if not layers else f"Layers {_listed(layers)}", CAPTION, charts)
 
@@ -92,8 +92,8 @@ def entries_maps(found: "kvpress.Inspection", layers: Collection[int]) -> Pictur
     for layer in shown:
         one = found.after[layer]
         title = f"layer {layer}: keeps {one.density.mean():.1%}, which holds {one.recall.mean():.1%}"
-        maps, heads = (x[:, 0].tolist() for x in (one.kept, one.mass, one.held)), len(one.recall)
-        charts[title] = head_map(*maps, "head", heads, found.tokens, (1, found.cell), tall=max(60, 12 * heads))
+        maps, heads = [x[:, 0].tolist() for x in (one.kept, one.mass, one.held)], len(one.recall)
+        charts[title] = head_map(maps, "head", heads, found.tokens, (1, found.cell), tall=max(60, 12 * heads))
     which = "All layers" if len(shown) == len(found.after) else "The layers that hold least of their attention"
     return Pictures(which if not layers else f"Layers {_listed(layers)}", CAPTION, charts)
 
