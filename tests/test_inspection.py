@@ -12,6 +12,7 @@ from kvpress.compat import CACHE
 from kvpress.policies import H2O, FlexPrefill, HiP, Kascade, LazyLLM, MInference, Quest, SnapKV, TokenSelect, XAttention
 from kvpress.policy import Pattern, PrefillPolicy, View
 from support.matrix import prompt, sharp_llama
+from support.tiny_families import tiny_family
 
 N = 53
 PREFILL = [
@@ -60,12 +61,13 @@ def mask_by_hand():
 
 def exact_weights(model, ids):
     """transformers' own attention weights, layer by layer: [heads, n, n]."""
+    before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         with torch.no_grad():
             return [one[0] for one in model(torch.tensor([ids]), output_attentions=True).attentions]
     finally:
-        model.set_attn_implementation("sdpa")
+        model.set_attn_implementation(before)
 
 
 @pytest.fixture(scope="module")
@@ -189,6 +191,22 @@ def test_what_eviction_leaves(model, monkeypatch, policy):
                 assert reads.mass[head, 0, cell].item() == pytest.approx(
                     weights[head, -5:, 8 * cell : 8 * cell + 8].sum().item() / 5, abs=1e-5
                 )
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss"])
+def test_soft_capping_and_sinks(monkeypatch, name):
+    """Soft-capped scores; a sink takes part in the softmax, and the shares are of what is left for the entries."""
+    monkeypatch.setattr(inspection, "LAST", 5)
+    model = tiny_family(name)
+    ids = prompt(30)
+    policy = kvpress.policies.StreamingLLM(sink=2, recent=9, rope="original")
+    found = kvpress.inspect(model, policy, ids)
+    weights = exact_weights(model, ids)
+    assert found.after
+    for layer, reads in found.after.items():
+        rows = weights[layer][:, -5:]
+        kept = rows[..., [0, 1, *range(21, 30)]].sum(-1) / rows.sum(-1)
+        torch.testing.assert_close(reads.recall.float(), kept.mean(1), atol=1e-5, rtol=0)
 
 
 def test_two_roles_at_once(model):
