@@ -201,7 +201,7 @@ def test_two_at_once_on_one_directory(search, tmp_path):
         ({"memory": 9, "context": 2000}, TuneError, "--context 2000, but .* was made for 1024"),
         ({"memory": 9, "context": 50}, TuneError, "line 1 has 12[0-9] tokens with its answer, and --context says 50"),
         ({"memory": 9, "policies": ("h3o",)}, ValueError, "did you mean 'h2o'"),
-        ({"memory": 9, "policies": ("token_select",)}, TuneError, "token_select takes entries only"),
+        ({"memory": 9, "policies": ("token_select",)}, ConfigError, "token_select takes entries only"),
         ({"memory": 9, "budgets": (7.5,)}, ConfigError, "budget=7.5"),
         ({"memory": 9, "metric": "rogue"}, ConfigError, "did you mean 'rouge'"),
         ({"memory": 9, "metric": "rouge"}, TaskError, "line 1: no right answer"),
