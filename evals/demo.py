@@ -17,9 +17,9 @@ from kvpress.evals.commands import summary
 from kvpress.evals.config import Plan, Run, make_plan, put
 from kvpress.evals.environment import describe
 from kvpress.evals.executor import Loader
-from kvpress.evals.locations import load
+from kvpress.evals.locations import ConfigError, load
 from kvpress.evals.report import write_report
-from kvpress.evals.results import Setting, load_results, settings
+from kvpress.evals.results import PolicyResult, Setting, load_results, settings
 from kvpress.evals.runner import Portion, RunError, refusal, run_plan
 from kvpress.evals.store import make_folder
 from kvpress.evals.sweep import grids
@@ -65,13 +65,15 @@ def make(
     if policies or budgets:
         compared, longest = tree["sweep"][-1], max(tree["defaults"]["task"]["lengths"])
         sweep = grids(policies or compared["policy"], budgets or compared["budget"], longest)
+        if budgets and not any("budget" in grid for grid in sweep):
+            raise ConfigError(f"--budgets {', '.join(map(str, budgets))}: none of the policies takes one; leave it out")
         put(tree, locations, ("sweep",), sweep, "--policies, --budgets")
     return make_plan(tree, locations)
 
 
 def _spread(count: int) -> list[float]:
-    """So many depths from the text's start to its end; one alone is its middle."""
-    return [0.5] if count == 1 else [i / (count - 1) for i in range(count)]
+    """The middles of so many equal parts of the text."""
+    return [(i + 0.5) / count for i in range(count)]
 
 
 def run(plan: Plan, minutes: float, console: Console, loader: Loader = load_model) -> int:
@@ -148,7 +150,7 @@ def table(setting: Setting) -> Table:
         for name, form, scale in (("prompt_ms", "{:.2f}", 1e-3), ("token_ms", "{:.1f}", 1.0)):
             ratio = None if setting.reference is None else timed.ratio(name, setting.reference)
             cells += [_figure(timed.median(name), form, scale), _figure(ratio, "{:.2f}")]
-        shown.add_row(escape(entry.label.removesuffix("()")), *cells)
+        shown.add_row(escape(_name(entry)), *cells)
     shares = any(entry.figures.prompts_shared for entry in setting.policies)
     shared = ", which all policies share, and making the policy's cache from it" * shares
     shown.caption = (
@@ -158,6 +160,12 @@ def table(setting: Setting) -> Table:
     )
     shown.caption_justify = "left"
     return shown
+
+
+def _name(entry: PolicyResult) -> str:
+    """The policy as short as it is clear, with its budget where that is the default, too."""
+    name, budget = entry.label.removesuffix("()"), entry.figures.samples[0][0].config["budget"]
+    return f"{name}({budget})" if name != entry.label and budget is not None else name
 
 
 def _figure(value: float | None, form: str, scale: float = 1.0) -> str:

@@ -207,7 +207,7 @@ def refusal(run: Run, model: "PreTrainedModel") -> PolicyError | UnsupportedMode
     try:
         kvpress.patch(model, list(run.policies)).unpatch()
     except (PolicyError, UnsupportedModelError) as error:
-        return type(error)(f"{run.policy} on {run.fields.model}: {error}")
+        return error
     return None
 
 

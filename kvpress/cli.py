@@ -90,16 +90,16 @@ def demo(
         typer.Option(help="Shares of the prompt (0.1, 10%) or entries (128), comma-separated.", show_default="0.25,0.5"),
     ] = "",
     lengths: Annotated[
-        str, typer.Option(help="Prompt lengths in tokens, comma-separated.", show_default="4000,2000")
+        str, typer.Option(help="Prompt lengths in tokens, comma-separated.", show_default="4000,1000")
     ] = "",
     depths: Annotated[
         int | None,
-        typer.Option(min=1, help="How many needle depths, from the text's start to its end.", show_default="3"),
+        typer.Option(min=1, help="How many needle depths, evenly spread over the text.", show_default="2"),
     ] = None,
     samples: Annotated[
         int | None, typer.Option(min=1, help="Prompts per length and depth.", show_default="1")
     ] = None,
-    minutes: Annotated[float, typer.Option(min=0, help="Begin no prompt after so much time; 0 for no limit.")] = 2,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no prompt after so much time; 0 for no limit.")] = 1.5,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the texts and numbers.", show_default="0")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",

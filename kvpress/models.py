@@ -313,6 +313,7 @@ def _save_smollm2(folder: Path) -> None:
         fresh.load_state_dict(loaded.state_dict())
         fresh.generation_config = loaded.generation_config
         fresh.to(torch.bfloat16).save_pretrained(folder)
+        tokenizer.clean_up_tokenization_spaces = False  # as in the original; transformers warns of what GGUF makes it
         tokenizer.save_pretrained(folder)
 
 

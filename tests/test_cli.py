@@ -93,7 +93,7 @@ def test_demo(folder, tmp_path):
 def test_the_defaults_that_the_help_of_the_demo_shows():
     tree = yaml.safe_load((files("kvpress.evals") / "data" / "demo.yaml").read_text(encoding="utf-8"))
     (command,) = (c for c in typer.main.get_command(app).commands.values() if c.name == "demo")
-    shown = {parameter.name: parameter.show_default or parameter.default for parameter in command.params}
+    shown = {parameter.name: parameter.default or parameter.show_default for parameter in command.params}
     task, compared = tree["defaults"]["task"], tree["sweep"][-1]
     assert shown["policies"].split(",") == compared["policy"]
     assert [float(text) for text in shown["budgets"].split(",")] == compared["budget"]
