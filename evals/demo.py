@@ -152,7 +152,7 @@ def table(setting: Setting) -> Table:
             cells += [_figure(timed.median(name), form, scale), _figure(ratio, "{:.2f}")]
         shown.add_row(escape(_name(entry)), *cells)
     shares = any(entry.figures.prompts_shared for entry in setting.policies)
-    shared = ", which all policies share, and making the policy's cache from it" * shares
+    shared = " (one for all policies that leave it exact) and making the policy's cache from it" * shares
     shown.caption = (
         "found: needles found (the prompt that is compressed holds the question). cache, of full: bytes held after the "
         "answer, and their share of what transformers' own cache would hold. read: share of the entries that a step reads. "
