@@ -87,7 +87,9 @@ def demo(
     ] = "",
     budgets: Annotated[
         str,
-        typer.Option(help="Shares of the prompt (0.1, 10%) or entries (128), comma-separated.", show_default="0.25,0.5"),
+        typer.Option(
+            help="Shares of the prompt (0.1, 10%) or entries (128), comma-separated.", show_default="0.25,0.5"
+        ),
     ] = "",
     lengths: Annotated[
         str, typer.Option(help="Prompt lengths in tokens, comma-separated.", show_default="4000,1000")
@@ -96,9 +98,7 @@ def demo(
         int | None,
         typer.Option(min=1, help="How many needle depths, evenly spread over the text.", show_default="2"),
     ] = None,
-    samples: Annotated[
-        int | None, typer.Option(min=1, help="Prompts per length and depth.", show_default="1")
-    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Prompts per length and depth.", show_default="1")] = None,
     minutes: Annotated[float, typer.Option(min=0, help="Begin no prompt after so much time; 0 for no limit.")] = 1.5,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the texts and numbers.", show_default="0")] = None,
     device: Device = "auto",
