@@ -63,6 +63,7 @@ def make(
         if value is not None:
             put(tree, locations, keys, value, option)
     if policies or budgets:
+        budgets = sorted(budgets, key=lambda budget: (isinstance(budget, int), budget))  # as the table has them
         compared, longest = tree["sweep"][-1], max(tree["defaults"]["task"]["lengths"])
         sweep = grids(policies or compared["policy"], budgets or compared["budget"], longest)
         if budgets and not any("budget" in grid for grid in sweep):
@@ -131,14 +132,19 @@ def possible(runs: Sequence[Run], model: "PreTrainedModel", console: Console) ->
 
 
 def table(setting: Setting) -> Table:
-    """One row per policy, narrow enough for 80 columns."""
+    """One row per policy, narrow enough for 80 columns.
+
+    Prompts are timed at a policy's first budget: what it observes of a shared prompt is there for its other budgets.
+    """
     longest = max(row["meta"]["length"] for entry in setting.policies for _, row in entry.figures.samples)
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     shown.add_column("policy", overflow="fold", vertical="bottom")
     for name in ("found", "cache\nMiB", "of\nfull", "read", "prompt\ns", "×", "token\nms", "×"):
         shown.add_column(name, justify="right", no_wrap=True, vertical="bottom")
+    names: list[list[str]] = []
     for entry in setting.policies:
-        figures = entry.figures
+        figures, first = entry.figures, entry.names not in names
+        names.append(entry.names)
         timed = figures.part(lambda _, row: row["meta"]["length"] == longest)
         found = sum(row["score"] == 1 for _, row in figures.samples)
         cells = [
@@ -149,10 +155,14 @@ def table(setting: Setting) -> Table:
         ]
         for name, form, scale in (("prompt_ms", "{:.2f}", 1e-3), ("token_ms", "{:.1f}", 1.0)):
             ratio = None if setting.reference is None else timed.ratio(name, setting.reference)
-            cells += [_figure(timed.median(name), form, scale), _figure(ratio, "{:.2f}")]
+            known = first or name != "prompt_ms"
+            cells += [_figure(timed.median(name), form, scale), _figure(ratio, "{:.2f}")] if known else ["", ""]
         shown.add_row(escape(_name(entry)), *cells)
     shares = any(entry.figures.prompts_shared for entry in setting.policies)
-    shared = " (one for all policies that leave it exact) and making the policy's cache from it" * shares
+    shared = (
+        " (one for all policies that leave it exact) and making the policy's cache from it, at its first budget"
+        * shares
+    )
     shown.caption = (
         "found: needles found (the prompt that is compressed holds the question). cache, of full: bytes held after the "
         "answer, and their share of what transformers' own cache would hold. read: share of the entries that a step reads. "
