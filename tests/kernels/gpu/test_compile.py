@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from support import gpu_launches as launches
+from support.addresses import HEAD_DIM, narrow_products
 
 triton = pytest.importorskip("triton", reason="Triton is not installed (it is optional)")
 
@@ -84,3 +85,39 @@ def test_shapes_lead_to_nothing_else() -> None:
     found = {launch.settings for launch in launches.noted(calls)}
     assert len(found) > 50
     assert found - compiled == set()
+
+
+def test_offsets_have_64_bits() -> None:
+    """In every kernel, as launched for a head dimension of 80 or without one."""
+    seen = set()
+    for row in launches.compiled_for(90):
+        launch, form = row["launch"], row["form"]
+        if dict(launch["constexprs"]).get("HEAD_DIM", HEAD_DIM) == HEAD_DIM:
+            seen.add((launch["module"], launch["kernel"]))
+            assert form.count("tt.addptr") > 1
+            assert narrow_products(form, tuple(name for name, _ in launch["types"])) == [], launch
+    assert seen == {(row["launch"]["module"], row["launch"]["kernel"]) for row in launches.compiled_for(90)}
+
+
+def test_a_narrow_product_is_found() -> None:
+    """Control: by a stride or a head dimension in 32 bits, also if it is widened after; not by a block size."""
+    form = """
+    %c64_i32 = arith.constant 64 : i32 loc(#loc1)
+    %cst = arith.constant dense<80> : tensor<64x1xi32> loc(#loc1)
+    %start = arith.muli %pid, %c64_i32 : i32 loc(#loc2)
+    %row = tt.splat %start : i32 -> tensor<64x1xi32> loc(#loc2)
+    %wide = arith.extsi %row : tensor<64x1xi32> to tensor<64x1xi64> loc(#loc2)
+    %good = arith.muli %wide, %stride : tensor<64x1xi64> loc(#loc3)
+    %0 = tt.addptr %p, %good : tensor<64x1x!tt.ptr<bf16>>, tensor<64x1xi64> loc(#loc4)
+    """
+    assert narrow_products(form) == []
+    for name, found in (("%chunk", 0), ("%arg1", 0), ("%arg0", 1), ("%stride", 1)):
+        argument = form.replace("%c64_i32 =", "%unused =").replace("%c64_i32", name)
+        assert len(narrow_products(argument, ("n", "chunk"))) == found
+    bad = """
+    %a = arith.muli %row, %s : tensor<64x1xi32> loc(#loc3)
+    %b = arith.extsi %a : tensor<64x1xi32> to tensor<64x1xi64> loc(#loc3)
+    """
+    assert len(narrow_products(form + bad + "    %1 = tt.addptr %p, %b : tensor<64x1x!tt.ptr<bf16>>\n")) == 1
+    bad = "    %c = arith.muli %row, %cst : tensor<64x1xi32> loc(#loc3)\n"
+    assert len(narrow_products(form + bad + "    %2 = tt.addptr %p, %c : tensor<64x1x!tt.ptr<bf16>>\n")) == 1

@@ -1,4 +1,4 @@
-"""The Triton kernels of decode_scores, page_scores and soft_vote against their definitions."""
+"""The Triton kernels of page_scores and soft_vote, and what only Triton does in decode_scores (../test_decode_scores.py)."""
 
 import pytest
 import torch
@@ -28,55 +28,6 @@ def inputs(n, group, head_dim=24, dtype=torch.float32, rows=1, spare=0):
     keys = torch.randn(BATCH, KV_HEADS, n + spare, head_dim, generator=generator)
     keys[:, :, n:] = float("nan")
     return query.to(DEVICE, dtype), keys.to(DEVICE, dtype)[:, :, :n]
-
-
-@LENGTHS
-@GROUPS
-@SPLITS
-def test_scores_equal_the_definition(n, group, keys_per_split, monkeypatch):
-    monkeypatch.setattr(launch, "KEYS_PER_SPLIT", keys_per_split)
-    query, key = inputs(n, group, spare=5)
-    scores = decode_scores(query, key, scale=0.3, backend="triton")
-    assert scores.dtype == torch.float32 and scores.shape == (BATCH, KV_HEADS * group, n)
-    torch.testing.assert_close(scores, decode_scores_reference(query, key, scale=0.3), rtol=1e-5, atol=2e-6)
-
-
-@HEAD_DIMS
-@DTYPES
-def test_scores_of_head_dims_and_dtypes(head_dim, dtype):
-    """As precise as float32, whatever the dtype; a float32 query reads half-precision keys as they are."""
-    for query_dtype in {dtype, torch.float32}:
-        query, key = inputs(63, 3, head_dim, dtype)
-        query = query.to(query_dtype)
-        scores = decode_scores(query, key, scale=head_dim**-0.5, backend="triton")
-        expected = (query.double() @ key.repeat_interleave(3, dim=1).double().mT * head_dim**-0.5)[:, :, 0].float()
-        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-6)
-
-
-def test_strides():
-    """A query and keys that are transposed views, and keys whose channels are strided."""
-    query, key = inputs(63, 3)
-    expected = decode_scores(query, key, scale=0.3, backend="triton")
-    wide = key.mT.contiguous().mT
-    assert wide.stride(-1) != 1
-    for one, other in ((query.transpose(0, 1).contiguous().transpose(0, 1), key), (query, wide)):
-        assert torch.equal(decode_scores(one, other, scale=0.3, backend="triton"), expected)
-
-
-@LENGTHS
-@GROUPS
-@SPLITS
-@pytest.mark.parametrize("form", ["marked", "first"])
-def test_moved_equals_the_definition(n, group, keys_per_split, form, monkeypatch):
-    """A second query for marked slots, or for the first ones."""
-    monkeypatch.setattr(launch, "KEYS_PER_SPLIT", keys_per_split)
-    query, key = inputs(n, group, spare=5)
-    slots = (torch.arange(n, device=DEVICE) % 3 == 0).expand(BATCH, KV_HEADS, n) if form == "marked" else (n + 1) // 2
-    moved = [(query.roll(1, 0).transpose(0, 1).contiguous().transpose(0, 1), slots)]
-    scores = decode_scores(query, key, scale=0.3, moved=moved, backend="triton")
-    expected = decode_scores_reference(query, key, scale=0.3, moved=moved)
-    torch.testing.assert_close(scores, expected, rtol=1e-5, atol=2e-6)
-    assert (scores - decode_scores(query, key, scale=0.3, backend="triton")).abs().max() > 0.1
 
 
 @LENGTHS
@@ -157,7 +108,6 @@ def test_large_scores():
 
 def test_no_keys():
     query, key = inputs(0, 3)
-    assert decode_scores(query, key, scale=1.0, backend="triton").shape == (BATCH, 6, 0)
     assert soft_vote(query, key, scale=1.0, backend="triton").shape == (BATCH, 0)
 
 

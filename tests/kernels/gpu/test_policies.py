@@ -47,7 +47,7 @@ POLICIES = {
         (*COMMON, "decode_scores", "rope_shift"),
     ),
     "kascade": (
-        Kascade(k=10, tile=5, anchors=[0, 2], head_map=[[0, 1], [1, 1], [0, 1], [1, 0]]),
+        Kascade(k=10, tile=5, anchors=[0, 2], head_map=[[0, 1], [1, 1], [0, 1]]),
         (*COMMON, "decode_scores", "attention_mass"),
     ),
     "streaming_llm": (StreamingLLM(budget=16, sink=2), ("decode_attention", "rope_shift")),
