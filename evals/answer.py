@@ -88,11 +88,7 @@ class EncodedSample:
 
 def encode_sample(sample: Sample, prompt: Prompt, query_aware: bool, compared: bool = False) -> EncodedSample:
     """The prompt with the question in it, or with the question as decode steps after it."""
-    ids, steps = (
-        (prompt.context + prompt.question, [])
-        if query_aware or not prompt.context
-        else (prompt.context, prompt.question)
-    )
+    ids, steps = (prompt.ids, []) if query_aware or not prompt.context else (prompt.context, prompt.question)
     return EncodedSample(sample, ids, steps, sample.max_new_tokens == 0, prompt.turns, prompt.spans, compared)
 
 

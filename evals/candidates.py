@@ -101,9 +101,9 @@ class Tuned:
 
 
 def interval(candidate: Candidate) -> str:
-    """A candidate's loss of agreement, with its interval."""
+    """A candidate's loss of agreement, with its interval; no zero has a sign."""
     loss = candidate.losses["agreement"]
-    text = f"{loss.mean:.2%} ({max(0.0, loss.low):.2%} to {loss.high:.2%})"
+    text = f"{round(loss.mean, 4) + 0.0:.2%} ({max(0.0, loss.low):.2%} to {loss.high:.2%})"
     if "metric" not in candidate.losses:
         return text
     label = candidate.losses["metric"]

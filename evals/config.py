@@ -325,10 +325,15 @@ def _override(tree: dict[str, Any], locations: Locations, setting: str) -> None:
                 grid[name] = [value]
                 locations[("sweep", i, name) if isinstance(sweep, list) else ("sweep", name)] = f"--set {setting!r}"
         keys = ("defaults", *keys)
+    put(tree, locations, keys, value, f"--set {setting!r}")
+
+
+def put(tree: dict[str, Any], locations: Locations, keys: KeyPath, value: Any, where: str) -> None:
+    """Set a nested value of a configuration that is read already, and that it stands at `where`."""
     _set(tree, keys, value)
     for path in [path for path in locations if path[: len(keys)] == keys]:
         del locations[path]
-    locations[keys] = f"--set {setting!r}"
+    locations[keys] = where
 
 
 def _set(tree: dict[str, Any], keys: Sequence[Any], value: Any) -> None:

@@ -1,7 +1,7 @@
 """A report of what runs left on disk: report.html, report.md and report.csv."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -24,13 +24,18 @@ from kvpress.evals.statistics import RULE, Difference
 from kvpress.evals.store import StoreError, csv_text, make_folder, write_whole
 
 
-def write_report(folders: Sequence[Path], out: Path, title: str = "kvpress evaluation") -> list[Path]:
+def write_report(
+    folders: Sequence[Path], out: Path, title: str = "kvpress evaluation", only: Container[str] | None = None
+) -> list[Path]:
     """Gather all runs in and below the folders, and write the report's three files.
+
+    Args:
+        only: ids of the runs that count; None for all.
 
     Raises:
         StoreError: a folder without results, a broken file, or an `out` that cannot be written.
     """
-    results = load_results(list(folders))
+    results = [result for result in load_results(folders) if only is None or result.id in only]
     found = settings(results)
     if not found:
         raise StoreError(

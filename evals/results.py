@@ -144,6 +144,16 @@ class Figures:
         total = sum(self._values(of))
         return sum(self._values(name)) / total if total else None
 
+    def ratio(self, name: str, reference: "Figures") -> float | None:
+        """Median over the samples that both have of a measure over that of a reference."""
+        beside = {(result.config["samples_id"], row["index"]): row[name] for result, row in reference.samples}
+        found = [
+            row[name] / other
+            for result, row in self.samples
+            if (other := beside.get((result.config["samples_id"], row["index"]))) and row[name] is not None
+        ]
+        return statistics.median(found) if found else None
+
     @cached_property
     def kl(self) -> Estimate | None:
         """KL divergence per token from full attention, in nats, where answers were compared with its."""

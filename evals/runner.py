@@ -202,6 +202,15 @@ def pending(plan: Plan, outcome: Outcome, retry: bool) -> list[Run]:
     return missing
 
 
+def refusal(run: Run, model: "PreTrainedModel") -> PolicyError | UnsupportedModelError | None:
+    """Why a run's policies cannot act on a model; None where they can."""
+    try:
+        kvpress.patch(model, list(run.policies)).unpatch()
+    except (PolicyError, UnsupportedModelError) as error:
+        return error
+    return None
+
+
 def check_clean(out: Path) -> None:
     """Refuse to write results below a work tree's docs/ that no commit can make again.
 

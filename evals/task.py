@@ -106,6 +106,11 @@ class Prompt:
     spans: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
+    def ids(self) -> list[int]:
+        """Up to the first answer."""
+        return self.context + self.question
+
+    @property
     def length(self) -> int:
         return len(self.context) + len(self.question)
 

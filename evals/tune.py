@@ -21,20 +21,19 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 import kvpress
-from kvpress.errors import PolicyError, UnsupportedModelError
 from kvpress.evals.candidates import Candidate, Tuned, interval, points, size
 from kvpress.evals.config import Plan, Run, make_plan
 from kvpress.evals.environment import describe
 from kvpress.evals.executor import Loader
 from kvpress.evals.metrics import check_library
 from kvpress.evals.request import BUDGETS, POLICIES, PREFER, Limits, Request, TuneError, read_share, read_size
-from kvpress.evals.runner import Portion, RunError, encode_samples, run_plan
+from kvpress.evals.runner import Portion, RunError, encode_samples, refusal, run_plan
 from kvpress.evals.statistics import Difference, Estimate, difference, spread
 from kvpress.evals.store import ResultsFolder, make_folder, write_whole
+from kvpress.evals.sweep import grids
 from kvpress.evals.tune_page import write_page
 from kvpress.models import load_model
-from kvpress.policy import entries_for
-from kvpress.registry import find_policy, policy_spec, read_budget
+from kvpress.registry import policy_spec
 
 FIRST_ROUND = 8
 """Rows of the first round."""
@@ -205,27 +204,10 @@ class Search:
             **({} if request.samples is None or task else {"samples": request.samples}),
             **fields,
         }
-        sweep: list[dict[str, list[Any]]] = [{"policy": ["full"]}]
-        for spec in request.policies:
-            name = spec.get("name") if isinstance(spec, dict) else spec
-            cls = None if Path(str(name)).suffix in (".yaml", ".yml") else find_policy(str(name))
-            is_open = cls is not None and cls.takes_budget and not (isinstance(spec, dict) and "budget" in spec)
-            sweep.append({"policy": [spec], **({"budget": self._budgets(cls)} if is_open and cls is not None else {})})
         settings = [one for one in request.settings if task is None or not one.startswith("task.")]
+        sweep = grids(request.policies, request.budgets, request.context)
         tree = {"out": str(request.runs), "defaults": defaults, "sweep": sweep}
         return make_plan(tree, {(): "kvpress tune"}, settings)
-
-    def _budgets(self, cls: type[kvpress.Policy]) -> list[Any]:
-        """The budgets as a policy takes them."""
-        budgets = [read_budget(budget) for budget in self.request.budgets]
-        if cls.takes_share:
-            return budgets
-        if self.request.context is None and any(isinstance(budget, float) for budget in budgets):
-            raise TuneError(
-                f"{cls.name} takes entries only, and a share of which context is not said; give --context, or budgets in entries"
-            )
-        context = self.request.context or 0
-        return [max(1, entries_for(budget, context)) for budget in budgets]
 
     def _check_rows(self) -> int:
         """How many tokens the contexts have that costs are measured at; refuses rows and contexts that are too long."""
@@ -275,12 +257,10 @@ class Search:
 
     def _refuse_what_cannot_run(self) -> None:
         for candidate in self.candidates:
-            try:
-                kvpress.patch(self.model, candidate.policy).unpatch()
-            except (PolicyError, UnsupportedModelError) as error:
-                if candidate.is_full:
-                    raise
-                candidate.out = f"cannot act on this model: {error}"
+            error = refusal(candidate.runs["cost"], self.model)
+            if error is not None and candidate.is_full:
+                raise error
+            candidate.out = "" if error is None else f"cannot act on this model: {error}"
 
     def _run(self, name: str, candidates: Sequence[Candidate], portion: Portion) -> None:
         """Answer what is missing of the candidates' runs of one plan."""

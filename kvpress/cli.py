@@ -1,7 +1,6 @@
 """The command line; `kvpress --help` lists its commands."""
 
 import dataclasses
-import importlib.util
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from kvpress.errors import PolicyError, UnsupportedModelError
-from kvpress.models import DEMO_INSTALL, SMOLLM2, ModelLoadError, load_model
+from kvpress.models import SMOLLM2, ModelLoadError, load_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,42 +79,53 @@ def options(
 def demo(
     model: Model = SMOLLM2,
     policies: Annotated[
-        str, typer.Option(help="As for generate, comma-separated; all for all of them.")
-    ] = "h2o,snapkv,streaming_llm,tidal_decode,quest",
-    compiled: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="Those of them to time with compiled steps, too; '' for none.", show_default="snapkv, if compared"
+            help="As for generate, comma-separated; 'all' for all of them.",
+            show_default="h2o,snapkv,streaming_llm,tidal_decode,quest",
         ),
-    ] = None,
+    ] = "",
     budgets: Annotated[
-        str, typer.Option(help="Shares of the prompt (0.1) or entries (128), comma-separated.")
-    ] = "0.25,0.5",
-    lengths: Annotated[str, typer.Option(help="Prompt lengths in tokens, comma-separated.")] = "2000,4000",
-    depths: Annotated[int, typer.Option(help="How many needle depths, from the text's start to its end.")] = 3,
-    samples: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 1,
-    minutes: Annotated[float, typer.Option(help="Time for the prompts; 0 for no limit.")] = 3.5,
-    seed: Annotated[int, typer.Option(help="Of the texts and numbers.")] = 0,
+        str,
+        typer.Option(
+            help="Shares of the prompt (0.1, 10%) or entries (128), comma-separated.", show_default="0.25,0.5"
+        ),
+    ] = "",
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths in tokens, comma-separated.", show_default="4000,1000")
+    ] = "",
+    depths: Annotated[
+        int | None,
+        typer.Option(min=1, help="How many needle depths, evenly spread over the text.", show_default="2"),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="Prompts per length and depth.", show_default="1")] = None,
+    minutes: Annotated[float, typer.Option(min=0, help="Begin no prompt after so much time; 0 for no limit.")] = 1.5,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the texts and numbers.", show_default="0")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    out: Annotated[Path, typer.Option(help="Folder for the pictures and results.")] = Path("kvpress-demo"),
+    out: Annotated[Path, typer.Option(help="Folder for the runs and their page.")] = Path("kvpress-demo"),
 ) -> None:
-    """Hide needles in long texts, and compare policies with full attention: accuracy, bytes, milliseconds."""
-    with user_errors():
-        shares = tuple(parse(part, number, "--budgets") for part in budgets.split(","))
-        tokens = tuple(parse(part, int, "--lengths") for part in lengths.split(","))
-        names = () if policies.strip() == "all" else split_names(policies)
-        default = "snapkv" if not names or "snapkv" in names else ""
-        to_compile = split_names(default if compiled is None else compiled)
-        if importlib.util.find_spec("matplotlib") is None:
-            raise UsageError("the demo draws with matplotlib, which is not installed. " + DEMO_INSTALL)
-        from kvpress.demo.run import Plan, run_demo
+    """Hide needles in long texts, and compare policies with full attention: accuracy, bytes, milliseconds.
 
-        plan = Plan(names, to_compile, shares, tokens, depths, samples, seed, minutes)
-        make_folder(out, "--out")
-        console = Console()
-        loaded, tokenizer = load(model, device, dtype, console)
-        run_demo(loaded, tokenizer, model, plan, out, console)
+    Started again, it goes on where it was.
+    """
+    with user_errors(), eval_errors():
+        from kvpress.evals import demo as shipped
+
+        plan = shipped.make(
+            out,
+            model=model,
+            device=device,
+            dtype=dtype,
+            policies=policy_names(policies),
+            budgets=parse_list(budgets, number, "--budgets"),
+            lengths=parse_list(lengths, int, "--lengths"),
+            depths=depths,
+            samples=samples,
+            seed=seed,
+        )
+        code = shipped.run(plan, minutes, Console())
+    raise typer.Exit(code)
 
 
 @app.command()
@@ -233,7 +243,7 @@ def calibrate(
     it loses on them; Kascade's anchors by how much of the attention of each layer they hold.
     """
     with user_errors():
-        sizes = [parse(part, int, "--lengths") for part in lengths.split(",")]
+        sizes = parse_list(lengths, int, "--lengths")
         fields = {"budget": parse(budget, number, "--budget")} if budget else {}
         import kvpress
         from kvpress.calibrate import (
@@ -247,18 +257,23 @@ def calibrate(
             write_policy,
         )
         from kvpress.calibrate import calibrate as try_values
-        from kvpress.demo.needle import Haystack
+        from kvpress.evals.task import TaskError
+        from kvpress.evals.task import encode as as_ids
+        from kvpress.evals.tasks import Needle
 
         chosen = kvpress.make_policy(policy, **fields)
         console = Console()
         loaded, tokenizer = load(model, device, dtype, console)
         values = [] if chosen.head_values or chosen.learns else calibration_values(loaded, chosen)
-        haystack = Haystack(tokenizer)
-        examples = []
-        for length in sizes:
-            for sample in range(samples):
-                needle = haystack.needle(length, (sample + 0.5) / samples, seed + sample)
-                examples.append(Example(needle.input_ids, haystack.encode(f" {needle.number}")))
+        try:
+            depths = tuple((sample + 0.5) / samples for sample in range(samples))
+            task = Needle(lengths=tuple(sizes), depths=depths, seed=seed, chat=False)
+            examples = [
+                Example(task.prompt(one, tokenizer).ids, as_ids(tokenizer, f" {one.answers[0]}", special=False))
+                for one in task.samples(tokenizer)
+            ]
+        except TaskError as error:
+            raise UsageError(str(error)) from error
         path = out or Path(f"{chosen.name}.yaml")
         if chosen.learns:
             fitted = fit(loaded, chosen, [example.prompt for example in examples])
@@ -456,11 +471,6 @@ def tune(
         pairs = [pair.partition("=") for pair in columns.split(",") if pair.strip()]
         if not all(equals and role.strip() and name.strip() for role, equals, name in pairs):
             raise UsageError(f"--columns {columns!r} does not work; write context=document,answers=label")
-        names: list[Any] = [part.strip() for part in policies.split(",") if part.strip()]
-        if names == ["all"]:
-            import kvpress
-
-            names = [name for name in kvpress.available() if name != "full"]
         found = tuning.tune(
             model,
             data,
@@ -469,8 +479,8 @@ def tune(
             ms_per_token=ms_per_token,
             max_loss=max_loss,
             context=context,
-            policies=names or tuning.POLICIES,
-            budgets=[parse(part, number, "--budgets") for part in budgets.split(",") if part.strip()] or tuning.BUDGETS,
+            policies=policy_names(policies) or tuning.POLICIES,
+            budgets=parse_list(budgets, number, "--budgets") or tuning.BUDGETS,
             metric=metric,
             columns={role.strip(): name.strip() for role, _, name in pairs},
             agreement=agreement,
@@ -571,11 +581,9 @@ def policies() -> None:
 @contextmanager
 def user_errors() -> Iterator[None]:
     """Show what the user can put right as one red line on stderr, and exit with 2."""
-    from kvpress.demo.needle import PromptError
-
     try:
         yield
-    except (UsageError, PolicyError, UnsupportedModelError, ModelLoadError, PromptError) as error:
+    except (UsageError, PolicyError, UnsupportedModelError, ModelLoadError) as error:
         line = " ".join(str(error).split())
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] [red]{escape(line)}[/]", highlight=False)
         raise typer.Exit(2) from None
@@ -678,9 +686,17 @@ def parse(text: str, convert: Callable[[str], Item], option: str) -> Item:
         raise UsageError(f"{option} {text!r} does not work; give a number") from error
 
 
-def split_names(text: str) -> tuple[str, ...]:
-    """Names that are separated by commas."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def parse_list(text: str, convert: Callable[[str], Item], option: str) -> list[Item]:
+    """The values of an option that are separated by commas."""
+    return [parse(part, convert, option) for part in text.split(",") if part.strip()]
+
+
+def policy_names(text: str) -> list[str]:
+    """Policies that are separated by commas; 'all' is every one of the package but full attention."""
+    import kvpress
+
+    every = [name for name in kvpress.available() if name != "full"]
+    return every if text.strip() == "all" else parse_list(text, str, "--policies")
 
 
 def parse_fields(pairs: list[str]) -> dict[str, Any]:

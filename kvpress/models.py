@@ -305,7 +305,8 @@ def _save_smollm2(folder: Path) -> None:
     source = {"pretrained_model_name_or_path": str(files[0].parent), "gguf_file": files[0].name}
     with _quiet(), redirect_stderr(io.StringIO()):  # the conversion draws its own progress bar
         loaded = AutoModelForCausalLM.from_pretrained(**source)
-        tokenizer = AutoTokenizer.from_pretrained(**source)
+        # as the original has it; without it transformers warns at each start
+        tokenizer = AutoTokenizer.from_pretrained(**source, clean_up_tokenization_spaces=False)
         config = loaded.config
         if hasattr(config, "quantization_config"):  # transformers 5.6 sets none
             del config.quantization_config  # with it the model refuses to be saved

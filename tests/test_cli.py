@@ -3,9 +3,12 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 
 import pytest
+import typer
+import yaml
 from typer.testing import CliRunner
 
 import kvpress
@@ -74,27 +77,35 @@ def test_the_same_text_as_without_kvpress(folder):
     assert result.output.encode().startswith(expected.encode())
 
 
-def test_demo_writes_its_files(folder, tmp_path):
-    small = (
-        "--policies",
-        "h2o,snapkv",
-        "--budgets",
-        "0.25,64",
-        "--lengths",
-        "360,400",
-        "--depths",
-        "2",
-        "--compiled",
-        "",
-    )
-    result = run(
-        "demo", "--model", folder, *small, "--device", "cpu", "--seed", "1", "--out", str(tmp_path / "new" / "out")
-    )
+def test_demo(folder, tmp_path):
+    small = ["--policies", "h2o,snapkv", "--budgets", "25%,64", "--lengths", "360,400", "--depths", "2", "--seed", "1"]
+    out = tmp_path / "new" / "out"
+    command = ["demo", "--model", folder, *small, "--device", "cpu", "--out", str(out)]
+    result = run(*command)
     assert result.exit_code == 0, result.output
-    made = {path.name for path in (tmp_path / "new" / "out").iterdir()}
-    assert made == {"heat_map.png", "memory_accuracy.png", "results.json", "results.csv"}
-    for shown in ("transformers", "full", "h2o", "snapkv", "0.25", "64", "peak memory", "threads", "torch"):
+    for shown in ("full", "h2o(0.25)", "h2o(64)", "snapkv(0.25)", "snapkv(64)", "0/4", "at 400 tokens", "threads"):
         assert shown in result.output
+    assert "h2o" in (out / "report.html").read_text(encoding="utf-8")
+    before = {path: path.read_bytes() for path in out.rglob("samples.jsonl")}
+    again = run(*command)
+    assert (again.exit_code, "snapkv(64)" in again.output) == (0, True)
+    assert before == {path: path.read_bytes() for path in out.rglob("samples.jsonl")} and len(before) == 5
+
+
+def test_the_defaults_that_the_help_of_the_demo_shows():
+    tree = yaml.safe_load((files("kvpress.evals") / "data" / "demo.yaml").read_text(encoding="utf-8"))
+    (command,) = (c for c in typer.main.get_command(app).commands.values() if c.name == "demo")
+    shown = {parameter.name: parameter.default or parameter.show_default for parameter in command.params}
+    task, compared = tree["defaults"]["task"], tree["sweep"][-1]
+    assert shown["policies"].split(",") == compared["policy"]
+    assert [float(text) for text in shown["budgets"].split(",")] == compared["budget"]
+    assert [int(text) for text in shown["lengths"].split(",")] == task["lengths"]
+    assert (int(shown["depths"]), int(shown["samples"]), int(shown["seed"])) == (
+        len(task["depths"]),
+        task["repeats"],
+        task["seed"],
+    )
+    assert (shown["model"], str(shown["out"])) == (tree["defaults"]["model"], tree["out"])
 
 
 @pytest.mark.parametrize(
@@ -118,9 +129,14 @@ def test_demo_writes_its_files(folder, tmp_path):
         (["demo", "--policies", "h20"], "did you mean 'h2o'"),
         (["demo", "--budgets", "0.1,x"], "--budgets 'x'"),
         (["demo", "--lengths", "1e3"], "--lengths '1e3'"),
-        (["demo", "--depths", "0"], "depths=0"),
-        (["demo", "--out", "{file}/out"], "--out"),
-        (["demo", "--model", "{folder}", "--lengths", "50", "--out", "{out}"], "at least"),
+        (["demo", "--budgets", "1.5"], "budget=1.5"),
+        (["demo", "--lengths", "-3"], "--lengths: lengths=-3 is no count"),
+        (["demo", "--policies", "minference", "--budgets", "64"], "none of the policies takes one"),
+        (["demo", "--out", "{file}/out"], "cannot make the folder {file}/out"),
+        (["demo", "--model", "{folder}", "--lengths", "50", "--out", "{out}"], "length=50 is too short"),
+        (["demo", "--model", "{folder}", "--lengths", "1020", "--out", "{out}"], "was made for 1024"),
+        (["demo", "--model", "{folder}", "--lengths", "400", "--minutes", "1e-9", "--out", "{out}"], "--minutes more"),
+        (["demo", "--model", "{file}/none", "--out", "{out}"], "no folder"),
     ],
 )
 def test_a_user_error_is_one_line(folder, tmp_path, arguments, said):
@@ -130,7 +146,7 @@ def test_a_user_error_is_one_line(folder, tmp_path, arguments, said):
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
-    assert said in result.stderr
+    assert said.format(**places) in result.stderr
 
 
 def test_an_unsupported_model_is_one_line(folder, monkeypatch):

@@ -33,7 +33,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 import kvpress
-from kvpress.demo.needle import Haystack, Needle, PromptError, is_found
+from kvpress.evals import Sample, TaskError
+from kvpress.evals.tasks import Needle
+from kvpress.haystack import has_word
 from kvpress.models import cache_folder, load_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,17 +96,19 @@ def load(name: str) -> tuple[Any, Any]:
         return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **SHAPE)), tokenizer
 
 
-def prompts(haystack: Haystack, context: int, batch: int, round_: int) -> list[Needle]:
-    """The needles of one round: other texts, numbers and depths in every round and sequence."""
+def prompts(tokenizer: Any, context: int, batch: int, round_: int) -> list[tuple[Sample, list[int]]]:
+    """The needles of one round with their token ids: other texts, numbers and depths in every round and sequence."""
     seeds = [round_ * batch + row for row in range(batch)]
-    return [haystack.needle(context, (0.2 + 0.3 * seed) % 1, seed) for seed in seeds]
+    tasks = [Needle(lengths=(context,), depths=((0.2 + 0.3 * seed) % 1,), seed=seed, chat=False) for seed in seeds]
+    return [(one, task.prompt(one, tokenizer).ids) for task in tasks for one in task.samples(tokenizer)]
 
 
-def row_of(answer: dict[str, Any], needles: list[Needle], tokenizer: Any) -> dict[str, Any]:
+def row_of(answer: dict[str, Any], needles: list[tuple[Sample, list[int]]], tokenizer: Any) -> dict[str, Any]:
     """A worker's answer as cells."""
     if "failed" in answer:
         return {"failed": answer["failed"]}
-    found = [is_found(needle, tokenizer.decode(ids)) for needle, ids in zip(needles, answer["answers"], strict=True)]
+    texts = [tokenizer.decode(ids) for ids in answer["answers"]]
+    found = [has_word(text, one.answers[0]) for (one, _), text in zip(needles, texts, strict=True)]
     figures = {name: round(answer[name], 3) for name in (*results.METRICS, "kept")}
     version = answer["transformers"]
     return {**figures, "transformers": version, "needles_found": sum(found), "needles_asked": len(found)}
@@ -177,22 +181,21 @@ def main() -> int:
         disable_progress_bar()
         model.save_pretrained(folder)
         del model
-        haystack = Haystack(tokenizer)
         try:
-            prompts(haystack, min(given.contexts), 1, 0)
-        except PromptError as error:
+            prompts(tokenizer, min(given.contexts), 1, 0)
+        except TaskError as error:
             sys.exit(f"--contexts {min(given.contexts)}: {error}")
         for dtype in given.dtypes:
             for context in given.contexts:
                 for batch in given.batches:
                     for round_ in range(given.rounds):
-                        needles = prompts(haystack, context, batch, round_)
+                        needles = prompts(tokenizer, context, batch, round_)
                         for contestant in contestants:
                             job = {
                                 "contestant": contestant.name,
                                 "model": folder,
                                 "dtype": dtype,
-                                "prompts": [needle.input_ids for needle in needles],
+                                "prompts": [ids for _, ids in needles],
                                 "new_tokens": given.new_tokens,
                                 "budget": given.share,
                             }

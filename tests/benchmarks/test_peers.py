@@ -117,7 +117,7 @@ def test_a_bad_row_is_named_by_its_line(results, tmp_path, cells, said):
 
 def test_picture(results, rows, tmp_path, monkeypatch):
     """Bars are the medians, one for each contestant in each of the four panels of each setting."""
-    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed (extra demo)")
+    pyplot = pytest.importorskip("matplotlib.pyplot", reason="matplotlib is not installed (extra dev)")
     figures, close = [], pyplot.close
     monkeypatch.setattr(pyplot, "close", figures.append)
     path = tmp_path / "peers.png"
@@ -173,7 +173,7 @@ def run(*arguments):
 
 def test_the_command(tiny, tmp_path):
     """As it is started, with the contestants that need no other environment: rows, table, picture; a failure is told."""
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra demo)")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed (extra dev)")
     out = tmp_path / "2000-01-01-peers.csv"
     options = ["--model", tiny, "--contexts", 400, "--new-tokens", 3, "--contestants", PLAIN, OURS, "--out", out]
     done = run(*options, "--rounds", 2)

@@ -9,6 +9,7 @@ import pytest
 from kvpress.evals import make_task
 from kvpress.evals.fit import largest
 from kvpress.evals.tasks import InfiniteBench, KVRetrieval, Needle, NeedleThreads, Passkey, Perplexity
+from kvpress.haystack import Haystack, book_text, split_sentences
 
 
 def whole(task, sample, tokenizer):
@@ -39,6 +40,14 @@ def test_every_length_can_be_had(real):
 def test_needle_lengths_are_exact_in_bytes(byte, length):
     (sample,) = Needle(lengths=(length,), depths=(0.5,)).samples(byte)
     assert len((sample.context + sample.question + sample.answer_prefix).encode()) == length
+
+
+def test_a_text_longer_than_the_books_goes_round(byte):
+    """A byte is a token here: the first books' sentences come again after the last one's."""
+    once = " ".join(split_sentences(book_text()))
+    text, _ = Haystack(byte).cut(2 * len(once.encode()), 0, 0.5)
+    again = byte.decode(text)
+    assert again[:2000] == again[len(once) + 1 :][:2000] == f" {once}"[:2000]
 
 
 @pytest.mark.parametrize("task", [Needle, Passkey])

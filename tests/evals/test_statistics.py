@@ -125,3 +125,33 @@ def test_pareto():
     assert pareto(points) == [0, 1, 5]
     assert pareto([]) == []
     assert pareto([(1, 0.5), (1, 0.5)]) == [0]
+
+
+Z = 1.959964
+
+
+@pytest.mark.parametrize(
+    ("found", "n", "low", "high"),
+    [
+        (10, 10, 10 / (10 + Z * Z), 1.0),  # at the ends the formula falls together to n / (n + z^2)
+        (0, 10, 0.0, Z * Z / (10 + Z * Z)),
+        (5, 10, 0.2366, 0.7634),
+        (1, 1, 1 / (1 + Z * Z), 1.0),
+        (81, 263, 0.2553, 0.3662),  # Newcombe 1998, table I
+    ],
+)
+def test_wilson_interval(found, n, low, high):
+    assert wilson_interval(found, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 57])
+def test_wilson_interval_holds_the_share(n):
+    for found in range(n + 1):
+        low, high = wilson_interval(found, n)
+        assert 0 <= low <= found / n <= high <= 1
+
+
+@pytest.mark.parametrize(("found", "n"), [(0, 0), (3, 2), (-1, 2)])
+def test_wilson_interval_of_nothing(found, n):
+    with pytest.raises(ValueError, match="no proportion"):
+        wilson_interval(found, n)

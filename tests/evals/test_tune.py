@@ -13,8 +13,10 @@ from typer.testing import CliRunner
 import kvpress
 from kvpress.cli import app
 from kvpress.evals import tune as tuning
+from kvpress.evals.candidates import Candidate, interval
 from kvpress.evals.config import ConfigError, make_plan
 from kvpress.evals.runner import RunError
+from kvpress.evals.statistics import Estimate
 from kvpress.evals.task import TaskError
 from kvpress.evals.tune import Limits, TuneError, read_share, read_size, tune
 from support.pages import pictures, shown, words
@@ -201,7 +203,7 @@ def test_two_at_once_on_one_directory(search, tmp_path):
         ({"memory": 9, "context": 2000}, TuneError, "--context 2000, but .* was made for 1024"),
         ({"memory": 9, "context": 50}, TuneError, "line 1 has 12[0-9] tokens with its answer, and --context says 50"),
         ({"memory": 9, "policies": ("h3o",)}, ValueError, "did you mean 'h2o'"),
-        ({"memory": 9, "policies": ("token_select",)}, TuneError, "token_select takes entries only"),
+        ({"memory": 9, "policies": ("token_select",)}, ConfigError, "token_select takes entries only"),
         ({"memory": 9, "budgets": (7.5,)}, ConfigError, "budget=7.5"),
         ({"memory": 9, "metric": "rogue"}, ConfigError, "did you mean 'rouge'"),
         ({"memory": 9, "metric": "rouge"}, TaskError, "line 1: no right answer"),
@@ -240,3 +242,7 @@ def test_the_command_line(folder, rows, tmp_path):
     assert result.exit_code == 1 and "Nothing meets the limits" in result.output
     result = CliRunner().invoke(app, [*arguments, "--memory", "1kB", "--columns", "context"])
     assert result.exit_code == 2 and "write context=document" in result.stderr
+
+
+def test_no_zero_has_a_sign():
+    assert interval(Candidate({}, losses={"agreement": Estimate(-0.0, -0.0, 0.6576, 2)})) == "0.00% (0.00% to 65.76%)"
