@@ -327,7 +327,7 @@ def inspect(
     """
     with user_errors(), eval_errors() if out is not None else nullcontext():
         given = read_prompt(text) if text else ""
-        named = [parse(part, int, "--layers") for part in split_names(layers)]
+        named = parse_list(layers, int, "--layers")
         chosen = chosen_policy(policy, budget, set_)
         if out is not None:
             make_folder(out.parent, "--out")
@@ -565,7 +565,9 @@ def policies() -> None:
     from kvpress.policy import shown_value
     from kvpress.registry import path_of
 
-    table = Table("name", "kind", "idea", "paper", "fields", box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_lines=True, pad_edge=False)
+    for column in ("name", "kind", "idea", "paper", "fields"):
+        table.add_column(column, no_wrap=column in ("name", "kind"))
     with user_errors():
         for name, policy in kvpress.available().items():
             idea = (inspect.getdoc(policy) or "").splitlines()[0]
