@@ -28,8 +28,8 @@ from kvpress.policy import (
 
 # Numbers that a tile of a prompt's search has: of keys that are copied side by side, or of products.
 TILE_NUMBERS = 1 << 22
-# A key that is copied to be compared takes as long as so many that are compared where they lie.
-COPY_COST = 4
+# To copy a key takes as long as to compare it with so many rows.
+COPY_COST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +188,9 @@ class HiP(SelectionPolicy, PrefillPolicy):
         in_block = torch.arange(0, size, self.row_stride, device=device)
         all_leaves = -(-n // leaf)
         # In a prompt that is not long it is faster to score all leaves at once than to copy those that are looked at.
-        whole = all_leaves <= COPY_COST * 2 * self.keep * rounds(all_leaves, self.keep)
-        numbers = len(in_block) * n // 2 if whole else 2 * self.k * head_dim  # half of the entries are seen on average
+        looked_at, compared = 2 * self.keep * rounds(all_leaves, self.keep), len(in_block)
+        whole = all_leaves * compared <= looked_at * (compared + COPY_COST)
+        numbers = compared * n // 2 if whole else 2 * self.k * head_dim  # half of the entries are seen on average
         step = max(1, TILE_NUMBERS // (batch * heads * numbers))
         for start in range(0, len(begins), step):
             some = begins[start : start + step]
