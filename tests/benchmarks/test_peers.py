@@ -212,7 +212,7 @@ def test_bad_options_are_refused_before_any_work(arguments, said):
 
 def test_a_prompt_too_short_for_the_tokenizer(tiny, tmp_path):
     done = run("--model", tiny, "--contexts", 256, "--contestants", PLAIN, "--out", tmp_path / "x.csv")
-    assert done.returncode == 1 and "--contexts 256: a needle prompt" in done.stderr.splitlines()[-1]
+    assert done.returncode == 1 and "--contexts 256: length=256 is too short for needle" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "x.csv").exists()
 
 
