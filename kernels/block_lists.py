@@ -266,12 +266,8 @@ def attend_lists(
 ) -> tuple[Tensor, Tensor]:
     """As `kvpress.kernels.block_sparse_attention.block_sparse_attention`, on any device."""
     batch, heads, rows, _ = query.shape
-    kv_heads, n = key.shape[1], key.shape[2]
-    count = _list_count(heads, kv_heads, blocks, columns, diagonals, distances)
-    query_blocks = -(-rows // block_size)
-    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size, query.device)
-    parts = _in_parts(query, count, block_size, 0.0)
-    kv_row = torch.arange(batch * count, device=query.device) * kv_heads // count
+    lists, parts, kv_row = _laid_out(query, key, blocks, columns, diagonals, distances, block_size, key_block_size)
+    count, query_blocks = len(parts) // batch, parts.shape[1]
     output = query.new_empty(*parts.shape[:-1], value.shape[-1], dtype=torch.float32)
     lse = output.new_empty(parts.shape[:-1])
     flash = (
@@ -281,9 +277,7 @@ def attend_lists(
         and softcap is None
         and distances is None
     )
-    tables = [
-        x[:, :, : n // lists.unit * lists.unit].reshape(-1, lists.unit * x.shape[-1]) for x in (key, value)
-    ]  # rows of a unit each
+    tables = [_table(x, lists) for x in (key, value)]
     for start, stop in _stretches(lists, query_blocks, len(parts)):
         of_stretch = slice(start, stop)
         some = parts[:, of_stretch]
@@ -309,9 +303,33 @@ def attend_lists(
     return output.to(query.dtype), lse.contiguous()
 
 
-def _list_count(heads: int, kv_heads: int, *lists: Tensor | None) -> int:
-    """Lists of a sequence: one for each head, or where no form tells them apart for each kv head."""
-    return heads if any(x.shape[1] == heads for x in lists if x is not None) else kv_heads
+def _laid_out(
+    query: Tensor,
+    key: Tensor,
+    blocks: Tensor | None,
+    columns: Tensor | None,
+    diagonals: Tensor | None,
+    distances: Tensor | None,
+    block_size: int,
+    key_block_size: int | None,
+) -> tuple[_Lists, Tensor, Tensor]:
+    """The lists of all sequences, one for each head, or where no form tells them apart for each kv head.
+
+    Returns:
+        the lists; the rows as `_in_parts` gives them; int64 [lists], the row of each list in K and V [batch * kv_heads].
+    """
+    heads, (batch, kv_heads, n, _) = query.shape[1], key.shape
+    given = [x for x in (blocks, columns, diagonals, distances) if x is not None]
+    count = heads if any(x.shape[1] == heads for x in given) else kv_heads  # lists of a sequence
+    sizes = query.shape[2], n, block_size, key_block_size
+    lists = _marked(count, blocks, columns, diagonals, distances, *sizes, query.device)
+    kv_row = torch.arange(batch * count, device=query.device) * kv_heads // count
+    return lists, _in_parts(query, count, block_size, 0.0), kv_row
+
+
+def _table(x: Tensor, lists: _Lists) -> Tensor:
+    """K or V, a row for each whole unit."""
+    return x[:, :, : lists.n // lists.unit * lists.unit].reshape(-1, lists.unit * x.shape[-1])
 
 
 def _in_parts(rows: Tensor, count: int, block_size: int, filled: float) -> Tensor:
@@ -494,19 +512,14 @@ def mass_of_lists(
     softcap: float | None,
 ) -> Tensor:
     """As `kvpress.kernels.block_sparse_mass.block_sparse_mass`."""
-    batch, heads, rows, _ = query.shape
-    kv_heads, n = key.shape[1], key.shape[2]
-    count = _list_count(heads, kv_heads, blocks, columns, diagonals, distances)
-    lists = _marked(count, blocks, columns, diagonals, distances, rows, n, block_size, key_block_size, query.device)
-    query_blocks = -(-rows // block_size)
-    parts = _in_parts(query, count, block_size, 0.0)
+    batch, kv_heads, n, _ = key.shape
+    lists, parts, kv_row = _laid_out(query, key, blocks, columns, diagonals, distances, block_size, key_block_size)
     # Rows that fill up the last query block give nothing.
-    limits = _in_parts(lse[..., None], count, block_size, float("inf"))[..., 0]
-    kv_row = torch.arange(batch * count, device=query.device) * kv_heads // count
-    table = key[:, :, : n // lists.unit * lists.unit].reshape(-1, lists.unit * key.shape[-1])
+    limits = _in_parts(lse[..., None], len(parts) // batch, block_size, float("inf"))[..., 0]
+    table = _table(key, lists)
     mass = torch.zeros(batch * kv_heads * n, dtype=torch.float32, device=query.device)
     numbers = max(parts.shape[-1], parts.shape[2] * block_size)
-    for start, stop in _stretches(lists, query_blocks, len(parts)):
+    for start, stop in _stretches(lists, parts.shape[1], len(parts)):
         some, limit = parts[:, start:stop], limits[:, start:stop]
         for which, entries, visible in _edges(some, lists, start, stop):
             keys = key.flatten(0, 1)[kv_row[:, None, None], entries][:, :, None]

@@ -744,7 +744,7 @@ class KVLayer(CacheLayerMixin):
         with lasting_tensors():
             self.texts.change_tensors(lasting)
             for name, value in vars(self.facts).items():
-                if isinstance(value, Tensor) and name != "positions":  # these are the storage's
+                if isinstance(value, Tensor):
                     setattr(self.facts, name, lasting(value))
 
     # ------------------------------------------------------------------ transformers' cache layer interface

@@ -190,9 +190,7 @@ class Kascade(SelectionPolicy, PrefillPolicy):
         index, chosen = topk_select(mass, counts.clamp(max=width), width)
         picked = Picked(index, None if empty is None else chosen)
         view.shared["picked"] = picked if view.aligned else _by_position(view, picked, held <= counts)
-        selected = _selected(view, picked.index, picked.chosen)
-        if view.layer == 0:
-            return Selected(scanned=view.length / 2)
+        selected = Selected() if view.layer == 0 else _selected(view, picked.index, picked.chosen)
         return replace(selected, scanned=view.length / 2)
 
     def plan(self, view: View) -> Pattern | None:
