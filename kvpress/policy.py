@@ -427,7 +427,7 @@ class Pattern:
         key_block_size: a power of two up to `block_size`, which None stands for; on a GPU smaller ones have no kernel of their own.
         index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
         member: bool [batch, kv_heads, k], False where a kv head reads fewer than k of what `index` lists, whatever stands there;
-            True for the rows themselves. None when all are read. Not under `Consecutive` places.
+            True for the rows themselves. None when all are read. Under `Consecutive` places as many in each kv head.
     """
 
     blocks: Tensor | None = None

@@ -280,7 +280,10 @@ def _attend_pattern(
         keys, values = gather_both(keys, values, pattern.index)
     if layer.places.turns_keys:
         assert layer.rotary is not None
-        query, keys = turned(query, keys, None, True, layer.rotary)
+        places = None
+        if pattern.member is not None:
+            places = torch.where(pattern.member, torch.arange(keys.shape[2], device=keys.device), -1)
+        query, keys = turned(query, keys, places, True, layer.rotary)
     lists = pattern.lists
     if all(one is None for one in lists.values()):
         member = pattern.member

@@ -12,6 +12,7 @@ from kvpress.policies.gem_filter import GemFilter
 from kvpress.policies.h2o import H2O
 from kvpress.policies.h2o_prefill import H2OPrefill
 from kvpress.policies.hip import HiP
+from kvpress.policies.infinite_hip import InfiniteHiP
 from kvpress.policies.kascade import Kascade
 from kvpress.policies.key_diff import KeyDiff
 from kvpress.policies.keyformer import Keyformer
@@ -44,6 +45,7 @@ __all__ = [
     "GemFilter",
     "H2OPrefill",
     "HiP",
+    "InfiniteHiP",
     "Kascade",
     "KeyDiff",
     "Keyformer",
