@@ -169,14 +169,14 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
         return self.block_size
 
     def check_company(self, others: Sequence[Policy]) -> None:
-        SelectionPolicy.check_company(self, others)
-        PrefillPolicy.check_company(self, others)
         for other in others:
             if self.extend and isinstance(other, EvictionPolicy):
                 raise PolicyError(
-                    f"{self.describe()} places the tokens that it reads by those between them, and needs every one in the cache, "
-                    f"and {other.describe()} evicts some; use extend=False"
+                    f"{self.describe()} places what it reads side by side and needs every token in the cache, and {other.describe()} "
+                    "evicts some; use extend=False, or one of the two"
                 )
+        SelectionPolicy.check_company(self, others)
+        PrefillPolicy.check_company(self, others)
 
     def kept(self, layer: int, stage: int) -> int:
         """Keys that a stage hands on."""

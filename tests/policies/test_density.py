@@ -5,7 +5,7 @@ import torch
 
 import kvpress
 from kvpress.kernels.block_sparse_attention import listed_keys
-from kvpress.policies import FlexPrefill, Full, GemFilter, HiP, MInference, SnapKV, TokenSelect, XAttention
+from kvpress.policies import FlexPrefill, Full, GemFilter, HiP, InfiniteHiP, MInference, SnapKV, TokenSelect, XAttention
 from support.matrix import prompt, sharp_llama
 from support.reads import run
 
@@ -92,6 +92,22 @@ def test_token_select(model):
         rows = min(4, 26 - start)
         there += causal(rows, start + rows)
         computed += causal(rows, min(start + rows, 2 + 5 + 4))
+    assert report.total.density == pytest.approx(computed / there)
+
+
+@pytest.mark.parametrize("extend", [False, True])
+def test_infinite_hip(model, extend):
+    """Blocks of 4 rows: 2 first, 3 before the block, 4 found entries and the block; the second turn begins a block of its own."""
+    policy = InfiniteHiP(
+        n_sink=2, n_stream=3, l_c=(8, 1), k=(16, 4), early_k=4, refresh=(1, 1), block_size=4, extend=extend
+    )
+    _, _, report = run(model, policy, PASSES)
+    computed = there = 0
+    for first, count in ((0, 26), (28, 13)):
+        for start in range(0, count, 4):
+            rows = min(4, count - start)
+            there += causal(rows, first + start + rows)
+            computed += causal(rows, min(first + start, 2 + 3 + 4) + rows)
     assert report.total.density == pytest.approx(computed / there)
 
 
