@@ -151,7 +151,7 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
             )
         found = max(1, 8 * (budget - 1) // (13 * l_c[-1])) * l_c[-1]
         n_sink = (budget - 1 - found) // 5
-        sizes = {"n_sink": n_sink, "n_stream": budget - 1 - found - n_sink}
+        sizes: dict[str, Any] = {"n_sink": n_sink, "n_stream": budget - 1 - found - n_sink}
         wanted = [4 ** (len(l_c) - 1 - at) * found for at in range(len(l_c))]
         keep = [-(-keys // chunk) * chunk for keys, chunk in zip(wanted, l_c, strict=True)]
         return cls(**(sizes | {"k": keep, "early_k": found} | fields))
@@ -172,8 +172,8 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
         for other in others:
             if self.extend and isinstance(other, EvictionPolicy):
                 raise PolicyError(
-                    f"{self.describe()} places what it reads side by side and needs every token in the cache, and {other.describe()} "
-                    "evicts some; use extend=False, or one of the two"
+                    f"{self.describe()} places what it reads side by side and needs every token in the cache, and "
+                    f"{other.describe()} evicts some; use extend=False, or one of the two"
                 )
         SelectionPolicy.check_company(self, others)
         PrefillPolicy.check_company(self, others)
@@ -204,8 +204,8 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
         always = [torch.arange(*span, device=device).expand(len(runs), -1) for span in ((0, self.n_sink), (stop, n))]
         index = torch.cat((always[0], found.clamp(max=n - 1), always[1]), dim=1)
         member = functional.pad(there, (self.n_sink, n - stop), value=True)
-        shape = (-1, kv_heads, -1)
-        return Pattern(index=index[:, None].expand(shape), member=None if member.all() else member[:, None].expand(shape))
+        index, member = (x[:, None].expand(-1, kv_heads, -1) for x in (index, member))
+        return Pattern(index=index, member=None if member.all() else member)
 
     def select(self, view: View) -> Selected:
         kv_heads, n = view.positions.shape[1:]
@@ -215,12 +215,15 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
         scanned: float | Tensor = 0.0
         for stage in range(len(self.l_c)):
             name = f"stage {stage}"
-            if name not in view.state or view.phase[stage]:
-                between = max(1, n - 1 - self.n_stream - self.n_sink)
-                new, looked_at = self.prune(view, stage, runs, stop, between, order)
-                view.keep(name, new)
-                scanned = scanned + looked_at
-            runs = view.state[name]
+            if name in view.state and not view.phase[stage]:
+                runs = view.state[name]
+                continue
+            between = max(1, n - 1 - self.n_stream - self.n_sink)
+            runs, looked_at = self.prune(view, stage, runs, stop, between, order)
+            scanned = scanned + looked_at
+            # Of one length, however many there are, so that a step that is replayed finds it where it was.
+            most = self.kept(view.layer, stage) // self.l_c[stage]
+            view.keep(name, functional.pad(runs, (0, 0, 0, most - runs.shape[1])))
         assert runs is not None
         number = torch.arange(n, device=held.device)
         always = (number < self.n_sink) | (number >= stop[:, None])
@@ -245,8 +248,8 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
             order: in which slots entries are, as of `slots_of_entries`.
 
         Returns:
-            runs: int64 [batch, chunks, 2], of each chunk the first entry and the one behind its last, which is not after the
-                first for those behind the list. Ascending.
+            runs: int64 [batch, chunks, 2], ascending, of each chunk the first entry and the one behind its last; behind them
+                any in which that is not after the first, for none. At most as many as the stage hands on.
             looked_at: entries whose worth of memory was read per kv head: keys without values, each counted once at most.
         """
         size, keep = self.l_c[stage], self.kept(view.layer, stage) // self.l_c[stage]
@@ -271,8 +274,7 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
             index, chosen = topk_select(best, chunks.clamp(max=keep)[:, None], keep)
             first, end = (x.gather(1, index[:, 0]) for x in (first, end))
             end = torch.where(chosen[:, 0], end, first)
-        runs = torch.stack((first, end), dim=-1)
-        return functional.pad(runs, (0, 0, 0, keep - runs.shape[1])), seen.amax() / 2
+        return torch.stack((first, end), dim=-1), seen.amax() / 2
 
     def score(self, view: View, chunks: Tensor, order: Tensor | None) -> Score:
         """How a block's rows score keys that stand for chunks.

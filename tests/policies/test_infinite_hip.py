@@ -1,4 +1,4 @@
-"""InfiniteHiP: keys that stand for chunks, lists that stages hand on, where what is read is attended, and when lists are made anew."""
+"""InfiniteHiP: keys that stand for chunks, lists that stages hand on and when they are made, and where what is read is attended."""
 
 from collections import defaultdict
 from dataclasses import replace
@@ -295,7 +295,8 @@ def test_with_own_places_keys_stay_where_they_are(model, distances):
 def test_defaults():
     """The paper's numbers."""
     policy = InfiniteHiP()
-    assert (policy.n_sink, policy.n_stream, policy.block_size, policy.extend, policy.min_len) == (256, 1024, 64, False, 0)
+    assert (policy.n_sink, policy.n_stream, policy.block_size) == (256, 1024, 64)
+    assert (policy.extend, policy.min_len) == (False, 0)
     assert (policy.l_c, policy.k, policy.refresh) == ((256, 32, 8), (32768, 8192, 2048), (16, 8, 4))
     assert (policy.early_layers, policy.early_k) == (3, 4096)
     assert [policy.kept(layer, stage) for layer in (2, 3) for stage in range(3)] == [
@@ -443,7 +444,7 @@ def test_chunks(model, cuts, extend):
     ids=str,
 )
 def test_room_for_everything_is_dense(model, fields, extend):
-    """Prompts and turns; steps where they read everything, too (each makes its lists: else a key that leaves the last ones waits)."""
+    """Prompts and turns; steps where they read everything, too (with lists made in each)."""
     logits, _, report = run(model, InfiniteHiP(**{**SMALL, **fields}, extend=extend), PASSES)
     expected = dense(model, PASSES)[0]
     exact = len(PASSES[0]) if "min_len" in fields else None

@@ -45,7 +45,15 @@ POLICIES = {
     ),
     "infinite_hip, extended": (
         InfiniteHiP(
-            n_sink=2, n_stream=6, l_c=(4, 2), k=(8, 4), early_layers=1, early_k=4, refresh=(4, 2), block_size=8, extend=True
+            n_sink=2,
+            n_stream=6,
+            l_c=(4, 2),
+            k=(8, 4),
+            early_layers=1,
+            early_k=4,
+            refresh=(4, 2),
+            block_size=8,
+            extend=True,
         ),
         (*COMMON, "gather_slots", "union_select", "rope_shift"),
     ),
