@@ -124,7 +124,8 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
         for at, (keys, chunk) in enumerate(zip(self.k, self.l_c, strict=True)):
             _check_whole(keys, f"k[{at}]", chunk)
         check_count(self.early_k, "early_k", 1)
-        _check_whole(self.early_k, "early_k", self.l_c[-1])
+        if self.early_layers:
+            _check_whole(self.early_k, "early_k", self.l_c[-1])
         for at, (before, after) in enumerate(pairwise(self.k)):
             if after > before:
                 raise PolicyError(
