@@ -1,14 +1,13 @@
 """A pass key in a text longer than the model was trained for: SmolLM2-135M (8192 tokens) at 12k tokens.
 
-    python examples/length_extrapolation.py                          # all five; 5 keys each
+    python examples/length_extrapolation.py                          # all four; 5 keys each
     python examples/length_extrapolation.py --dtype bfloat16         # a quarter of an hour on two cores that have it
     python examples/length_extrapolation.py --tokens 16000 --policies token_select --seeds 10
 
 The key is said once in a text of five sentences that repeat, at a depth that differs from seed to seed, and asked for at
 the end; the answer is found if it begins with the key. Every policy reads the prompt in chunks of 512 tokens, in a process
 of its own, so that peak memory is the policy's. `full` goes past the trained positions; `streaming_llm` and `token_select`
-read as many tokens as one another, at positions that the model knows, `infinite_hip` some more, and `dual_chunk` all of
-them.
+read as many tokens as one another, at positions that the model knows; `dual_chunk` reads all of them there.
 """
 
 import argparse
@@ -28,14 +27,13 @@ from rich.table import Column, Table
 
 import kvpress
 from kvpress.models import load_model
-from kvpress.policies import DualChunkAttention, InfiniteHiP, StreamingLLM, TokenSelect
+from kvpress.policies import DualChunkAttention, StreamingLLM, TokenSelect
 
 CHUNK = 512
 READ = 128 + 2048 + 512  # what TokenSelect reads by default
 POLICIES: dict[str, kvpress.Policy] = {
     "streaming_llm": StreamingLLM(sink=4, recent=READ - 4),
     "token_select": TokenSelect(),
-    "infinite_hip": InfiniteHiP(extend=True),
     "dual_chunk": DualChunkAttention(),
 }
 INTRODUCTION = (
