@@ -6,11 +6,13 @@ can act together, and one may play several. A policy without a role may still sa
 (`places`); else it leaves everything exact, as `Full`. The runtime owns all state: it lives with the cache, never on the policy.
 """
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -145,6 +147,20 @@ def check_pooling(kernel_size: Any, pooling: Any) -> None:
     check_choice(pooling, "pooling", ("avg", "max"))
     if kernel_size % 2 == 0:
         raise PolicyError(f"kernel_size={kernel_size} is even; give an odd width, as {kernel_size + 1}")
+
+
+def read_table(path: str | Path, name: str) -> Any:
+    """What is in a JSON file that a field names.
+
+    Raises:
+        PolicyError: naming the field, if the file cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PolicyError(f"{name}={str(path)!r} cannot be read: {error.strerror}; give a JSON file") from error
+    except ValueError as error:
+        raise PolicyError(f"{name} file {path} is no JSON ({error}); write it with `kvpress calibrate`") from error
 
 
 def entries_for(budget: Budget, tokens: int) -> int:
@@ -539,6 +555,8 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
 
     calibrated: ClassVar[str | None] = None
     """The field that `kvpress calibrate` can choose for a model."""
+    in_file: ClassVar[bool] = False
+    """Whether that field may be the path of a JSON file with its value, as `kvpress calibrate` writes it then."""
 
     def calibration_values(self, layers: int) -> list[Any]:
         """What the calibrated field may be on a model with so many attention layers."""
@@ -569,6 +587,8 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
 
     def fit(self, prompts: Iterable[Sequence[Attended]]) -> "Policy":
         """The policy with those fields that belong to a model, found on its prompts.
+
+        Where the calibrated field is written to a file, it is a number for each layer and head.
 
         Args:
             prompts: for each one its layers, those that the policy acts on. Each is dropped when the next one is asked for.
