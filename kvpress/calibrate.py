@@ -160,7 +160,7 @@ def fit(model: Any, policy: Policy, prompts: Sequence[Sequence[int]]) -> Policy:
         PolicyError: the policy learns nothing, there is no prompt, or one is too short.
     """
     if not policy.learns:
-        raise PolicyError(f"{policy.name} is not fitted to a model; calibrate kascade or x_attention")
+        raise PolicyError(f"{policy.name} is not fitted to a model; calibrate kascade, x_attention or skip_softmax")
     if not prompts:
         raise PolicyError("there is no prompt to calibrate on; give at least one")
     return policy.fit(_attended(model, ids) for ids in prompts)

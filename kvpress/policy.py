@@ -424,7 +424,8 @@ def selected_by_groups(view: View, reads: Tensor, most: int, scanned: float | Te
 
 @dataclass(frozen=True)
 class Pattern:
-    """What rows of a prompt read: what `blocks`, `columns`, `diagonals` and `distances` list together, or else `index`.
+    """What rows of a prompt read: what `blocks`, `columns`, `diagonals` and `distances` list together, or else `index`, or else
+    everything but what `skip` lets them leave out.
 
     Entries are numbered as in `View.keys`: the rows are the last ones. A row always reads itself, and nothing after itself.
     `kvpress.kernels.block_sparse_attention` has the definition of the lists.
@@ -444,6 +445,9 @@ class Pattern:
         index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
         member: bool [batch, kv_heads, k], False where a kv head reads fewer than k of what `index` lists, whatever stands there;
             True for the rows themselves. None when all are read. Not under `Consecutive` places.
+        skip: above 0, and nothing is listed: rows go over all entries in tiles of block_size, and leave out those in which no row has
+            a weight of at least that beside its largest one so far. `kvpress.kernels.skip_attention` has the definition. Not
+            beside an eviction policy that adds up the attention, or under `Consecutive` places.
     """
 
     blocks: Tensor | None = None
@@ -454,6 +458,7 @@ class Pattern:
     key_block_size: int | None = None
     index: Tensor | None = None
     member: Tensor | None = None
+    skip: float = 0.0
 
     @property
     def lists(self) -> dict[str, Any]:
