@@ -116,8 +116,8 @@ def skip_attention(
     in_triton = 16 <= tile <= most and query.shape[-1] == value.shape[-1] and query.dtype != torch.float64
     if backend == "triton" and not in_triton:
         raise ValueError(
-            f"tile={tile} with heads of {query.shape[-1]} in {query.dtype} is not for backend='triton'; choose one from 16 to {most} "
-            "for keys and values of one width below float64, or 'auto'"
+            f"tile={tile} with heads of {query.shape[-1]} in {query.dtype} is not for backend='triton'; choose one from 16 to "
+            f"{most} for keys and values of one width below float64, or 'auto'"
         )
     chosen = use_triton(backend, query)
     if skip == 0:
@@ -132,11 +132,11 @@ def skip_attention(
 
 
 def largest_tile(head_dim: int, itemsize: int) -> int:
-    """The largest tile of the Triton kernel: 128, less for wide heads and in float32, whose products take three times the registers."""
+    """The largest tile of the Triton kernel: 128; less for wide heads, and in float32, which takes more registers."""
     width = head_dim * itemsize
     if itemsize == 2:
         return 128 if width <= 256 else 64
-    return 64 if width <= 256 else 32 if width <= 512 else 16
+    return 32 if width <= 512 else 16
 
 
 def tile_weights(query: Tensor, key: Tensor, *, scale: float, tile: int, softcap: float | None = None) -> Tensor:

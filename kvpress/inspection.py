@@ -186,7 +186,8 @@ def _check_acts(handle: Handle, roles: Roles, tokens: int) -> None:
     if not roles.plans and not roles.evicts:
         raise PolicyError(
             f"{handle.describe()} reads all of a prompt and keeps all of it, so that there is nothing to inspect; choose a policy "
-            "that reads less of a prompt (x_attention, flex_prefill, minference, hip, kascade, token_select, skip_softmax) or evicts (snapkv)"
+            "that reads less of a prompt (x_attention, flex_prefill, minference, hip, kascade, token_select, skip_softmax) or "
+            "evicts (snapkv)"
         )
     least = _least_length(roles.prefill)
     if least > tokens and not roles.evicts:

@@ -445,9 +445,9 @@ class Pattern:
         index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
         member: bool [batch, kv_heads, k], False where a kv head reads fewer than k of what `index` lists, whatever stands there;
             True for the rows themselves. None when all are read. Not under `Consecutive` places.
-        skip: above 0, and nothing is listed: rows go over all entries in tiles of block_size, and leave out those in which no row has
-            a weight of at least that beside its largest one so far. `kvpress.kernels.skip_attention` has the definition. Not
-            beside an eviction policy that adds up the attention, or under `Consecutive` places.
+        skip: above 0, and nothing is listed: rows go over all entries in tiles of block_size, and leave out those in which no
+            row has a weight of at least that beside its largest one so far. `kvpress.kernels.skip_attention` has the definition.
+            Not beside an eviction policy that adds up the attention, or under `Consecutive` places.
     """
 
     blocks: Tensor | None = None

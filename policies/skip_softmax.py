@@ -27,10 +27,10 @@ from kvpress.policy import (
 class SkipSoftmax(PrefillPolicy):
     """Skip, in a prompt, the tiles of entries in which no row has a score near the largest one that it has met.
 
-    Rows and entries are cut into tiles. A tile of rows walks over the tiles of entries from the first one on, and skips a tile if in
-    each row exp(largest score in the tile - largest score so far) is below scale / (entries): no exponentials, no values. Nothing is
-    estimated and all scores are computed, so that at most the half of the attention that comes after them is saved, and on a CPU no time. Decode
-    steps are exact, and everything is kept.
+    Rows and entries are cut into tiles. A tile of rows walks over the tiles of entries from the first one on, and skips a tile if
+    in each row exp(largest score in the tile - largest score so far) is below scale / (entries): no exponentials, no values.
+    Nothing is estimated, and all scores are computed: what is saved on a GPU is the half of the attention that comes after
+    them, and on a CPU no time at all. Decode steps are exact, and everything is kept.
 
     What a row loses of its probability mass is at most `scale` times the share of the tiles that it skips, which says little for a
     `scale` above 1; what it really loses, `kvpress inspect --policy skip_softmax` measures head by head.
@@ -115,8 +115,8 @@ class SkipSoftmax(PrefillPolicy):
                 n = layer.key.shape[2]
                 if n <= 2 * self.tile:
                     raise PolicyError(
-                        f"a prompt of {n} tokens has no more than two tiles of {self.tile}, which says too little; give longer ones "
-                        "(--lengths 4000)"
+                        f"a prompt of {n} tokens has no more than two tiles of {self.tile}, which says too little; give "
+                        "longer ones (--lengths 4000)"
                     )
                 weights = tile_weights(layer.query, layer.key, scale=layer.scale, tile=self.tile, softcap=layer.softcap)
                 found.append((weights[weights >= 0] * n).cpu())

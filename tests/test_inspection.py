@@ -9,7 +9,19 @@ import torch
 import kvpress
 from kvpress import inspection
 from kvpress.compat import CACHE
-from kvpress.policies import H2O, FlexPrefill, HiP, Kascade, LazyLLM, MInference, Quest, SnapKV, TokenSelect, XAttention
+from kvpress.policies import (
+    H2O,
+    FlexPrefill,
+    HiP,
+    Kascade,
+    LazyLLM,
+    MInference,
+    Quest,
+    SkipSoftmax,
+    SnapKV,
+    TokenSelect,
+    XAttention,
+)
 from kvpress.policy import Pattern, PrefillPolicy, View
 from support.matrix import prompt, sharp_llama
 from support.tiny_families import tiny_family
@@ -146,6 +158,7 @@ FULL = [
     MInference(default=("a_shape", 64, 64)),
     HiP(k=512, dense_layers=1),
     TokenSelect(),
+    SkipSoftmax(scale=0),
 ]
 
 

@@ -30,7 +30,7 @@ def config(tile: int, head_dim: int, itemsize: int, device: torch.device) -> Con
         tile,
         block_d,
         itemsize,
-        num_warps=8 if tile == 128 or (tile == 64 and itemsize == 4) else 4,
+        num_warps=8 if tile == 128 else 4,
         num_stages=3 if itemsize == 2 and tile * block_d <= 8192 else 2,
     )
     return Config(block_d, **chosen)

@@ -47,6 +47,7 @@ SHAPED = {"name": "minference", "default": ["vertical_slash", 16, 40], "sink": 4
 FLEXIBLE = {"name": "flex_prefill", "gamma": 0.6, "min_budget": 16, "block_size": 16}
 TREE = {"name": "hip", "k": 16, "window": 24, "sink": 4, "block_size": 16, "dense_layers": 0}
 CASCADE = {"name": "kascade", "k": 0.3, "least": 1, "tile": 16}
+SKIPPING = {"name": "skip_softmax", "scale": 20, "tile": 16}
 CUT = {"name": "gem_filter", "r": 0}
 LAZY = {"name": "lazy_llm", "rate": 0.4}
 SAME = (
@@ -94,7 +95,7 @@ def sweep():
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [
         {"policy": [*(one for one in POLICIES if one not in fixed), CUT], "budget": [0.3]},
-        {"policy": [*fixed, CHUNKED, SPARSE, FLEXIBLE, SHAPED, TREE, CASCADE, CHUNKS, LAZY, PACKED]},
+        {"policy": [*fixed, CHUNKED, SPARSE, SKIPPING, FLEXIBLE, SHAPED, TREE, CASCADE, CHUNKS, LAZY, PACKED]},
     ]
 
 
@@ -114,7 +115,7 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
     parts = {"defaults": {"task": task | depths, "query_aware": query_aware}, "sweep": grids}
     single = rows(plan("tiny", tmp_path / "1", **parts))
     batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
-    assert len(single) == (len(POLICIES) + 10 if query_aware else 6)
+    assert len(single) == (len(POLICIES) + 11 if query_aware else 6)
     for policy, own in single.items():
         for index, row in own.items():
             other = batched[policy][index]
@@ -123,6 +124,7 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
                 (
                     "token_select",
                     "x_attention",
+                    "skip_softmax",
                     "flex_prefill",
                     "minference",
                     "hip",

@@ -275,7 +275,7 @@ def test_strided_entries_and_the_buffer_behind_them(backend):
         ({"tile": 48}, "tile=48 is no power of two"),
         (
             {"tile": 8, "backend": "triton"},
-            "tile=8 with heads of 16 in torch.float32 is not for backend='triton'.* 16 to 64",
+            "tile=8 with heads of 16 in torch.float32 is not for backend='triton'.* 16 to 32",
         ),
         ({"backend": "cuda"}, "backend='cuda' does not exist"),
     ],

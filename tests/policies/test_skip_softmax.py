@@ -169,7 +169,7 @@ def test_where_a_walk_does_not_fit_rows_are_exact(model):
 @pytest.mark.parametrize("evicts", [H2O(budget=0.4), H2OPrefill(budget=0.4), ObservedAttention(budget=0.4)], ids=str)
 def test_what_counts_all_attention_is_refused(model, evicts):
     for policies in ([evicts, SkipSoftmax()], [SkipSoftmax(), evicts]):
-        with pytest.raises(PolicyError, match="adds up the attention of all rows.*snapkv, or scale=0"):
+        with pytest.raises(PolicyError, match=r"adds up the attention of all rows.*snapkv, or scale=0"):
             make_policies(policies)
     expected, _, _ = run(model, evicts, PASSES)
     found, _, _ = run(model, [evicts, SkipSoftmax(scale=0)], PASSES)
