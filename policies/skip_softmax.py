@@ -110,6 +110,7 @@ class SkipSoftmax(PrefillPolicy):
     def fit(self, prompts: Iterable[Sequence[Attended]]) -> "SkipSoftmax":
         """The policy with the `scale` that skips the share `target` of a model's tiles, of all layers and heads together."""
         found: list[torch.Tensor] = []
+        reachable = 0  # tiles that hold no row's largest score so far
         for layers in prompts:
             for layer in layers:
                 n = layer.key.shape[2]
@@ -119,6 +120,13 @@ class SkipSoftmax(PrefillPolicy):
                         "longer ones (--lengths 4000)"
                     )
                 weights = tile_weights(layer.query, layer.key, scale=layer.scale, tile=self.tile, softcap=layer.softcap)
-                found.append((weights[weights >= 0] * n).cpu())
+                weights = weights[weights >= 0].cpu()
+                reachable += int((weights < 1).sum())
+                found.append(weights * n)
         scales = torch.cat(found).sort().values
+        if self.target > reachable / len(scales):
+            raise PolicyError(
+                f"target={self.target} of the tiles cannot be skipped: on these prompts {reachable / len(scales):.0%} can, the "
+                "others hold a row's largest score so far; give a smaller target, or longer prompts"
+            )
         return replace(self, scale=float(f"{scales[int(self.target * len(scales))].item():.4g}"))

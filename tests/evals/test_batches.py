@@ -90,7 +90,7 @@ def rows(loaded):
 
 
 def sweep():
-    others = [CHUNKED, CHUNKS, SPARSE, FLEXIBLE, SHAPED, TREE, CASCADE, CUT, LAZY, PACKED]
+    others = [CHUNKED, CHUNKS, SPARSE, SKIPPING, FLEXIBLE, SHAPED, TREE, CASCADE, CUT, LAZY, PACKED]
     listed = [one if isinstance(one, str) else one["name"] for one in [*POLICIES, *others]]
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [

@@ -236,6 +236,8 @@ def test_the_search(model, target):
 def test_what_cannot_be_searched(model):
     with pytest.raises(PolicyError, match="a prompt of 256 tokens has no more than two tiles of 128"):
         fit(model, SkipSoftmax(), [prompt(256)])
+    with pytest.raises(PolicyError, match=r"target=0.9 of the tiles cannot be skipped: on these prompts \d+% can"):
+        fit(model, SkipSoftmax(target=0.9, tile=4), [prompt(40)])
 
 
 def test_the_command(tmp_path, monkeypatch):
@@ -243,12 +245,12 @@ def test_the_command(tmp_path, monkeypatch):
     small = tiny_model(tokenizer)
     monkeypatch.setattr("kvpress.cli.load", lambda *_: (small, tokenizer))
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.yaml").write_text("name: skip_softmax\ntile: 32\ntarget: 0.2\n")
+    (tmp_path / "mine.yaml").write_text("name: skip_softmax\ntile: 32\ntarget: 0.03\n")
     arguments = ["calibrate", "--policy", "mine.yaml", "--lengths", "400", "--samples", "1", "--out", "found.yaml"]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     written = yaml.safe_load((tmp_path / "found.yaml").read_text())
     assert set(written) == {"name", "scale", "target", "tile"}
     with kvpress.patch(small, tmp_path / "found.yaml") as handle:
-        assert handle.policies[0] == SkipSoftmax(scale=written["scale"], target=0.2, tile=32)
+        assert handle.policies[0] == SkipSoftmax(scale=written["scale"], target=0.03, tile=32)
         small(torch.tensor([prompt(300)]))
