@@ -24,6 +24,7 @@ from kvpress.policies.packed import Packed
 from kvpress.policies.pyramid_kv import PyramidKV
 from kvpress.policies.quest import Quest
 from kvpress.policies.recycled import RecycledAttention
+from kvpress.policies.skip_softmax import SkipSoftmax
 from kvpress.policies.snapkv import SnapKV
 from kvpress.policies.streaming_llm import StreamingLLM
 from kvpress.policies.tidal_decode import TidalDecode
@@ -57,6 +58,7 @@ __all__ = [
     "PyramidKV",
     "Quest",
     "RecycledAttention",
+    "SkipSoftmax",
     "SnapKV",
     "StreamingLLM",
     "TidalDecode",

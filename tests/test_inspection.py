@@ -18,6 +18,7 @@ from kvpress.policies import (
     LazyLLM,
     MInference,
     Quest,
+    SkipSoftmax,
     SnapKV,
     TokenSelect,
     XAttention,
@@ -160,6 +161,7 @@ FULL = [
     HiP(k=512, dense_layers=1),
     InfiniteHiP(),
     TokenSelect(),
+    SkipSoftmax(scale=0),
 ]
 
 

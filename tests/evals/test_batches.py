@@ -57,6 +57,7 @@ PRUNED = {
     "block_size": 16,
 }
 CASCADE = {"name": "kascade", "k": 0.3, "least": 1, "tile": 16}
+SKIPPING = {"name": "skip_softmax", "scale": 20, "tile": 16}
 CUT = {"name": "gem_filter", "r": 0}
 LAZY = {"name": "lazy_llm", "rate": 0.4}
 SAME = (
@@ -99,12 +100,12 @@ def rows(loaded):
 
 
 def sweep():
-    others = [CHUNKED, CHUNKS, SPARSE, FLEXIBLE, SHAPED, TREE, PRUNED, CASCADE, CUT, LAZY, PACKED]
+    others = [CHUNKED, CHUNKS, SPARSE, SKIPPING, FLEXIBLE, SHAPED, TREE, PRUNED, CASCADE, CUT, LAZY, PACKED]
     listed = [one if isinstance(one, str) else one["name"] for one in [*POLICIES, *others]]
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [
         {"policy": [*(one for one in POLICIES if one not in fixed), CUT], "budget": [0.3]},
-        {"policy": [*fixed, CHUNKED, SPARSE, FLEXIBLE, SHAPED, TREE, PRUNED, CASCADE, CHUNKS, LAZY, PACKED]},
+        {"policy": [*fixed, CHUNKED, SPARSE, SKIPPING, FLEXIBLE, SHAPED, TREE, PRUNED, CASCADE, CHUNKS, LAZY, PACKED]},
     ]
 
 
@@ -133,6 +134,7 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
                 (
                     "token_select",
                     "x_attention",
+                    "skip_softmax",
                     "flex_prefill",
                     "minference",
                     "hip",

@@ -12,6 +12,7 @@ from kvpress.kernels import block_lists
 from kvpress.kernels import nearest_centre as centre_module
 from kvpress.kernels import placed_attention as placed_module
 from kvpress.kernels import prompt_attention as prompt_module
+from kvpress.kernels import skip_attention as skip_module
 from kvpress.kernels import vertical_slash_mass as slash_module
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_means import block_means
@@ -125,7 +126,7 @@ LINEAR_ON_TORCH = {
 
 def grows(call, monkeypatch, sizes=(128, 512), tile=1 << 10):
     """The largest tensor at four times the entries over that at one, tiles small."""
-    for module in (mass_module, placed_module, prompt_module):
+    for module in (mass_module, placed_module, prompt_module, skip_module):
         monkeypatch.setattr(module, "TILE_SCORES", tile)
     monkeypatch.setattr(slash_module, "TILE_SCORES", tile)
     monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)

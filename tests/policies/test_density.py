@@ -5,7 +5,19 @@ import torch
 
 import kvpress
 from kvpress.kernels.block_sparse_attention import listed_keys
-from kvpress.policies import FlexPrefill, Full, GemFilter, HiP, InfiniteHiP, MInference, SnapKV, TokenSelect, XAttention
+from kvpress.kernels.skip_attention import skip_attention_reference
+from kvpress.policies import (
+    FlexPrefill,
+    Full,
+    GemFilter,
+    HiP,
+    InfiniteHiP,
+    MInference,
+    SkipSoftmax,
+    SnapKV,
+    TokenSelect,
+    XAttention,
+)
 from support.matrix import prompt, sharp_llama
 from support.reads import run
 
@@ -81,6 +93,16 @@ def test_behind_eviction(model, counted):
     _, _, report = run(model, [SPARSE[0], SnapKV(budget=14, window=4, kernel_size=3, evict="each_pass")], PASSES)
     computed = sum(pairs / heads for pairs, heads in counted)
     assert report.total.density == pytest.approx(computed / (2 * (causal(26, 26) + causal(13, 14 + 2 + 13))))
+
+
+def test_skipped_tiles(model):
+    """Chunks of 4 rows by the kernel's own reference, in a prompt and a second turn."""
+    layers = kvpress.record_prompt(model, torch.tensor([prompt(26)])).layers
+    _, _, report = run(model, SkipSoftmax(scale=7, tile=4), [prompt(26)])
+    query, key, value, scores = layers[0]  # the second layer's are those of what the first one skipped
+    *_, skipped = skip_attention_reference(query, key, value, scale=scores.scale, skip=7 / 26, tile=4)
+    assert report.layers[0].density == pytest.approx(1 - skipped.sum().item() / (4 * causal(26, 26)))
+    assert 0.1 < report.total.density < 0.95
 
 
 def test_token_select(model):

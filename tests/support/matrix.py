@@ -35,6 +35,7 @@ from kvpress.policies import (
     PyramidKV,
     Quest,
     RecycledAttention,
+    SkipSoftmax,
     SnapKV,
     StreamingLLM,
     TidalDecode,
@@ -330,6 +331,8 @@ CASES = [
     both(Kascade, {"k": 1.0, "least": 1}, k=5, anchors=[0], decode_only=True),
     both(XAttention, {"threshold": 1.0}, stride=2, threshold=0.5, block_size=4),
     both(XAttention, {"min_len": 500}, stride=1, threshold=0.3, block_size=2, norm=0.5),
+    both(SkipSoftmax, {"scale": 0.0}, scale=7.0, tile=2),
+    both(SkipSoftmax, {"min_len": 500}, scale=50.0, tile=4, min_len=9),
     both(FlexPrefill, {"gamma": 1.0}, gamma=0.6, tau=0.0, min_budget=1, block_size=2),
     both(FlexPrefill, {"min_budget": 500}, gamma=0.4, tau=0.8, min_budget=3, max_budget=6, block_size=2),
     both(
