@@ -9,10 +9,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpress.errors import PolicyError
+from kvpress.kernels.antidiagonal_mass import antidiagonal_mass as block_mass
 from kvpress.policy import Pattern, PrefillPolicy, View, check_block_size, check_count, check_finite, check_share
-
-# Scores of one tile of cells, in numbers.
-TILE_SCORES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,51 +114,11 @@ class XAttention(PrefillPolicy):
         return list(self.threshold[layer])
 
 
-def block_mass(query: Tensor, keys: Tensor, *, scale: float, stride: int, block_size: int) -> Tensor:
-    """How much attention blocks of rows give blocks of entries, by the antidiagonals of cells.
-
-    Args:
-        query: [batch, heads, rows, head_dim], those of the last entries.
-        keys: [batch, kv_heads, n, head_dim].
-        scale: factor on q.k.
-        stride, block_size: sides of a cell and of a block.
-
-    Returns:
-        float32 [batch, heads, row blocks, blocks]: the row blocks are the last of the blocks, those that hold rows. 0 for a
-        block after that of the rows. A row block's sum is the number of its cells that hold rows.
-    """
-    batch, heads, rows, _ = query.shape
-    kv_heads, n = keys.shape[1:3]
-    past, blocks, cells = n - rows, -(-n // block_size), block_size // stride
-    first = past // block_size
-    before, after = past - first * block_size, blocks * block_size - n
-    dtype = torch.float32 if query.device.type == "cpu" else query.dtype
-    # A cell of entries side by side, and one of rows in the opposite order: their product is the sum over the antidiagonal.
-    key_cells = functional.pad(keys, (0, 0, 0, after)).unflatten(2, (-1, stride)).flatten(3)
-    row_cells = functional.pad(query, (0, 0, before, after)).unflatten(2, (-1, stride)).flip(3).flatten(3)
-    row_cells = row_cells.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, cells, stride * head_dim]
-    key_cells = key_cells.to(dtype).transpose(2, 3)
-    place = torch.arange(blocks * cells, device=query.device)
-    has_rows = ((place + 1) * stride > past) & (place * stride < n)
-    mass = query.new_zeros(batch, heads, blocks - first, blocks, dtype=torch.float32)
-    step = max(1, TILE_SCORES // (batch * heads * cells * blocks * cells))
-    for start in range(first, blocks, step):
-        stop = min(blocks, start + step)
-        at, seen = slice(start * cells, stop * cells), stop * cells
-        tile = row_cells[..., at.start - first * cells : at.stop - first * cells, :].to(dtype) * (scale / stride)
-        scores = (tile.flatten(2, 3) @ key_cells[..., :seen]).float().view(batch, heads, at.stop - at.start, seen)
-        weights = scores.masked_fill_(place[:seen] > place[at, None], float("-inf")).softmax(dim=-1)
-        weights *= has_rows[at, None]
-        blockwise = weights.unflatten(3, (-1, cells)).unflatten(2, (-1, cells)).sum(dim=(3, 5))
-        mass[:, :, start - first : stop - first, :stop] = blockwise
-    return mass
-
-
 def best_blocks(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The first block, that of the rows, and the best of the others until the threshold's share of the mass is reached.
 
     Args:
-        mass: float32 [batch, heads, row blocks, blocks], as `block_mass` gives it.
+        mass: float32 [batch, heads, row blocks, blocks], as `antidiagonal_mass` gives it.
         thresholds: shares, one for each head.
 
     Returns:

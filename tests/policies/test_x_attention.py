@@ -86,7 +86,7 @@ def test_stride_one_is_the_attention_itself():
 @pytest.mark.parametrize("tile", [1, 1 << 24])
 def test_estimate_is_the_oracles(n, rows, tile, monkeypatch):
     """Also where rows and entries end, or rows begin, inside of a cell; in tiles and whole."""
-    monkeypatch.setattr("kvpress.policies.x_attention.TILE_SCORES", tile)
+    monkeypatch.setattr("kvpress.kernels.antidiagonal_mass.TILE_SCORES", tile)
     query, keys = torch.randn(2, 2, 4, n, 6, generator=torch.Generator().manual_seed(n))
     query, keys = query[:, :, n - rows :], keys[:, :2]
     mass = block_mass(query, keys, scale=0.7, stride=4, block_size=8)

@@ -232,6 +232,14 @@ def mass(head_dim: int, dtype: torch.dtype, group: int, rows: int, full: bool, n
     )
 
 
+def antidiagonals(head_dim: int, dtype: torch.dtype, group: int, stride: int, rows: int, n: int = 4096) -> None:
+    """The estimate of XAttention, of a prompt's last rows."""
+    query = torch.empty(1, KV_HEADS * group, rows, head_dim, dtype=dtype)
+    gpu("antidiagonal_mass").antidiagonal_mass(
+        query, cache(head_dim, dtype, n)[0], scale=0.1, stride=stride, block_size=128
+    )
+
+
 def sparse(head_dim: int, dtype: torch.dtype, group: int, block_size: int, full: bool, n: int = 4096) -> None:
     """A chunk of a prompt over blocks, or over blocks, columns and diagonals."""
     heads, rows = KV_HEADS * group, n // 2
@@ -369,6 +377,17 @@ def mass_calls() -> Iterator[Callable[[], None]]:
     yield partial(mass, 128, FP16, 4, 2048, False)
 
 
+def antidiagonal_calls() -> Iterator[Callable[[], None]]:
+    for head_dim, dtype in product((64, 80, 128, 256), (FP32, BF16)):
+        yield partial(antidiagonals, head_dim, dtype, 4, 16, 2048)
+    for stride, dtype in ((1, FP32), (1, BF16), (8, BF16), (128, FP32), (128, BF16)):
+        yield partial(antidiagonals, 128, dtype, 4, stride, 4096)
+    yield partial(antidiagonals, 128, FP16, 4, 16, 2048)
+    # Few rows: tiles of fewer cells.
+    for head_dim, dtype, group in product((80, 128), (FP32, BF16), (1, 4, 8)):
+        yield partial(antidiagonals, head_dim, dtype, group, 16, 16)
+
+
 def sparse_calls() -> Iterator[Callable[[], None]]:
     for head_dim, dtype, block_size in product((64, 128, 256), (FP32, BF16), (64, 128)):
         yield partial(sparse, head_dim, dtype, 4, block_size, head_dim == 128)
@@ -380,6 +399,7 @@ def sparse_calls() -> Iterator[Callable[[], None]]:
 
 
 CALLS: dict[str, list[Callable[[], None]]] = {
+    "antidiagonal_mass": list(antidiagonal_calls()),
     "attention_mass": list(mass_calls()),
     "block_sparse_attention": list(sparse_calls()),
     "decode_attention": list(decode_calls()),

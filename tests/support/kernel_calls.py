@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvpress.kernels.antidiagonal_mass import antidiagonal_mass
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.compact_slots import compact_slots
@@ -87,6 +88,10 @@ def merged(key, value, backend):
 LINEAR = {
     "evict_slot": lambda q, k, v, b: evict_slot(
         k[..., 0], k[..., 0].int(), places(k)[0, -1:], places(k)[0, :1], backend=b
+    ),
+    # Of one block of rows: the result has a number for each pair of blocks.
+    "antidiagonal_mass": lambda q, k, v, b: antidiagonal_mass(
+        q[:, :, -16:], k, scale=0.1, stride=4, block_size=16, backend=b
     ),
     "attention_mass": lambda q, k, v, b: attention_mass(q, places(q), k, None, scale=0.1, backend=b),
     "block_sparse_attention": lambda q, k, v, b: block_sparse_attention(
