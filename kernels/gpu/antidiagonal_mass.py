@@ -29,8 +29,11 @@ class Config(NamedTuple):
 
 
 @planned
-def config(packed: int, head_dim: int, itemsize: int, device: torch.device) -> Config:
-    """Settings of both kernels from shapes; no more cells of rows per tile than there are, and 16 for `tl.dot`."""
+def config(packed: int, cells: int, head_dim: int, itemsize: int, device: torch.device) -> Config:
+    """Settings of both kernels from shapes; no more cells of rows per tile than there are, and 16 for `tl.dot`.
+
+    Where a cell is a block, a tile has as many sums as scores: it is half as wide.
+    """
     half = itemsize == 2
     chosen = launch_shape(
         "antidiagonal_mass",
@@ -46,7 +49,8 @@ def config(packed: int, head_dim: int, itemsize: int, device: torch.device) -> C
     block_m = max(16, min(chosen["block_m"], power_of_two(packed)))
     block_d = max(16, min(chosen["block_d"], power_of_two(head_dim)))
     num_warps = chosen["num_warps"] if block_m >= 64 else min(4, chosen["num_warps"])
-    return Config(block_m, chosen["block_n"], block_d, num_warps, chosen["num_stages"])
+    block_n = chosen["block_n"] if cells > 1 else min(64, chosen["block_n"])
+    return Config(block_m, block_n, block_d, num_warps, chosen["num_stages"])
 
 
 def split_count(cells: int, programs: int, device: torch.device) -> int:
@@ -255,7 +259,7 @@ def antidiagonal_mass(
         return mass
     query, keys = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, keys))
     packed = row_blocks * group * cells
-    chosen = config(packed, head_dim, query.element_size(), query.device)
+    chosen = config(packed, cells, head_dim, query.element_size(), query.device)
     tiles = cdiv(packed, chosen.block_m)
     if splits is None:
         splits = split_count(cdiv(n, stride), tiles * batch * kv_heads, query.device)

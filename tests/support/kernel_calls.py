@@ -20,6 +20,7 @@ from kvpress.kernels.rope_shift import rope_shift
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
 from kvpress.kernels.union_select import union_select
+from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
 from kvpress.kernels.write_slot import write_slot
 
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64  # SmolLM2 135M
@@ -113,6 +114,7 @@ LINEAR = {
     "rope_shift": lambda q, k, v, b: rope_shift(k, places(k), torch.rand(4), backend=b),
     "soft_vote": lambda q, k, v, b: soft_vote(q[:, :, :2], k, scale=0.1, backend=b),
     "topk_select": lambda q, k, v, b: topk_select(k[..., 0], quarter(k)[..., 1], k.shape[2] // 4, backend=b),
+    "vertical_slash_mass": lambda q, k, v, b: vertical_slash_mass(q[:, :, -16:], k, scale=0.1, backend=b),
     "write_slot": lambda q, k, v, b: write_slot(
         k.clone(),
         v.clone(),
