@@ -10,7 +10,17 @@ from torch.nn import functional
 
 from kvpress.errors import PolicyError
 from kvpress.kernels.antidiagonal_mass import antidiagonal_mass as block_mass
-from kvpress.policy import Pattern, PrefillPolicy, View, check_block_size, check_count, check_finite, check_share
+from kvpress.policy import (
+    Pattern,
+    PrefillPolicy,
+    View,
+    check_block_size,
+    check_count,
+    check_finite,
+    check_share,
+    on_device,
+    without_waiting,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +44,7 @@ class XAttention(PrefillPolicy):
     - In a padded batch each sequence is planned alone. The authors have batches of one.
     - Behind an eviction policy blocks are runs of the entries that are kept, which differ between kv heads.
     - Soft-capping and attention sinks act in the attention, not in the estimate (the authors' models have neither).
-    - q.k of the cells is in the model's dtype on a GPU, float32 on a CPU; softmax and sums are float32 (authors: model's dtype).
+    - q.k of the cells, softmax and sums are float32 (authors: model's dtype); without Triton a GPU has q.k in the model's dtype.
     - Per-head thresholds are taken as they are given; the authors' search for them, and their tables, are not here.
     - A pass without a cache is exact attention, as under every policy.
 
@@ -122,7 +132,7 @@ def best_blocks(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
         thresholds: shares, one for each head.
 
     Returns:
-        int64 [batch, heads, row blocks, m], -1 behind the last one chosen.
+        int64 [batch, heads, row blocks, m], -1 behind the last one chosen; m as in `listed_blocks`.
     """
     rows, blocks = mass.shape[2:]
     place = torch.arange(blocks, device=mass.device)
@@ -130,7 +140,7 @@ def best_blocks(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
     ranked = mass.masked_fill((place == 0) | (place == own), float("inf")).masked_fill_(place > own, float("-inf"))
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     reached = functional.pad(mass.gather(-1, order).cumsum(-1), (1, -1))  # by those before
-    share = torch.tensor(thresholds, device=mass.device).view(-1, 1, 1)
+    share = on_device(thresholds, torch.float32, mass.device).view(-1, 1, 1)
     wanted = (reached < share * mass.sum(-1, keepdim=True)) | (share >= 1)
     wanted = (wanted & (order <= own)) | (order == 0) | (order == own)
-    return order.masked_fill_(~wanted, -1)[..., : int(wanted.sum(-1).max())]
+    return order.masked_fill_(~wanted, -1)[..., : without_waiting(wanted.sum(-1).max(), blocks)]
