@@ -450,9 +450,9 @@ class Pattern:
         return {"block_size": self.block_size, "key_block_size": self.key_block_size}
 
 
-def without_waiting(number: Tensor, otherwise: int) -> int:
-    """A number in a tensor [] that is good to know; on a device, where the host would have to wait for it, what serves as well."""
-    return int(number) if number.device.type == "cpu" else otherwise
+def host_has(tensor: Tensor) -> bool:
+    """Whether the host has the numbers of a tensor: on a device it would have to wait for them."""
+    return tensor.device.type == "cpu"
 
 
 def on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -471,7 +471,7 @@ def listed_blocks(reads: Tensor) -> Tensor:
         int64 [batch, heads, row blocks, m], ascending with -1 behind the last one. m is that of the longest list on a CPU, and
         all blocks on a device.
     """
-    width = without_waiting(reads.sum(-1).max(), reads.shape[3])
+    width = int(reads.sum(-1).max()) if host_has(reads) else reads.shape[3]
     index, member = union_select(reads.flatten(0, 1), reads.shape[2], width=max(1, width))
     return index.masked_fill_(~member, -1)[..., :width].unflatten(0, reads.shape[:2])
 

@@ -18,8 +18,8 @@ from kvpress.policy import (
     check_block_size,
     check_count,
     check_share,
+    host_has,
     listed_blocks,
-    without_waiting,
 )
 
 
@@ -114,7 +114,7 @@ class FlexPrefill(PrefillPolicy):
         wanted = [count.clamp(least, most).masked_fill_(query_aware, least) for count in wanted]
         first = (n - rows) // size  # the block of the first row
         reads = vertical_slash(best(columns, wanted[0]), best(diagonals, wanted[1]), first)
-        if self.tau > 0 and without_waiting(query_aware.any(), True):
+        if self.tau > 0 and (not host_has(query_aware) or query_aware.any()):
             scores = block_scores(block_means(view.query, n - rows, size), key_means) * view.scale
             reads |= best_pairs(scores, self.gamma) & query_aware[..., None, None]
         return Pattern(blocks=listed_blocks(reads), block_size=size)

@@ -18,8 +18,8 @@ from kvpress.policy import (
     check_count,
     check_finite,
     check_share,
+    host_has,
     on_device,
-    without_waiting,
 )
 
 
@@ -143,4 +143,5 @@ def best_blocks(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
     share = on_device(thresholds, torch.float32, mass.device).view(-1, 1, 1)
     wanted = (reached < share * mass.sum(-1, keepdim=True)) | (share >= 1)
     wanted = (wanted & (order <= own)) | (order == 0) | (order == own)
-    return order.masked_fill_(~wanted, -1)[..., : without_waiting(wanted.sum(-1).max(), blocks)]
+    width = int(wanted.sum(-1).max()) if host_has(wanted) else blocks
+    return order.masked_fill_(~wanted, -1)[..., :width]
