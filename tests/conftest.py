@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from support.pairwise import Pairwise
+from support.pairwise import Pairwise, axes_of, by_test, choose
 
 # Before anything imports Triton (transformers does): without a CUDA device its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -51,19 +51,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests in VERSIONS; of one that runs over the cases of tests/support/matrix.py, one case of each policy."""
+    """Mark the tests in VERSIONS; of one that runs over the cases of tests/support/matrix.py, those that together play every
+    role in every way. A policy meets transformers through its roles only, so its name need not be covered."""
     files = {Path(__file__).parent / file for file in VERSIONS}
-    seen = set()
-    for item in items:
-        if item.path not in files:
-            continue
-        call = getattr(item, "callspec", None)
-        others = dict(call.params) if call else {}
-        case = others.pop("case", None)
-        test = (item.path, item.originalname, case.policy.name, str(others)) if case else item.nodeid
-        if test not in seen:
-            item.add_marker(pytest.mark.versions)
-        seen.add(test)
+    for same in by_test([item for item in items if item.path in files]):
+        for at in choose([axes_of(item, by_name=False)[0] for item in same]):
+            same[at].add_marker(pytest.mark.versions)
 
 
 def versions() -> str:

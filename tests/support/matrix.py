@@ -68,15 +68,20 @@ class Case:
 
     @property
     def traits(self) -> set[Any]:
-        """What tests over several cases have to meet: the policy, and how it plays each of its roles (support/pairwise.py)."""
+        """How the policy plays each of its roles, which tests over several cases have to meet (support/pairwise.py)."""
         policy = self.policy
-        traits = {policy.name, *policy.roles, ("heads", policy.heads), ("places", type(policy.places).__name__)}
+        traits = {*policy.roles, ("heads", policy.heads), ("places", type(policy.places).__name__)}
         traits.add(("exact prompts", policy.leaves_prompts_exact))
         if isinstance(policy, EvictionPolicy):
             how_often = {None: "never", 1: "each step"}.get(policy.evict_every, "every few steps")
             traits |= {("decode", how_often), ("merges", policy.merges), ("share", policy.keeps_a_share)}
             traits.add(("evict", policy.evict, type(policy.observes).__name__))
         return traits
+
+    @property
+    def named_traits(self) -> set[Any]:
+        """And which policy it is."""
+        return self.traits | {self.policy.name}
 
 
 def both(policy: type[Policy], roomy: dict[str, Any], **fields: Any) -> Case:

@@ -42,28 +42,30 @@ def test_combinations_that_do_not_exist_are_not_missed():
 
 
 def test_a_situation_meets_every_trait():
-    chosen = choose([[frozenset(case.traits)] for case in CASES])
+    chosen = choose([[frozenset(case.named_traits)] for case in CASES])
     assert len(chosen) < len(CASES) / 2
-    assert set().union(*(CASES[at].traits for at in chosen)) == set().union(*(case.traits for case in CASES))
+    assert set().union(*(CASES[at].named_traits for at in chosen)) == set().union(
+        *(case.named_traits for case in CASES)
+    )
     assert {CASES[at].policy.name for at in chosen} == {case.policy.name for case in CASES}
 
 
 def test_with_a_second_axis_every_trait_meets_every_value():
-    items = [[frozenset(case.traits), frozenset([side])] for case in CASES for side in ("left", "right")]
+    items = [[frozenset(case.named_traits), frozenset([side])] for case in CASES for side in ("left", "right")]
     chosen = [items[at] for at in choose(items)]
     for side in ("left", "right"):
         met = set().union(*(traits for traits, value in chosen if side in value))
-        assert met == set().union(*(case.traits for case in CASES))
+        assert met == set().union(*(case.named_traits for case in CASES))
 
 
 def test_cases_take_turns():
     """Situation after situation the cases that ran least come first, so that none stays out."""
-    used, items, names = Counter(), [[frozenset(case.traits)] for case in CASES], [case.id for case in CASES]
+    used, items, names = Counter(), [[frozenset(case.named_traits)] for case in CASES], [case.id for case in CASES]
     for _ in range(27):
         choose(items, used, names)
     assert min(used[name] for name in names) >= 3, used
 
 
 def test_the_same_every_time():
-    items = [[frozenset(case.traits)] for case in CASES]
+    items = [[frozenset(case.named_traits)] for case in CASES]
     assert choose(items) == choose(items)
