@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvpress.kernels.backend import Backend, use_triton
+from kvpress.kernels.exponentials import exp_
 from kvpress.kernels.gumbel_noise import gumbel_noise, gumbel_noise_in_order
 
 # Scores of one tile of rows, in float32 numbers (16 MiB).
@@ -152,7 +153,7 @@ def attention_mass(
             scores = scores.masked_fill_(hidden[:, :, None], lowest)
         if lse is not None:
             row_lse = lse[:, :, start : start + count].reshape(batch, kv_heads, group, count, 1)
-            weights = scores.sub_(row_lse).exp_()
+            weights = exp_(scores.sub_(row_lse))
         elif sinks is not None:
             column = sinks.float().view(1, kv_heads, group, 1, 1).expand(batch, -1, -1, count, 1)
             weights = torch.cat((scores, column), dim=-1).softmax(dim=-1)[..., :seen]

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvpress.kernels.exponentials import exp_, softmax_
+
 # Numbers of K that are copied side by side at a time (4 MiB in float32).
 TILE_NUMBERS = 1 << 20
 # Marks of entries that are made at a time, one for each list, query block and entry.
@@ -281,13 +283,13 @@ def attend_lists(
     for start, stop in _stretches(lists, query_blocks, len(parts)):
         of_stretch = slice(start, stop)
         some = parts[:, of_stretch]
-        found, found_lse = _edge(some, key, value, lists, kv_row, start, stop, scale, softcap)
+        found, found_lse = _edge(some, key, value, lists, kv_row, start, stop, scale, softcap, flash)
         pairs = _before(some, tables, lists, kv_row, start, stop, scale, softcap, flash)
         found, found_lse = found.flatten(0, 1), found_lse.flatten(0, 1)
         for which, part, part_lse in pairs:
             before = found_lse[which]
             both = torch.logaddexp(before, part_lse)
-            found[which] = found[which] * (before - both).exp_()[..., None] + part * (part_lse - both).exp_()[..., None]
+            found[which] = found[which] * exp_(before - both)[..., None] + part * exp_(part_lse - both)[..., None]
             found_lse[which] = both
         output[:, of_stretch], lse[:, of_stretch] = (
             found.view_as(output[:, of_stretch]),
@@ -299,7 +301,7 @@ def attend_lists(
     lse = lse.view(batch, count, query_blocks, -1, block_size).transpose(2, 3).reshape(batch, heads, -1)[:, :, :rows]
     if sinks is not None:
         both = torch.logaddexp(lse, sinks.float()[None, :, None])
-        output, lse = output * (lse - both).exp_()[..., None], both
+        output, lse = output * exp_(lse - both)[..., None], both
     return output.to(query.dtype), lse.contiguous()
 
 
@@ -458,6 +460,7 @@ def _edge(
     stop: int,
     scale: float,
     softcap: float | None,
+    flash: bool,
 ) -> tuple[Tensor, Tensor]:
     """Attention of query blocks to the entries from the key block of their first row on.
 
@@ -469,32 +472,50 @@ def _edge(
     """
     output = parts.new_empty(*parts.shape[:-1], value.shape[-1], dtype=torch.float32)
     lse = output.new_empty(parts.shape[:-1])
-    for some, entries, visible in _edges(parts, lists, start, stop):
-        keys, values = (x.flatten(0, 1)[kv_row[:, None, None], entries][:, :, None] for x in (key, value))
+    causal = torch.ones(lists.block_size, lists.block_size, dtype=torch.bool, device=parts.device).tril()
+    for some, first, visible in _edges(parts, lists, start, stop):
+        rows, (keys, values) = parts[:, some], (_side_by_side(x, kv_row, first, visible) for x in (key, value))
+        if flash and visible.shape[-1] == lists.block_size and bool((visible == causal).all()):  # no mask is needed
+            keys, values = (x.flatten(0, 1)[:, None].expand(-1, rows.shape[2], -1, -1) for x in (keys, values))
+            found, found_lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows.flatten(0, 1), keys, values, 0.0, True, scale=scale
+            )
+            output[:, some], lse[:, some] = (x.unflatten(0, rows.shape[:2]) for x in (found, found_lse))
+            continue
         # What no row reads adds nothing, not even NaN.
-        values = values.masked_fill(~visible.any(2)[:, :, None, :, None], 0.0)
-        output[:, some], lse[:, some] = _attend(parts[:, some], keys, values, visible[:, :, None], scale, softcap)
+        values = values.masked_fill(~visible.any(2)[..., None], 0.0)
+        output[:, some], lse[:, some] = _attend(
+            rows, keys[:, :, None], values[:, :, None], visible[:, :, None], scale, softcap
+        )
     return output, lse
 
 
-def _edges(parts: Tensor, lists: _Lists, start: int, stop: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+def _edges(parts: Tensor, lists: _Lists, start: int, stop: int) -> Iterator[tuple[slice, int, Tensor]]:
     """The entries from the key block of a query block's first row on, some query blocks at a time.
 
     Yields:
-        which query blocks they are; int64 [query blocks, width], the entries; and whether rows read them, bool
-        [lists, query blocks, block_size, width].
+        which query blocks they are; the first entry of the first one, each next one's is a block later; and whether rows
+        read them, bool [lists, query blocks, block_size, width], some of which are after the last entry.
     """
     size, device = lists.block_size, parts.device
     firsts = lists.past + torch.arange(start, stop, device=device)[:, None] * size
     width = size if lists.past % size == 0 else 2 * size
     entries = firsts // size * size + torch.arange(width, device=device)
     at = (firsts + torch.arange(size, device=device)).clamp_(max=lists.n - 1)  # rows beyond the last repeat it
-    inside = entries.clamp(max=lists.n - 1)
     step = max(1, TILE_NUMBERS // (len(parts) * width * max(parts.shape[-1], parts.shape[2] * size)))
     for begin in range(0, stop - start, step):
         some = slice(begin, begin + step)
         visible = lists.at_edge(start + begin, min(stop, start + begin + step), entries[some], at[some])
-        yield some, inside[some], visible
+        yield some, (lists.past // size + start + begin) * size, visible
+
+
+def _side_by_side(x: Tensor, kv_row: Tensor, first: int, visible: Tensor) -> Tensor:
+    """Of K or V the entries that `_edges` means: [lists, query blocks, width, head_dim]. Those after the last are zeros."""
+    query_blocks, size, width = visible.shape[1:]
+    last = first + (query_blocks - 1) * size + width
+    some = x.flatten(0, 1)[:, first:last]
+    some = functional.pad(some, (0, 0, 0, last - first - some.shape[1])).index_select(0, kv_row)
+    return some.unfold(1, width, size).transpose(2, 3)
 
 
 def mass_of_lists(
@@ -521,10 +542,12 @@ def mass_of_lists(
     numbers = max(parts.shape[-1], parts.shape[2] * block_size)
     for start, stop in _stretches(lists, parts.shape[1], len(parts)):
         some, limit = parts[:, start:stop], limits[:, start:stop]
-        for which, entries, visible in _edges(some, lists, start, stop):
-            keys = key.flatten(0, 1)[kv_row[:, None, None], entries][:, :, None]
+        for which, first, visible in _edges(some, lists, start, stop):
+            keys = _side_by_side(key, kv_row, first, visible)[:, :, None]
             given = _given(some[:, which], keys, limit[:, which], visible[:, :, None], scale, softcap)
-            _add(mass, kv_row[:, None, None] * n + entries, given)
+            places = torch.arange(visible.shape[1], device=key.device)[:, None] * block_size
+            entries = first + places + torch.arange(visible.shape[3], device=key.device)
+            _add(mass, kv_row[:, None, None] * n + entries.clamp(max=n - 1), given)
         rows_of, limit_of = some.flatten(0, 1), limit.flatten(0, 1)
         for pairs, taken, seen in _calls(lists, len(parts), start, stop, numbers):
             keys = _taken(table, lists, kv_row, pairs, taken, stop - start)
@@ -538,7 +561,7 @@ def _given(
     rows: Tensor, keys: Tensor, lse: Tensor, visible: Tensor | None, scale: float, softcap: float | None
 ) -> Tensor:
     """What rows [..., heads, q, head_dim] with lse [..., heads, q] give entries [..., 1, m, head_dim]: [..., m]."""
-    weights = (_scores(rows, keys, visible, scale, softcap) - lse[..., None]).exp_()
+    weights = exp_(_scores(rows, keys, visible, scale, softcap) - lse[..., None])
     return weights.sum(dim=(-3, -2))
 
 
@@ -569,7 +592,5 @@ def _attend(
         keys, values: [..., 1, m, head_dim].
         visible: bool, broadcast to [..., heads, q, m]; None for all.
     """
-    scores = _scores(rows, keys, visible, scale, softcap)
-    lse = scores.logsumexp(dim=-1)
-    weights = scores.sub_(lse.masked_fill(lse == float("-inf"), 0.0)[..., None]).exp_()
+    weights, lse = softmax_(_scores(rows, keys, visible, scale, softcap))
     return torch.matmul(weights, values.float()), lse

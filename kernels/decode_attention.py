@@ -10,6 +10,7 @@ from torch import Tensor
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.backend import Backend, threads, use_triton
 from kvpress.kernels.decode_scores import Moved, decode_scores, marked, nested
+from kvpress.kernels.exponentials import logsumexp
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.gumbel_noise import gumbel_noise
 
@@ -185,7 +186,7 @@ def decode_attention(
         observed = weights if observed is None else observed
         mass = observed.reshape(batch, heads, slots) if per_head else observed.sum(2)
     if with_lse:
-        lse = scores.logsumexp(dim=-1).view(batch, heads)
+        lse = logsumexp(scores).view(batch, heads)
         lse = lse.masked_fill(lse <= torch.finfo(torch.float32).min, float("-inf"))
     return output.view(batch, heads, 1, head_dim), mass, lse
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from kvpress.kernels.backend import Backend, use_triton
 from kvpress.kernels.decode_attention import decode_attention_reference
 from kvpress.kernels.decode_scores import TILE_KEYS
+from kvpress.kernels.exponentials import exp_
 
 
 def paged_attention_reference(
@@ -143,7 +144,7 @@ def paged_attention(
     if sinks is not None:
         column = sinks.float().view(1, kv_heads, group).expand(batch, -1, -1).reshape_as(top)
         top = torch.maximum(top, column)
-    weights = scores.sub_(top.index_select(0, row)[..., None]).exp_()
+    weights = exp_(scores.sub_(top.index_select(0, row)[..., None]))
     total = torch.zeros_like(top).index_add_(0, row, weights.sum(-1))
     if sinks is not None:
         total += (column - top).exp()

@@ -20,6 +20,7 @@ from torch.nn import functional
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.backend import use_flash_attn, use_torch_flash
 from kvpress.kernels.decode_scores import Moved, marked, nested
+from kvpress.kernels.exponentials import logsumexp
 
 # Scores of one tile of query rows, in float32 numbers: 4 Mi numbers are 16 MiB, near the size of a last-level cache.
 TILE_SCORES = 1 << 22
@@ -286,7 +287,7 @@ def _in_tiles(
             scores = torch.cat((scores, tile_column), dim=-1)
         weights = scores.softmax(dim=-1)[..., :seen]
         if lse is not None:
-            lse[:, :, start:stop] = scores.logsumexp(dim=-1)
+            lse[:, :, start:stop] = logsumexp(scores)
         mass[:, :seen] += weights.sum(dim=(1, 2))
         tile_weights = weights.to(values.dtype).flatten(1, 2)
         tile_output = torch.bmm(tile_weights, values[:, :seen]).view(batch, kv_heads, group, stop - start, -1)
