@@ -10,7 +10,9 @@ from kvpress.kernels.backend import Backend, use_triton
 TILE_SCORES = 1 << 24
 
 
-def antidiagonal_mass_reference(query: Tensor, keys: Tensor, *, scale: float, stride: int, block_size: int) -> Tensor:
+def antidiagonal_mass_reference(
+    query: Tensor, keys: Tensor, *, scale: float, stride: int, block_size: int, softcap: float | None = None
+) -> Tensor:
     """The definition of `antidiagonal_mass`: one product of a row and an entry at a time."""
     batch, heads, rows, _ = query.shape
     kv_heads, n = keys.shape[1:3]
@@ -27,13 +29,23 @@ def antidiagonal_mass_reference(query: Tensor, keys: Tensor, *, scale: float, st
                         if 0 <= row < rows and entry < n:
                             key = keys[b, head * kv_heads // heads, entry].float()
                             scores[other] += query[b, head, row].float() @ key
-                for other, weight in enumerate((scores * scale / stride).softmax(-1)):
+                scores *= scale / stride
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                for other, weight in enumerate(scores.softmax(-1)):
                     mass[b, head, cell * stride // block_size - first, other * stride // block_size] += weight
     return mass
 
 
 def antidiagonal_mass(
-    query: Tensor, keys: Tensor, *, scale: float, stride: int, block_size: int, backend: Backend = "auto"
+    query: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    stride: int,
+    block_size: int,
+    softcap: float | None = None,
+    backend: Backend = "auto",
 ) -> Tensor:
     """How much attention blocks of rows give blocks of entries, by the antidiagonals of cells.
 
@@ -46,6 +58,7 @@ def antidiagonal_mass(
         keys: [batch, kv_heads, n, head_dim]; K is not repeated.
         scale: factor on q.k.
         stride, block_size: sides of a cell and of a block, in entries: powers of two, the first at most the second.
+        softcap: s -> softcap * tanh(s / softcap) on the scores of cells.
         backend: "triton" and "auto" on CUDA run the Triton kernels: products are exact, sums float32, no scores are stored. The
             torch path multiplies in the dtype of `query` on a GPU, in float32 on a CPU.
 
@@ -59,7 +72,7 @@ def antidiagonal_mass(
     if use_triton(backend, query) and query.dtype != torch.float64:
         from kvpress.kernels.gpu import antidiagonal_mass as gpu
 
-        return gpu.antidiagonal_mass(query, keys, scale=scale, stride=stride, block_size=block_size)
+        return gpu.antidiagonal_mass(query, keys, scale=scale, stride=stride, block_size=block_size, softcap=softcap)
     batch, heads, rows, _ = query.shape
     kv_heads, n = keys.shape[1:3]
     past, blocks, cells = n - rows, -(-n // block_size), block_size // stride
@@ -80,6 +93,8 @@ def antidiagonal_mass(
         at, seen = slice(start * cells, stop * cells), stop * cells
         tile = row_cells[..., at.start - first * cells : at.stop - first * cells, :].to(dtype) * (scale / stride)
         scores = (tile.flatten(2, 3) @ key_cells[..., :seen]).float().view(batch, heads, at.stop - at.start, seen)
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
         weights = scores.masked_fill_(place[:seen] > place[at, None], float("-inf")).softmax(dim=-1)
         weights *= has_rows[at, None]
         blockwise = weights.unflatten(3, (-1, cells)).unflatten(2, (-1, cells)).sum(dim=(3, 5))

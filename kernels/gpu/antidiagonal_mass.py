@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvpress.kernels.gpu.decode_attention import capped
 from kvpress.kernels.gpu.launch import cdiv, launch, multiprocessors, power_of_two
 from kvpress.kernels.launch_shapes import launch_shape, planned
 
@@ -109,6 +110,7 @@ def lse_kernel(
     p_key,
     p_lse,
     scale,
+    softcap,
     rows,
     n,
     row_blocks,
@@ -155,7 +157,7 @@ def lse_kernel(
             stride_qh, stride_qr, stride_kn, STRIDE, HEAD_DIM, BLOCK_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         m_seen = (o_n < last)[None, :] & (o_n[None, :] <= b_cell[:, None])
-        b_scores = tl.where(m_seen, b_scores * scale, float("-inf"))
+        b_scores = tl.where(m_seen, capped(b_scores * scale, softcap), float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_scores, axis=1))
         b_shift = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: no NaN from -inf - -inf
         b_sum = b_sum * tl.exp(b_max - b_shift) + tl.sum(tl.exp(b_scores - b_shift[:, None]), axis=1)
@@ -171,6 +173,7 @@ def mass_kernel(
     p_lse,
     p_mass,
     scale,
+    softcap,
     rows,
     n,
     row_blocks,
@@ -231,7 +234,7 @@ def mass_kernel(
         b_lse = tl.load(p_lse + b_pair.to(tl.int64) * CELLS + b_place, mask=m_pair, other=0.0)
         m_real = m_pair & ((b_cell + 1) * STRIDE > past) & (b_cell * STRIDE < n)  # has rows
         m_seen = m_real[:, None] & (b_other[None, :] <= b_cell[:, None])
-        b_weights = tl.where(m_seen, tl.exp(b_scores * scale - b_lse[:, None]), 0.0)
+        b_weights = tl.where(m_seen, tl.exp(capped(b_scores * scale, softcap) - b_lse[:, None]), 0.0)
         b_mass += tl.sum(tl.sum(tl.reshape(b_weights, (PAIRS, ROW_CELLS, BLOCKS, KEY_CELLS)), axis=3), axis=1)
 
     # [PAIRS], [BLOCKS]
@@ -242,7 +245,14 @@ def mass_kernel(
 
 
 def antidiagonal_mass(
-    query: Tensor, keys: Tensor, *, scale: float, stride: int, block_size: int, splits: int | None = None
+    query: Tensor,
+    keys: Tensor,
+    *,
+    scale: float,
+    stride: int,
+    block_size: int,
+    softcap: float | None,
+    splits: int | None = None,
 ) -> Tensor:
     """As `kvpress.kernels.antidiagonal_mass.antidiagonal_mass`.
 
@@ -284,6 +294,7 @@ def antidiagonal_mass(
         keys,
         parts,
         scale / stride,
+        softcap,
         rows,
         n,
         row_blocks,
@@ -304,6 +315,7 @@ def antidiagonal_mass(
         lse,
         mass,
         scale / stride,
+        softcap,
         rows,
         n,
         row_blocks,

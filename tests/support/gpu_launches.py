@@ -232,11 +232,19 @@ def mass(head_dim: int, dtype: torch.dtype, group: int, rows: int, full: bool, n
     )
 
 
-def antidiagonals(head_dim: int, dtype: torch.dtype, group: int, stride: int, rows: int, n: int = 4096) -> None:
+def antidiagonals(
+    head_dim: int,
+    dtype: torch.dtype,
+    group: int,
+    stride: int,
+    rows: int,
+    n: int = 4096,
+    softcap: float | None = None,
+) -> None:
     """The estimate of XAttention, of a prompt's last rows."""
     query = torch.empty(1, KV_HEADS * group, rows, head_dim, dtype=dtype)
     gpu("antidiagonal_mass").antidiagonal_mass(
-        query, cache(head_dim, dtype, n)[0], scale=0.1, stride=stride, block_size=128
+        query, cache(head_dim, dtype, n)[0], scale=0.1, stride=stride, block_size=128, softcap=softcap
     )
 
 
@@ -389,6 +397,7 @@ def antidiagonal_calls() -> Iterator[Callable[[], None]]:
     for stride, dtype in ((1, FP32), (1, BF16), (8, BF16), (128, FP32)):
         yield partial(antidiagonals, 128, dtype, 4, stride, 4096)
     yield partial(antidiagonals, 128, FP16, 4, 16, 2048)
+    yield partial(antidiagonals, 256, BF16, 4, 1, 2048, softcap=50.0)
     # Few rows: tiles of fewer cells.
     for head_dim, dtype, group in product((80, 128), (FP32, BF16), (1, 4, 8)):
         yield partial(antidiagonals, head_dim, dtype, group, 16, 16)
