@@ -57,7 +57,8 @@ def antidiagonal_mass(
         query: [batch, heads, rows, head_dim], those of the last entries; query head h reads kv head h // (heads / kv_heads).
         keys: [batch, kv_heads, n, head_dim]; K is not repeated.
         scale: factor on q.k.
-        stride, block_size: sides of a cell and of a block, in entries: powers of two, the first at most the second.
+        stride, block_size: sides of a cell and of a block, in entries: powers of two, the first at most the second; with a
+            stride of 1 it is the attention itself.
         softcap: s -> softcap * tanh(s / softcap) on the scores of cells.
         backend: "triton" and "auto" on CUDA run the Triton kernels: products are exact, sums float32, no scores are stored. The
             torch path multiplies in the dtype of `query` on a GPU, in float32 on a CPU.

@@ -160,7 +160,7 @@ def fit(model: Any, policy: Policy, prompts: Sequence[Sequence[int]]) -> Policy:
         PolicyError: the policy learns nothing, there is no prompt, or one is too short.
     """
     if not policy.learns:
-        raise PolicyError(f"{policy.name} is not fitted to a model; calibrate kascade")
+        raise PolicyError(f"{policy.name} is not fitted to a model; calibrate kascade, x_attention or skip_softmax")
     if not prompts:
         raise PolicyError("there is no prompt to calibrate on; give at least one")
     return policy.fit(_attended(model, ids) for ids in prompts)
@@ -206,6 +206,11 @@ def write_heads(path: Path, choices: Sequence[Sequence[HeadChoice]], metric: str
     layers = [
         {str(head): [*one.value, round(getattr(one, metric), 6)] for head, one in enumerate(heads)} for heads in choices
     ]
+    write_table(path, layers)
+
+
+def write_table(path: Path, layers: Sequence[Any]) -> None:
+    """Write what belongs to each layer as a JSON list, a line for each layer."""
     lines = ",\n".join(json.dumps(layer) for layer in layers)
     path.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -237,10 +238,11 @@ def calibrate(
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option(help="The YAML file to write; POLICY.yaml by default.")] = None,
 ) -> None:
-    """Choose what of a policy depends on the model (TidalDecode's, MInference's, Kascade's layers and heads).
+    """Choose what of a policy depends on the model (TidalDecode's, MInference's, Kascade's, XAttention's layers and heads).
 
     Writes a policy file. A single field is chosen by the answers to needles; what each head has of its own by the attention that
-    it loses on them; Kascade's anchors by how much of the attention of each layer they hold.
+    it loses on them; Kascade's anchors by how much of the attention of each layer they hold; XAttention's thresholds by what its
+    estimate says of the blocks that hold most of the attention.
     """
     with user_errors():
         sizes = parse_list(lengths, int, "--lengths")
@@ -255,6 +257,7 @@ def calibrate(
             fit,
             write_heads,
             write_policy,
+            write_table,
         )
         from kvpress.calibrate import calibrate as try_values
         from kvpress.evals.task import TaskError
@@ -262,6 +265,12 @@ def calibrate(
         from kvpress.evals.tasks import Needle
 
         chosen = kvpress.make_policy(policy, **fields)
+        path = out or Path(f"{chosen.name}.yaml")
+        table = path.with_suffix(".json")
+        if chosen.in_file and table == path:
+            raise UsageError(
+                f"--out {path} is where {chosen.calibrated} is written, beside the policy; give a name like {path.stem}.yaml"
+            )
         console = Console()
         loaded, tokenizer = load(model, device, dtype, console)
         values = [] if chosen.head_values or chosen.learns else calibration_values(loaded, chosen)
@@ -274,15 +283,24 @@ def calibrate(
             ]
         except TaskError as error:
             raise UsageError(str(error)) from error
-        path = out or Path(f"{chosen.name}.yaml")
         if chosen.learns:
             fitted = fit(loaded, chosen, [example.prompt for example in examples])
-            write_policy(path, fitted)
-            console.print(f"{fitted.describe()} written to {path}", highlight=False)
+            if not chosen.in_file:
+                write_policy(path, fitted)
+                console.print(f"{fitted.describe()} written to {path}", highlight=False)
+                return
+            layers = getattr(fitted, str(chosen.calibrated))
+            write_table(table, layers)
+            write_policy(path, fitted, **{str(chosen.calibrated): str(table)})
+            numbers = [number for heads in layers for number in heads]
+            console.print(
+                f"{chosen.calibrated} of {len(layers)} layers, {min(numbers):.3f} to {max(numbers):.3f}, mean "
+                f"{fmean(numbers):.3f}, written to {table}, which {path} names",
+                highlight=False,
+            )
             return
         if chosen.head_values:
             heads = calibrate_heads(loaded, chosen, [example.prompt for example in examples], metric)
-            table = path.with_suffix(".json")
             write_heads(table, heads, metric)
             write_policy(path, chosen, **{str(chosen.calibrated): str(table)})
             kinds = Counter(" ".join(map(str, one.value)) for layer in heads for one in layer)

@@ -16,6 +16,7 @@ from kvpress.compat import CACHE
 from kvpress.errors import PolicyError
 from kvpress.ids import as_lists, check_ids
 from kvpress.kernels.block_lists import listed_rows
+from kvpress.kernels.skip_attention import tile_weights
 from kvpress.layer import KVLayer
 from kvpress.observe import Scores
 from kvpress.passes import Record, recording
@@ -185,7 +186,8 @@ def _check_acts(handle: Handle, roles: Roles, tokens: int) -> None:
     if not roles.plans and not roles.evicts:
         raise PolicyError(
             f"{handle.describe()} reads all of a prompt and keeps all of it, so that there is nothing to inspect; choose a policy "
-            "that reads less of a prompt (x_attention, flex_prefill, minference, hip, kascade, token_select) or evicts (snapkv)"
+            "that reads less of a prompt (x_attention, flex_prefill, minference, hip, infinite_hip, kascade, token_select, "
+            "skip_softmax) or evicts (snapkv)"
         )
     least = _least_length(roles.prefill)
     if least > tokens and not roles.evicts:
@@ -285,15 +287,27 @@ class _Prompt(Record):
 
     def planned(self, layer: int, rows: slice, pattern: Pattern | None) -> None:
         heads, meter = len(self.query), self.meters[layer]
+        tiles = None if pattern is None or not pattern.skip else self._tiles_read(rows, pattern)
         for first, last in self._tiles(rows):
             weights, allowed = self._weights(first, last)
             reads = allowed[None]
             if pattern is not None:
-                found = _reads(pattern, first, last, rows, weights.device)
+                if tiles is None:
+                    found = _reads(pattern, first, last, rows, weights.device)
+                else:
+                    size = pattern.block_size
+                    of_rows = torch.arange(first - rows.start, last - rows.start, device=tiles.device) // size
+                    found = tiles[:, of_rows].repeat_interleave(size, dim=2)[..., :last]
                 reads = functional.pad(found, (0, weights.shape[-1] - last)) & allowed
             reads = reads.repeat_interleave(heads // len(reads), dim=0)
             at = torch.arange(first, last, device=reads.device)
             meter.add(at // self.cell, weights, reads, allowed)
+
+    def _tiles_read(self, rows: slice, pattern: Pattern) -> Tensor:
+        """Which tiles of entries each tile of rows does not skip, bool [heads, tiles of rows, tiles of entries]."""
+        query, key = self.query[None, :, rows], self.key[None, :, : rows.stop]
+        scale, softcap = self.scores.scale, self.scores.softcap
+        return tile_weights(query, key, scale=scale, tile=pattern.block_size, softcap=softcap)[0] >= pattern.skip
 
     def left(self, layer: KVLayer) -> Reads:
         """What a layer holds after the prompt, for the attention of its last rows."""

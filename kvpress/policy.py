@@ -6,11 +6,13 @@ can act together, and one may play several. A policy without a role may still sa
 (`places`); else it leaves everything exact, as `Full`. The runtime owns all state: it lives with the cache, never on the policy.
 """
 
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from hashlib import sha256
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -145,6 +147,20 @@ def check_pooling(kernel_size: Any, pooling: Any) -> None:
     check_choice(pooling, "pooling", ("avg", "max"))
     if kernel_size % 2 == 0:
         raise PolicyError(f"kernel_size={kernel_size} is even; give an odd width, as {kernel_size + 1}")
+
+
+def read_table(path: str | Path, name: str) -> Any:
+    """What is in a JSON file that a field names.
+
+    Raises:
+        PolicyError: naming the field, if the file cannot be read.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise PolicyError(f"{name}={str(path)!r} cannot be read: {error.strerror}; give a JSON file") from error
+    except ValueError as error:
+        raise PolicyError(f"{name} file {path} is no JSON ({error}); write it with `kvpress calibrate`") from error
 
 
 def entries_for(budget: Budget, tokens: int) -> int:
@@ -408,7 +424,8 @@ def selected_by_groups(view: View, reads: Tensor, most: int, scanned: float | Te
 
 @dataclass(frozen=True)
 class Pattern:
-    """What rows of a prompt read: what `blocks`, `columns`, `diagonals` and `distances` list together, or else `index`.
+    """What rows of a prompt read: what `blocks`, `columns`, `diagonals` and `distances` list together, or else `index`, or else
+    everything but what `skip` lets them leave out.
 
     Entries are numbered as in `View.keys`: the rows are the last ones. A row always reads itself, and nothing after itself.
     `kvpress.kernels.block_sparse_attention` has the definition of the lists.
@@ -427,7 +444,10 @@ class Pattern:
         key_block_size: a power of two up to `block_size`, which None stands for; on a GPU smaller ones have no kernel of their own.
         index: int64 [batch, kv_heads, k], entries in ascending order, each at most once, with those of the rows at the end.
         member: bool [batch, kv_heads, k], False where a kv head reads fewer than k of what `index` lists, whatever stands there;
-            True for the rows themselves. None when all are read. Not under `Consecutive` places.
+            True for the rows themselves. None when all are read. Under `Consecutive` places as many in each kv head.
+        skip: above 0, and nothing is listed: rows go over all entries in tiles of block_size, and leave out those in which no
+            row has a weight of at least that beside its largest one so far. `kvpress.kernels.skip_attention` has the definition.
+            Not beside an eviction policy that adds up the attention, or under `Consecutive` places.
     """
 
     blocks: Tensor | None = None
@@ -438,6 +458,7 @@ class Pattern:
     key_block_size: int | None = None
     index: Tensor | None = None
     member: Tensor | None = None
+    skip: float = 0.0
 
     @property
     def lists(self) -> dict[str, Any]:
@@ -552,6 +573,8 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
 
     calibrated: ClassVar[str | None] = None
     """The field that `kvpress calibrate` can choose for a model."""
+    in_file: ClassVar[bool] = False
+    """Whether that field may be the path of a JSON file with its value, as `kvpress calibrate` writes it then."""
 
     def calibration_values(self, layers: int) -> list[Any]:
         """What the calibrated field may be on a model with so many attention layers."""
@@ -582,6 +605,8 @@ class Policy(ABC):  # noqa: B024 (only roles have abstract methods)
 
     def fit(self, prompts: Iterable[Sequence[Attended]]) -> "Policy":
         """The policy with those fields that belong to a model, found on its prompts.
+
+        Where the calibrated field is written to a file, it is a number for each layer and head.
 
         Args:
             prompts: for each one its layers, those that the policy acts on. Each is dropped when the next one is asked for.

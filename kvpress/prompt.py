@@ -16,6 +16,7 @@ from kvpress.kernels.decode_attention import decode_attention
 from kvpress.kernels.decode_scores import Moved
 from kvpress.kernels.gather_slots import gather_both
 from kvpress.kernels.prompt_attention import prompt_attention
+from kvpress.kernels.skip_attention import skip_attention
 from kvpress.layer import KVLayer
 from kvpress.observe import Scores
 from kvpress.passes import Pass
@@ -217,6 +218,12 @@ def _planned(
             if pattern is None:
                 parts = [one[only, :, rows] for one in queries]
                 output[only, :, rows] = _attend_rows(layer, parts, scores, past + start, held, only, 0)
+            elif pattern.skip:
+                tile = pattern.block_size
+                output[only, :, rows], _, skipped = skip_attention(
+                    part, keys, values, skip=pattern.skip, tile=tile, **vars(scores)
+                )
+                layer.facts.computed = layer.facts.computed - skipped.sum(dtype=torch.float64) / part.shape[1]
             else:
                 output[only, :, rows], mass = _attend_pattern(layer, pattern, view.query, keys, values, scores)
                 if mass is not None:
@@ -280,7 +287,10 @@ def _attend_pattern(
         keys, values = gather_both(keys, values, pattern.index)
     if layer.places.turns_keys:
         assert layer.rotary is not None
-        query, keys = turned(query, keys, None, True, layer.rotary)
+        places = None
+        if pattern.member is not None:
+            places = torch.where(pattern.member, torch.arange(keys.shape[2], device=keys.device), -1)
+        query, keys = turned(query, keys, places, True, layer.rotary)
     lists = pattern.lists
     if all(one is None for one in lists.values()):
         member = pattern.member

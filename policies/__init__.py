@@ -12,6 +12,7 @@ from kvpress.policies.gem_filter import GemFilter
 from kvpress.policies.h2o import H2O
 from kvpress.policies.h2o_prefill import H2OPrefill
 from kvpress.policies.hip import HiP
+from kvpress.policies.infinite_hip import InfiniteHiP
 from kvpress.policies.kascade import Kascade
 from kvpress.policies.key_diff import KeyDiff
 from kvpress.policies.keyformer import Keyformer
@@ -23,6 +24,7 @@ from kvpress.policies.packed import Packed
 from kvpress.policies.pyramid_kv import PyramidKV
 from kvpress.policies.quest import Quest
 from kvpress.policies.recycled import RecycledAttention
+from kvpress.policies.skip_softmax import SkipSoftmax
 from kvpress.policies.snapkv import SnapKV
 from kvpress.policies.streaming_llm import StreamingLLM
 from kvpress.policies.tidal_decode import TidalDecode
@@ -44,6 +46,7 @@ __all__ = [
     "GemFilter",
     "H2OPrefill",
     "HiP",
+    "InfiniteHiP",
     "Kascade",
     "KeyDiff",
     "Keyformer",
@@ -55,6 +58,7 @@ __all__ = [
     "PyramidKV",
     "Quest",
     "RecycledAttention",
+    "SkipSoftmax",
     "SnapKV",
     "StreamingLLM",
     "TidalDecode",

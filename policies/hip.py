@@ -219,10 +219,7 @@ class HiP(SelectionPolicy, PrefillPolicy):
             return Selected()
         batch, kv_heads, n = view.positions.shape
         group, leaf, device = view.query.shape[1] // kv_heads, self.key_block_size, view.query.device
-        if view.valid is None:
-            held = torch.full((batch, kv_heads), n, device=device)
-        else:
-            held = view.valid.sum(-1)
+        held = entries_held(view)
         scanned: float | Tensor = 0.0
         if view.phase or "found" not in view.state:
             view.keep("found", self._found(view, held))
@@ -235,17 +232,9 @@ class HiP(SelectionPolicy, PrefillPolicy):
         found = view.state["found"].long()
         reads = torch.zeros(batch, found.shape[1], count + 1, dtype=torch.bool, device=device)
         reads = reads.scatter_(2, torch.where(found < 0, count, found), True)[..., :count]
-        reads = reads | always.repeat_interleave(group, dim=1)
-        if view.valid is None:
-            reads = reads.repeat_interleave(leaf, dim=2)[..., :n]
-        else:
-            rank = (view.valid.cumsum(-1) - 1).clamp(
-                min=0
-            )  # leaves are runs of entries, without the empty slots between
-            reads = reads.gather(2, (rank // leaf).repeat_interleave(group, dim=1))
-            reads &= view.valid.repeat_interleave(group, dim=1)
+        reads = (reads | always.repeat_interleave(group, dim=1)).repeat_interleave(leaf, dim=2)[..., :n]
         most = group * self.k + self.sink_leaves * leaf + self.window + leaf - 1
-        return selected_by_groups(view, reads, min(n, most), scanned)
+        return selected_by_groups(view, in_slots(view, reads), min(n, most), scanned)
 
     def _found(self, view: View, held: Tensor) -> Tensor:
         """The leaves that a step's row finds: int32 [batch, heads, keep], -1 where there are fewer.
@@ -254,9 +243,7 @@ class HiP(SelectionPolicy, PrefillPolicy):
             held: int64 [batch, kv_heads], entries that there are.
         """
         kv_heads, n = view.positions.shape[1:]
-        group, leaf, order = view.query.shape[1] // kv_heads, self.key_block_size, None
-        if view.valid is not None and not view.in_front:
-            order, _ = union_select(view.valid, kv_heads, width=view.width(n))
+        group, leaf, order = view.query.shape[1] // kv_heads, self.key_block_size, slots_of_entries(view)
         of_head = held.repeat_interleave(group, dim=1)
         last = (of_head - 1).clamp(min=0)[..., None, None]
 
@@ -275,6 +262,30 @@ class HiP(SelectionPolicy, PrefillPolicy):
         for done in range(rounds(-(-view.positions.shape[2] // self.key_block_size), self.keep)):
             looked_at += (leaves > self.keep << done) * (2 * self.k * group)
         return torch.minimum(looked_at, length) / 2
+
+
+def entries_held(view: View) -> Tensor:
+    """How many entries each kv head holds in a decode step: int64 [batch, kv_heads]."""
+    if view.valid is None:
+        return torch.full(view.positions.shape[:2], view.positions.shape[2], device=view.query.device)
+    return view.valid.sum(-1)
+
+
+def slots_of_entries(view: View) -> Tensor | None:
+    """In which slots a step's entries are, without the empty ones between: int64 [batch, kv_heads, n]; None for the first ones."""
+    if view.valid is None or view.in_front:
+        return None
+    kv_heads, n = view.positions.shape[1:]
+    return union_select(view.valid, kv_heads, width=view.width(n))[0]
+
+
+def in_slots(view: View, reads: Tensor) -> Tensor:
+    """Of marks of entries those of the slots that they are in: bool [batch, heads or kv_heads, n] both."""
+    if view.valid is None:
+        return reads
+    group = reads.shape[1] // view.positions.shape[1]
+    rank = (view.valid.cumsum(-1) - 1).clamp(min=0)
+    return reads.gather(2, rank.repeat_interleave(group, dim=1)) & view.valid.repeat_interleave(group, dim=1)
 
 
 def rounds(leaves: int, keep: int) -> int:
@@ -302,7 +313,7 @@ def descend(leaves: Tensor, keep: int, rounds: int, score: Callable[[Tensor], Te
     first = torch.where(n > keep, _share(place, n, keep), place)
     last = torch.where(n > keep, _share(place + 1, n, keep) - 1, torch.where(place < n, place, place - 1))
     for _ in range(rounds):
-        middle = (first + last + 1) >> 1  # rounded up; of a single leaf, the first half is none
+        middle = second_half(first, last)  # of a single leaf, the first half is none
         first = torch.stack((first, middle), dim=-1).flatten(-2)
         last = torch.stack((middle - 1, last), dim=-1).flatten(-2)
         scores = score(((first + last) >> 1).clamp(min=0)).masked_fill(last < first, float("-inf"))
@@ -313,6 +324,11 @@ def descend(leaves: Tensor, keep: int, rounds: int, score: Callable[[Tensor], Te
         first = first.gather(-1, best)
         last = torch.where(chosen, last.gather(-1, best), first - 1)
     return torch.where(first <= last, first, -1)
+
+
+def second_half(first: Tensor, last: Tensor) -> Tensor:
+    """Where the second half of a range begins: in the middle, rounded up; of a range of one it is the whole."""
+    return (first + last + 1) >> 1
 
 
 def _share(place: Tensor, n: Tensor, keep: int) -> Tensor:
@@ -333,8 +349,13 @@ def some_products(query: Tensor, keys: Tensor, entries: Tensor) -> Tensor:
     """
     batch, kv_heads = keys.shape[:2]
     found = gather_slots(keys, entries.view(batch, kv_heads, -1)).view(*entries.shape[:3], -1, keys.shape[-1])
-    products = _computed(query) @ _computed(found).transpose(-1, -2)
-    return products.amax(3).float().unflatten(-1, entries.shape[3:]).amax(-1)
+    return largest_products(query, found).unflatten(-1, entries.shape[3:]).amax(-1)
+
+
+def largest_products(query: Tensor, keys: Tensor) -> Tensor:
+    """The largest product of some rows [..., rows, head_dim] and each of m keys [..., m, head_dim]: float32 [..., m]."""
+    keys = _computed(keys)
+    return (query.to(keys.dtype) @ keys.transpose(-1, -2)).amax(-2).float()
 
 
 def all_products(query: Tensor, keys: Tensor, size: int) -> Tensor:

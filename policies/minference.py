@@ -1,6 +1,5 @@
 """MInference: each head reads a prompt by a pattern that was found for it beforehand."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from kvpress.policy import (
     check_count,
     listed_blocks,
     on_device,
+    read_table,
 )
 
 KINDS = {"a_shape": 2, "tri_shape": 2, "vertical_slash": 2, "block_sparse": 1, "dense": 0}
@@ -120,6 +120,7 @@ class MInference(PrefillPolicy):
     name: ClassVar[str] = "minference"
     paper: ClassVar[str] = "arXiv 2407.02490"
     calibrated: ClassVar[str | None] = "patterns"
+    in_file: ClassVar[bool] = True
 
     patterns: str | Path | Sequence[Any] | None = None
     default: Sequence[Any] = ("vertical_slash", 1000, 6096)
@@ -317,13 +318,7 @@ def read_patterns(source: Any) -> tuple[tuple[tuple[Any, ...], ...], ...]:
     """
     where = "patterns"
     if isinstance(source, str | Path):
-        where = f"patterns file {source}"
-        try:
-            source = json.loads(Path(source).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PolicyError(f"patterns={str(source)!r} cannot be read: {error.strerror}; give a JSON file") from error
-        except ValueError as error:
-            raise PolicyError(f"{where} is no JSON ({error}); write it with `kvpress calibrate`") from error
+        source, where = read_table(source, where), f"patterns file {source}"
     if not _is_list(source) or not source:
         raise PolicyError(f"{where} has no list of layers but a {type(source).__name__}; give one object per layer")
     layers = []

@@ -27,6 +27,7 @@ from kvpress.policies import (
     TOVA,
     Full,
     HiP,
+    InfiniteHiP,
     Quest,
     RecycledAttention,
     SnapKV,
@@ -714,6 +715,7 @@ SELECTING = {
     "recycled": (RecycledAttention(budget=500, stride=3), None),
     "token-select": (TokenSelect(k=500), None),
     "hip": (HiP(k=500, dense_layers=0), None),
+    "infinite-hip": (InfiniteHiP(n_stream=500), None),
 }
 HELPERS = {name: options for name, options in ASSISTED.items() if name != "early-exit"}
 

@@ -10,7 +10,7 @@ from torch._inductor.exc import InductorError
 import kvpress
 from kvpress import PolicyError, UnsupportedModelError
 from kvpress.compat import CACHE
-from kvpress.policies import EMS, H2O, Full, HiP, Kascade, Quest, SnapKV, TidalDecode
+from kvpress.policies import EMS, H2O, Full, HiP, InfiniteHiP, Kascade, Quest, SnapKV, TidalDecode
 from support.matrix import GRAPHS
 from support.models import tiny_llama, token_ids
 from test_families import FAMILIES, batch, build
@@ -65,7 +65,8 @@ def assert_same(model, policy, inputs, backend="eager", mode=None):
 
 def kind_of_layer(policy, index):
     """What a policy does in a layer, as far as it differs from layer to layer; and the first, whose index is a constant."""
-    if isinstance(policy, HiP | Kascade | TidalDecode | Quest) or policy.name in ("keyformer", "pyramid_kv", "knorm"):
+    by_layer = HiP | InfiniteHiP | Kascade | TidalDecode | Quest
+    if isinstance(policy, by_layer) or policy.name in ("keyformer", "pyramid_kv", "knorm"):
         return index
     return index == 0 and "selection" in policy.roles
 

@@ -9,7 +9,20 @@ import torch
 import kvpress
 from kvpress import inspection
 from kvpress.compat import CACHE
-from kvpress.policies import H2O, FlexPrefill, HiP, Kascade, LazyLLM, MInference, Quest, SnapKV, TokenSelect, XAttention
+from kvpress.policies import (
+    H2O,
+    FlexPrefill,
+    HiP,
+    InfiniteHiP,
+    Kascade,
+    LazyLLM,
+    MInference,
+    Quest,
+    SkipSoftmax,
+    SnapKV,
+    TokenSelect,
+    XAttention,
+)
 from kvpress.policy import Pattern, PrefillPolicy, View
 from support.matrix import prompt, sharp_llama
 from support.tiny_families import tiny_family
@@ -22,6 +35,7 @@ PREFILL = [
     MInference(block_size=4, default=("vertical_slash", 3, 5), sink=1, recent=2, probe=4, expand="exact"),
     MInference(block_size=4, default=("block_sparse", 3)),
     HiP(k=8, block_size=4, window=4, sink=2, dense_layers=1),
+    InfiniteHiP(n_sink=2, n_stream=5, l_c=(4, 2), k=(12, 6), early_k=6, refresh=(1, 1), block_size=4),
     Kascade(k=0.2, least=2, anchors=(0,), tile=5),
     TokenSelect(n_init=2, n_local=5, k=6, chunk=5, theta=1.5),
 ]
@@ -145,7 +159,9 @@ FULL = [
     FlexPrefill(block_size=4, gamma=1.0),
     MInference(default=("a_shape", 64, 64)),
     HiP(k=512, dense_layers=1),
+    InfiniteHiP(),
     TokenSelect(),
+    SkipSoftmax(scale=0),
 ]
 
 

@@ -15,7 +15,7 @@ from support.models import tiny_llama, token_ids
 WAITS = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.repeat_interleave.Tensor"}
 # Per layer: how many entries a group's query heads read together; whether the last vote, or the last set, still serves.
 # Which tokens a layer runs on, and how far the rows of those that came back see.
-WAITING = {"quest": 1, "tidal_decode": 1, "token_select": 1, "recycled": 1, "hip": 1, "lazy_llm": 2}
+WAITING = {"quest": 1, "tidal_decode": 1, "token_select": 1, "recycled": 1, "hip": 1, "infinite_hip": 1, "lazy_llm": 2}
 
 
 class Waits(TorchDispatchMode):

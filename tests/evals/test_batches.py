@@ -46,7 +46,18 @@ SPARSE = {"name": "x_attention", "stride": 4, "block_size": 16, "threshold": 0.6
 SHAPED = {"name": "minference", "default": ["vertical_slash", 16, 40], "sink": 4, "recent": 16, "block_size": 16}
 FLEXIBLE = {"name": "flex_prefill", "gamma": 0.6, "min_budget": 16, "block_size": 16}
 TREE = {"name": "hip", "k": 16, "window": 24, "sink": 4, "block_size": 16, "dense_layers": 0}
+PRUNED = {
+    "name": "infinite_hip",
+    "n_sink": 4,
+    "n_stream": 24,
+    "l_c": [8, 4],
+    "k": [64, 16],
+    "early_k": 16,
+    "refresh": [4, 2],
+    "block_size": 16,
+}
 CASCADE = {"name": "kascade", "k": 0.3, "least": 1, "tile": 16}
+SKIPPING = {"name": "skip_softmax", "scale": 20, "tile": 16}
 CUT = {"name": "gem_filter", "r": 0}
 LAZY = {"name": "lazy_llm", "rate": 0.4}
 SAME = (
@@ -89,12 +100,12 @@ def rows(loaded):
 
 
 def sweep():
-    others = [CHUNKED, CHUNKS, SPARSE, FLEXIBLE, SHAPED, TREE, CASCADE, CUT, LAZY, PACKED]
+    others = [CHUNKED, CHUNKS, SPARSE, SKIPPING, FLEXIBLE, SHAPED, TREE, PRUNED, CASCADE, CUT, LAZY, PACKED]
     listed = [one if isinstance(one, str) else one["name"] for one in [*POLICIES, *others]]
     fixed = [one for one in POLICIES if isinstance(one, dict) and "recent" in one]
     return set(shipped_policies()) - set(listed), [
         {"policy": [*(one for one in POLICIES if one not in fixed), CUT], "budget": [0.3]},
-        {"policy": [*fixed, CHUNKED, SPARSE, FLEXIBLE, SHAPED, TREE, CASCADE, CHUNKS, LAZY, PACKED]},
+        {"policy": [*fixed, CHUNKED, SPARSE, SKIPPING, FLEXIBLE, SHAPED, TREE, PRUNED, CASCADE, CHUNKS, LAZY, PACKED]},
     ]
 
 
@@ -114,7 +125,7 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
     parts = {"defaults": {"task": task | depths, "query_aware": query_aware}, "sweep": grids}
     single = rows(plan("tiny", tmp_path / "1", **parts))
     batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
-    assert len(single) == (len(POLICIES) + 10 if query_aware else 6)
+    assert len(single) == (len(POLICIES) + 11 if query_aware else 6)
     for policy, own in single.items():
         for index, row in own.items():
             other = batched[policy][index]
@@ -123,9 +134,11 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
                 (
                     "token_select",
                     "x_attention",
+                    "skip_softmax",
                     "flex_prefill",
                     "minference",
                     "hip",
+                    "infinite_hip",
                     "kascade",
                     "dual_chunk",
                     "gem_filter",

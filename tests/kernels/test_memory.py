@@ -13,6 +13,7 @@ from kvpress.kernels import block_lists
 from kvpress.kernels import nearest_centre as centre_module
 from kvpress.kernels import placed_attention as placed_module
 from kvpress.kernels import prompt_attention as prompt_module
+from kvpress.kernels import skip_attention as skip_module
 from kvpress.kernels import vertical_slash_mass as slash_module
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_means import block_means
@@ -124,7 +125,8 @@ LINEAR_ON_TORCH = {
 
 def grows(call, monkeypatch, sizes=(128, 512), tile=1 << 10):
     """The largest tensor at four times the entries over that at one, tiles small."""
-    for module in (antidiagonal_module, mass_module, placed_module, prompt_module, slash_module):
+    modules = (antidiagonal_module, mass_module, placed_module, prompt_module, skip_module, slash_module)
+    for module in modules:
         monkeypatch.setattr(module, "TILE_SCORES", tile)
     monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)
     monkeypatch.setattr(block_lists, "TILE_MARKS", tile)
@@ -153,5 +155,5 @@ def test_memory_grows_with_the_entries(name, monkeypatch):
 def test_every_kernel_is_covered():
     """A new file in kernels/ has a case here."""
     files = {file.stem for folder in kvpress.__path__ for file in Path(folder).glob("kernels/*.py")}
-    helpers = {"backend", "block_lists", "launch_shapes"}
+    helpers = {"backend", "block_lists", "exponentials", "launch_shapes"}
     assert files - helpers == {name.partition("-")[0] for name in (*LINEAR, *LINEAR_ON_TORCH)}

@@ -5,7 +5,19 @@ import torch
 
 import kvpress
 from kvpress.kernels.block_sparse_attention import listed_keys
-from kvpress.policies import FlexPrefill, Full, GemFilter, HiP, MInference, SnapKV, TokenSelect, XAttention
+from kvpress.kernels.skip_attention import skip_attention_reference
+from kvpress.policies import (
+    FlexPrefill,
+    Full,
+    GemFilter,
+    HiP,
+    InfiniteHiP,
+    MInference,
+    SkipSoftmax,
+    SnapKV,
+    TokenSelect,
+    XAttention,
+)
 from support.matrix import prompt, sharp_llama
 from support.reads import run
 
@@ -83,6 +95,16 @@ def test_behind_eviction(model, counted):
     assert report.total.density == pytest.approx(computed / (2 * (causal(26, 26) + causal(13, 14 + 2 + 13))))
 
 
+def test_skipped_tiles(model):
+    """Chunks of 4 rows by the kernel's own reference, in a prompt and a second turn."""
+    layers = kvpress.record_prompt(model, torch.tensor([prompt(26)])).layers
+    _, _, report = run(model, SkipSoftmax(scale=7, tile=4), [prompt(26)])
+    query, key, value, scores = layers[0]  # the second layer's are those of what the first one skipped
+    *_, skipped = skip_attention_reference(query, key, value, scale=scores.scale, skip=7 / 26, tile=4)
+    assert report.layers[0].density == pytest.approx(1 - skipped.sum().item() / (4 * causal(26, 26)))
+    assert 0.1 < report.total.density < 0.95
+
+
 def test_token_select(model):
     """Chunks of 4 rows: 2 first, 5 last (the chunk among them) and 4 chosen entries."""
     policy = TokenSelect(n_init=2, n_local=5, k=4, chunk=4)
@@ -92,6 +114,22 @@ def test_token_select(model):
         rows = min(4, 26 - start)
         there += causal(rows, start + rows)
         computed += causal(rows, min(start + rows, 2 + 5 + 4))
+    assert report.total.density == pytest.approx(computed / there)
+
+
+@pytest.mark.parametrize("extend", [False, True])
+def test_infinite_hip(model, extend):
+    """Blocks of 4 rows: 2 first, 3 before the block, 4 found entries and the block; the second turn begins a block of its own."""
+    policy = InfiniteHiP(
+        n_sink=2, n_stream=3, l_c=(8, 1), k=(16, 4), early_k=4, refresh=(1, 1), block_size=4, extend=extend
+    )
+    _, _, report = run(model, policy, PASSES)
+    computed = there = 0
+    for first, count in ((0, 26), (28, 13)):
+        for start in range(0, count, 4):
+            rows = min(4, count - start)
+            there += causal(rows, first + start + rows)
+            computed += causal(rows, min(first + start, 2 + 3 + 4) + rows)
     assert report.total.density == pytest.approx(computed / there)
 
 

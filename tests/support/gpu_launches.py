@@ -32,6 +32,7 @@ import kvpress
 from kvpress.kernels import launch_shapes
 from kvpress.kernels.attention_mass import Perturbation
 from kvpress.kernels.gumbel_noise import gumbel_table_on
+from kvpress.kernels.skip_attention import largest_tile
 
 MODULES = sorted(file.stem for folder in kvpress.__path__ for file in Path(folder).glob("kernels/gpu/*.py"))
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.bool: "i1", torch.uint8: "u8"}
@@ -267,6 +268,16 @@ def sparse(head_dim: int, dtype: torch.dtype, group: int, block_size: int, full:
     gpu("block_sparse_attention").block_sparse_attention(query, key, value, scale=0.1, block_size=block_size, **options)
 
 
+def skipping(head_dim: int, dtype: torch.dtype, group: int, tile: int, full: bool, n: int = 4096) -> None:
+    """A chunk of a prompt that skips tiles."""
+    heads, rows = KV_HEADS * group, n // 2
+    options: dict[str, Any] = {"softcap": 30.0 if full else None}
+    options["sinks"] = torch.empty(heads, dtype=dtype) if full else None
+    query = torch.empty(1, heads, rows, head_dim, dtype=dtype)
+    key, value = cache(head_dim, dtype, n)
+    gpu("skip_attention").skip_attention(query, key, value, scale=0.1, skip=0.01, tile=tile, **options)
+
+
 def gather(width: int | None, dtype: torch.dtype, form: str, n: int = 4096) -> None:
     """K, V and positions into new buffers, or one tensor alone."""
     index = per_head(n // 4)
@@ -424,6 +435,16 @@ def sparse_calls() -> Iterator[Callable[[], None]]:
         yield partial(sparse, 128, BF16, 4, block_size, False)
 
 
+def skipping_calls() -> Iterator[Callable[[], None]]:
+    for head_dim, dtype in product(HEAD_DIMS, (FP32, BF16)):
+        most = largest_tile(head_dim, dtype.itemsize)
+        for tile in {most, max(16, most // 2)}:
+            yield partial(skipping, head_dim, dtype, 4, tile, head_dim == 128)
+    yield partial(skipping, 128, FP16, 4, 128, True)
+    for tile in (16, 32):
+        yield partial(skipping, 128, BF16, 4, tile, False)
+
+
 CALLS: dict[str, list[Callable[[], None]]] = {
     "antidiagonal_mass": list(antidiagonal_calls()),
     "attention_mass": list(mass_calls()),
@@ -457,6 +478,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
     "rope_shift": [partial(rope, d, BF16, d // 2, mixed) for d in (64, 80, 128, 256) for mixed in (False, True)]
     + [partial(rope, d, dtype, half, False) for d, dtype, half in ((128, BF16, 32), (80, BF16, 16))]
     + [partial(rope, d, FP32, d // 2, False) for d in (64, 128, 256)],
+    "skip_attention": list(skipping_calls()),
     "soft_vote": [],  # with decode_scores
     "topk_select": [
         partial(topk, n, dtype) for n in (100, 300, 600, 1200, 2400, 4800, 131072) for dtype in (FP32, BF16)

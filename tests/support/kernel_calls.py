@@ -17,6 +17,7 @@ from kvpress.kernels.page_bounds import page_bounds
 from kvpress.kernels.page_scores import page_scores
 from kvpress.kernels.paged_attention import paged_attention
 from kvpress.kernels.rope_shift import rope_shift
+from kvpress.kernels.skip_attention import skip_attention
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
 from kvpress.kernels.union_select import union_select
@@ -112,6 +113,7 @@ LINEAR = {
     "page_scores": lambda q, k, v, b: page_scores(q[:, :, :1], k, k + 1, backend=b),
     "paged_attention": paged,
     "rope_shift": lambda q, k, v, b: rope_shift(k, places(k), torch.rand(4), backend=b),
+    "skip_attention": lambda q, k, v, b: skip_attention(q, k, v, scale=0.1, skip=0.9, tile=16, backend=b),
     "soft_vote": lambda q, k, v, b: soft_vote(q[:, :, :2], k, scale=0.1, backend=b),
     "topk_select": lambda q, k, v, b: topk_select(k[..., 0], quarter(k)[..., 1], k.shape[2] // 4, backend=b),
     "vertical_slash_mass": lambda q, k, v, b: vertical_slash_mass(q[:, :, -16:], k, scale=0.1, backend=b),

@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 
+from kvpress.kernels.skip_attention import largest_tile
 from support import gpu_launches as launches
 from support.addresses import HEAD_DIM, narrow_products
 
@@ -78,6 +79,8 @@ def test_shapes_lead_to_nothing_else() -> None:
             ]
         for block_size, full in product((64, 128), (False, True)):
             calls.append(partial(launches.sparse, head_dim, dtype, 3, block_size, full))
+            tile = min(block_size, largest_tile(head_dim, dtype.itemsize))
+            calls.append(partial(launches.skipping, head_dim, dtype, 3, tile, full))
         for form in ("all", "one"):
             calls.append(partial(launches.gather, head_dim, dtype, form, n=100))
         calls += [partial(launches.rope, head_dim, dtype, head_dim // 2, mixed) for mixed in (False, True)]

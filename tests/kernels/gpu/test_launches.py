@@ -48,6 +48,7 @@ MOST = {
     "quest": 35,
     "recycled": 33,
     "hip": 25,
+    "infinite_hip": 136,
     "kascade": 10,
     "lazy_llm": 3,
     "token_select": 58,

@@ -17,6 +17,7 @@ from kvpress.policies import (
     FlexPrefill,
     H2OPrefill,
     HiP,
+    InfiniteHiP,
     Kascade,
     Keyformer,
     MInference,
@@ -40,6 +41,24 @@ POLICIES = {
     "hip": (
         HiP(k=8, window=6, sink=2, block_size=8, key_block_size=2, dense_layers=1, refresh=2),
         (*COMMON, "gather_slots", "union_select"),
+    ),
+    "infinite_hip": (
+        InfiniteHiP(n_sink=2, n_stream=6, l_c=(4, 2), k=(8, 4), early_k=4, refresh=(4, 2), block_size=8),
+        (*COMMON, "gather_slots", "union_select"),
+    ),
+    "infinite_hip, extended": (
+        InfiniteHiP(
+            n_sink=2,
+            n_stream=6,
+            l_c=(4, 2),
+            k=(8, 4),
+            early_layers=1,
+            early_k=4,
+            refresh=(4, 2),
+            block_size=8,
+            extend=True,
+        ),
+        (*COMMON, "gather_slots", "union_select", "rope_shift"),
     ),
     "tidal_decode": (
         TidalDecode(k=6, sparse_layer_start=0, correction_layer=1),
