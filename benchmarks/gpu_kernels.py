@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from kvpress.kernels.antidiagonal_mass import antidiagonal_mass
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.compact_slots import compact_slots
@@ -28,6 +29,7 @@ from kvpress.kernels.rope_shift import rope_shift
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
 from kvpress.kernels.union_select import union_select
+from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
 
 OURS = "kvpress"
 CACHE_BYTES = 256 << 20  # what the variants of a case touch together: several times an L2 cache
@@ -48,6 +50,8 @@ class Sizes:
     block_size: int = 128
     page_size: int = 16
     window: int = 32
+    probe: int = 64  # last rows by whose attention a prompt's reads are planned
+    stride: int = 16  # side of a cell of antidiagonals
     batches: tuple[int, ...] = (1, 2, 4, 8, 16)
     most_variants: int = 32
 
@@ -65,7 +69,21 @@ class Sizes:
 # What is compiled for `Sizes()` is compiled for these: lengths are never compiled in.
 BUILD = Sizes(n=16384, k=256, prompt=512, batches=(1,), most_variants=1)
 # The interpreter has no bfloat16.
-TINY = Sizes(4, 2, 16, torch.float16, n=64, k=16, prompt=48, block_size=16, window=4, batches=(1, 2), most_variants=2)
+TINY = Sizes(
+    4,
+    2,
+    16,
+    torch.float16,
+    n=64,
+    k=16,
+    prompt=48,
+    block_size=16,
+    window=4,
+    probe=8,
+    stride=4,
+    batches=(1, 2),
+    most_variants=2,
+)
 
 
 @dataclass
@@ -354,6 +372,48 @@ class Maker(NamedTuple):
         nbytes = 2 * key.nbytes + 4 * batch * s.kv_heads * s.n
         return Case("attention_mass, window", batch, f"{s.window} rows of {s.n}", calls, nbytes, against(calls))
 
+    def slashes(self, batch: int) -> Case:
+        """The last rows' attention by entry and by distance (MInference, FlexPrefill)."""
+        s = self.sizes
+        query, key, _ = self.qkv(batch, s.probe, s.n)
+        calls: dict[str, Calls] = {
+            name: [partial(vertical_slash_mass, query, key, scale=s.scale, backend=backend)]
+            for name, backend in ((OURS, "triton"), ("torch", "torch"))
+        }
+        # K once for the LSE, once for the sums of both kinds.
+        nbytes = 2 * key.nbytes + 8 * batch * s.heads * s.n
+        size = f"{s.probe} rows of {s.n}"
+        operations = 4.0 * batch * s.heads * s.probe * s.n * s.head_dim
+
+        def error() -> float:
+            """Of one kv head, against the torch path in float32."""
+            some = query[:1, : s.group].float(), key[:1, :1].float()
+            expected = vertical_slash_mass(*some, scale=s.scale, backend="torch")
+            return relative(tuple(one[:1, : s.group] for one in calls[OURS][0]()), expected)
+
+        return Case("vertical_slash_mass", batch, size, calls, nbytes, error, operations)
+
+    def antidiagonals(self, batch: int) -> Case:
+        """A prompt's attention by blocks, estimated by the antidiagonals of cells (XAttention)."""
+        s = self.sizes
+        query, key, _ = self.qkv(batch, s.n, s.n)
+        options: dict[str, Any] = {"scale": s.scale, "stride": s.stride, "block_size": s.block_size}
+        calls: dict[str, Calls] = {
+            name: [partial(antidiagonal_mass, query, key, **options, backend=backend)]
+            for name, backend in ((OURS, "triton"), ("torch", "torch"))
+        }
+        # Each pair of cells up to the diagonal once: half of the pairs, `stride` products of `head_dim` numbers for each.
+        operations = batch * s.heads * float(s.n) ** 2 * s.head_dim / s.stride
+
+        def error() -> float:
+            """Of one kv head, against the torch path in float32."""
+            some = query[:1, : s.group].float(), key[:1, :1].float()
+            expected = antidiagonal_mass(*some, **options, backend="torch")
+            return relative(calls[OURS][0]()[:1, : s.group], expected)
+
+        nbytes = query.nbytes + key.nbytes
+        return Case("antidiagonal_mass", batch, f"{s.n} rows", calls, nbytes, error, operations)
+
     def block_sparse(self, batch: int) -> Case:
         """A prompt that reads a tenth of the blocks that causal attention reads."""
         s = self.sizes
@@ -508,7 +568,20 @@ def makers(maker: Maker) -> Iterator[Callable[[], Case]]:
         yield partial(maker.topk, batch)
     yield partial(maker.mass, 1)
     yield partial(maker.block_sparse, 1)
-    for name in ("paged", "scores", "bounds", "pages", "vote", "union", "window", "compact", "rope", "merge"):
+    for name in (
+        "paged",
+        "scores",
+        "bounds",
+        "pages",
+        "vote",
+        "union",
+        "window",
+        "slashes",
+        "antidiagonals",
+        "compact",
+        "rope",
+        "merge",
+    ):
         yield partial(getattr(maker, name), 1)
     yield partial(maker.flex_block_sparse, 1)
 

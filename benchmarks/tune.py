@@ -64,6 +64,14 @@ TRIED: dict[str, tuple[dict[str, list[int]], list[tuple[str, int]]]] = {
         {"block_m": [32, 64, 128], "block_n": [64, 128], "num_warps": [4, 8], "num_stages": [2, 3, 4]},
         [("mass", 1), ("window", 1)],
     ),
+    "antidiagonal_mass": (
+        {"block_m": [64, 128], "block_n": [64, 128], "block_d": [32, 64], "num_warps": [4, 8], "num_stages": [2, 3, 4]},
+        [("antidiagonals", 1)],
+    ),
+    "vertical_slash_mass": (
+        {"block_m": [32, 64], "block_n": [64, 128], "num_warps": [4, 8], "num_stages": [2, 3]},
+        [("slashes", 1)],
+    ),
     "block_sparse_attention": (
         {"block_m": [64, 128], "block_n": [32, 64, 128], "num_warps": [4, 8], "num_stages": [2, 3, 4]},
         [("block_sparse", 1)],

@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 
 def block_means(x: Tensor, first: int, block_size: int) -> Tensor:
@@ -15,13 +14,13 @@ def block_means(x: Tensor, first: int, block_size: int) -> Tensor:
     Returns:
         float32 [batch, heads, blocks, head_dim], from the block of the first row to that of the last one.
     """
-    rows, before = x.shape[2], first % block_size
-    after = -(before + rows) % block_size
-    sums = functional.pad(x, (0, 0, before, after)).unflatten(2, (-1, block_size)).sum(3, dtype=torch.float32)
-    counts = torch.full((sums.shape[2], 1), float(block_size), device=x.device)
-    counts[0] -= before
-    counts[-1] -= after
-    return sums / counts
+    # The blocks at either end may have fewer: they are parts of their own, so that nothing is copied to fill them up.
+    rows = x.shape[2]
+    start = min(rows, -first % block_size)
+    stop = rows - (rows - start) % block_size
+    whole = x[:, :, start:stop].unflatten(2, ((stop - start) // block_size, block_size))
+    parts = [x[:, :, :start].unsqueeze(2), whole, x[:, :, stop:].unsqueeze(2)]
+    return torch.cat([part.mean(3, dtype=torch.float32) for part in parts if part.numel()], dim=2)
 
 
 def block_scores(query_means: Tensor, key_means: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from kvpress.kernels.backend import Backend, use_triton
+
 # Scores of one tile, in numbers.
 TILE_SCORES = 1 << 24
 
@@ -30,22 +32,29 @@ def vertical_slash_mass_reference(
 
 
 def vertical_slash_mass(
-    query: Tensor, key: Tensor, *, scale: float, softcap: float | None = None
+    query: Tensor, key: Tensor, *, scale: float, softcap: float | None = None, backend: Backend = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Causal attention of the last rows, summed over the rows for each entry and for each distance.
-
-    Torch only, on every device: q.k is in the dtype of `query` on a GPU, in float32 on a CPU. K is not repeated.
+    """Causal attention of the last rows, summed over the rows for each entry and for each distance; K is not repeated.
 
     Args:
-        query: [batch, heads, rows, head_dim], those of the last entries; few, since rows x n scores are made.
+        query: [batch, heads, rows, head_dim], those of the last entries; few, since rows x n scores are computed.
         key: [batch, kv_heads, n, head_dim].
         scale: factor on q.k.
         softcap: s -> softcap * tanh(s / softcap) on the scaled scores.
+        backend: "triton" and "auto" on CUDA run the Triton kernels: products are exact, sums float32, no scores are stored, equal
+            inputs give equal results. The torch path multiplies in the dtype of `query` on a GPU, in float32 on a CPU.
 
     Returns:
         by_entry, by_distance: float32 [batch, heads, n]. Place d of the second is what rows gave the entry d before them.
         The sum over n of either is the number of rows.
+
+    Raises:
+        ValueError: the backend does not exist, or cannot run here.
     """
+    if use_triton(backend, query) and query.dtype != torch.float64:
+        from kvpress.kernels.gpu import vertical_slash_mass as gpu
+
+        return gpu.vertical_slash_mass(query, key, scale=scale, softcap=softcap)
     batch, heads, rows, _ = query.shape
     kv_heads, n = key.shape[1], key.shape[2]
     group = heads // kv_heads

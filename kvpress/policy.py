@@ -471,6 +471,17 @@ class Pattern:
         return {"block_size": self.block_size, "key_block_size": self.key_block_size}
 
 
+def host_has(tensor: Tensor) -> bool:
+    """Whether the host has the numbers of a tensor: on a device it would have to wait for them."""
+    return tensor.device.type == "cpu"
+
+
+def on_device(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers of the host on a device, [len(numbers)]; the host does not wait until they are there."""
+    made = torch.tensor(numbers, dtype=dtype)
+    return made.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else made.to(device)
+
+
 def listed_blocks(reads: Tensor) -> Tensor:
     """Blocks as a `Pattern` lists them.
 
@@ -478,10 +489,12 @@ def listed_blocks(reads: Tensor) -> Tensor:
         reads: bool [batch, heads, row blocks, blocks], which blocks each block of rows reads.
 
     Returns:
-        int64 [batch, heads, row blocks, m], ascending with -1 behind the last one.
+        int64 [batch, heads, row blocks, m], ascending with -1 behind the last one. m is that of the longest list on a CPU, and
+        all blocks on a device.
     """
-    order = reads.argsort(dim=-1, descending=True, stable=True)[..., : int(reads.sum(-1).max())]
-    return order.masked_fill_(~reads.gather(-1, order), -1)
+    width = int(reads.sum(-1).max()) if host_has(reads) else reads.shape[3]
+    index, member = union_select(reads.flatten(0, 1), reads.shape[2], width=max(1, width))
+    return index.masked_fill_(~member, -1)[..., :width].unflatten(0, reads.shape[:2])
 
 
 @dataclass(frozen=True)

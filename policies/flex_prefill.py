@@ -18,6 +18,7 @@ from kvpress.policy import (
     check_block_size,
     check_count,
     check_share,
+    host_has,
     listed_blocks,
 )
 
@@ -50,7 +51,7 @@ class FlexPrefill(PrefillPolicy):
     - Behind an eviction policy blocks are runs of the entries that are kept, which differ between kv heads.
     - Soft-capping acts in the attention and in the probe, not in the means; attention sinks in the attention only (the
       authors' models have neither).
-    - q.k of the probe is in the model's dtype on a GPU, float32 on a CPU; means, softmax and sums are float32.
+    - q.k of the probe, means, softmax and sums are float32; without Triton a GPU has the probe's q.k in the model's dtype.
     - A pass without a cache is exact attention, as under every policy.
 
     Args:
@@ -113,7 +114,7 @@ class FlexPrefill(PrefillPolicy):
         wanted = [count.clamp(least, most).masked_fill_(query_aware, least) for count in wanted]
         first = (n - rows) // size  # the block of the first row
         reads = vertical_slash(best(columns, wanted[0]), best(diagonals, wanted[1]), first)
-        if query_aware.any():
+        if self.tau > 0 and (not host_has(query_aware) or query_aware.any()):
             scores = block_scores(block_means(view.query, n - rows, size), key_means) * view.scale
             reads |= best_pairs(scores, self.gamma) & query_aware[..., None, None]
         return Pattern(blocks=listed_blocks(reads), block_size=size)

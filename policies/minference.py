@@ -21,6 +21,7 @@ from kvpress.policy import (
     check_choice,
     check_count,
     listed_blocks,
+    on_device,
     read_table,
 )
 
@@ -93,7 +94,7 @@ class MInference(PrefillPolicy):
     - Behind an eviction policy entries and distances are counted among those that are kept, which differ between kv heads.
     - Soft-capping acts in the attention and in the probe, not in the means; attention sinks in the attention only (the
       authors' models have neither).
-    - q.k of the probe is in the model's dtype on a GPU, float32 on a CPU; means, softmax and sums are float32.
+    - q.k of the probe, means, softmax and sums are float32; without Triton a GPU has the probe's q.k in the model's dtype.
     - A pass without a cache is exact attention, as under every policy.
 
     Args:
@@ -209,7 +210,7 @@ class MInference(PrefillPolicy):
             return None
 
         def which(*kinds: str) -> Tensor:
-            return torch.tensor([one.kind in kinds for one in patterns], device=device)[:, None]
+            return on_device([one.kind in kinds for one in patterns], torch.bool, device)[:, None]
 
         singles = [one if one.kind not in ("dense", "block_sparse") else HeadPattern("dense") for one in patterns]
         columns = _first(max(one.a for one in singles), device)
@@ -238,7 +239,7 @@ class MInference(PrefillPolicy):
             reads |= which("dense")[..., None] | (which("tri_shape")[..., None] & is_last)
             if any(one.kind == "block_sparse" for one in patterns):
                 counts = [one.a if one.kind == "block_sparse" else 0 for one in patterns]
-                reads |= self._best_blocks(query, keys, torch.tensor(counts, device=device))
+                reads |= self._best_blocks(query, keys, on_device(counts, torch.int64, device))
             reads &= place <= place[first:, None]
         lists: dict[str, Any] = {
             "blocks": listed_blocks(reads),
@@ -347,7 +348,7 @@ def _order(scores: Tensor) -> Tensor:
 
 def _cut(numbers: Tensor, counts: Sequence[int]) -> Tensor:
     """Of [batch, heads, m] the first so many of each head, -1 behind them."""
-    kept = _first(numbers.shape[-1], numbers.device) < torch.tensor(counts, device=numbers.device)[:, None]
+    kept = _first(numbers.shape[-1], numbers.device) < on_device(counts, torch.int64, numbers.device)[:, None]
     return numbers.masked_fill(~kept, -1)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpress.errors import PolicyError
+from kvpress.kernels.antidiagonal_mass import antidiagonal_mass
 from kvpress.policy import (
     Attended,
     Pattern,
@@ -19,12 +20,12 @@ from kvpress.policy import (
     check_count,
     check_finite,
     check_share,
+    host_has,
+    on_device,
     read_table,
 )
 
 REMEDY = "find them with `kvpress calibrate --policy x_attention`"
-# Scores of one tile of cells, in numbers.
-TILE_SCORES = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +49,7 @@ class XAttention(PrefillPolicy):
     - In a padded batch each sequence is planned alone. The authors have batches of one.
     - Behind an eviction policy blocks are runs of the entries that are kept, which differ between kv heads.
     - Soft-capping and attention sinks act in the attention, not in the estimate (the authors' models have neither).
-    - q.k of the cells is in the model's dtype on a GPU, float32 on a CPU; softmax and sums are float32 (authors: model's dtype).
+    - q.k of the cells, softmax and sums are float32 (authors: model's dtype); without Triton a GPU has q.k in the model's dtype.
     - Thresholds per head are those of the authors' script (`fit`), one pass over some texts; the search of the paper, a dynamic
       programme over the heads, and the authors' tables are not here.
     - A pass without a cache is exact attention, as under every policy.
@@ -100,7 +101,7 @@ class XAttention(PrefillPolicy):
         thresholds = self._thresholds(view.layer, heads)
         if min(thresholds) >= 1:
             return None
-        mass = block_mass(
+        mass = antidiagonal_mass(
             view.query,
             view.keys,
             scale=view.scale / self.norm,
@@ -146,10 +147,10 @@ class XAttention(PrefillPolicy):
                 "(--lengths 2000)"
             )
         share = self._thresholds(0, 1)[0]
-        true = block_mass(layer.query, layer.key, scale=layer.scale, softcap=layer.softcap, stride=1, block_size=size)[
-            0
-        ]
-        estimate = block_mass(
+        true = antidiagonal_mass(
+            layer.query, layer.key, scale=layer.scale, softcap=layer.softcap, stride=1, block_size=size
+        )[0]
+        estimate = antidiagonal_mass(
             layer.query, layer.key, scale=layer.scale / self.norm, stride=self.stride, block_size=size
         )[0]
         order = true.argsort(dim=-1, descending=True, stable=True)
@@ -179,60 +180,15 @@ def _read_thresholds(given: Any) -> float | tuple[tuple[float, ...], ...]:
     return tuple(tuple(heads) for heads in given)
 
 
-def block_mass(
-    query: Tensor, keys: Tensor, *, scale: float, stride: int, block_size: int, softcap: float | None = None
-) -> Tensor:
-    """How much attention blocks of rows give blocks of entries, by the antidiagonals of cells.
-
-    Args:
-        query: [batch, heads, rows, head_dim], those of the last entries.
-        keys: [batch, kv_heads, n, head_dim].
-        scale: factor on q.k.
-        stride, block_size: sides of a cell and of a block; with a stride of 1 it is the attention itself.
-        softcap: s -> softcap * tanh(s / softcap) on the scores of cells.
-
-    Returns:
-        float32 [batch, heads, row blocks, blocks]: the row blocks are the last of the blocks, those that hold rows. 0 for a
-        block after that of the rows. A row block's sum is the number of its cells that hold rows.
-    """
-    batch, heads, rows, _ = query.shape
-    kv_heads, n = keys.shape[1:3]
-    past, blocks, cells = n - rows, -(-n // block_size), block_size // stride
-    first = past // block_size
-    before, after = past - first * block_size, blocks * block_size - n
-    dtype = torch.float32 if query.device.type == "cpu" else query.dtype
-    # A cell of entries side by side, and one of rows in the opposite order: their product is the sum over the antidiagonal.
-    key_cells = functional.pad(keys, (0, 0, 0, after)).unflatten(2, (-1, stride)).flatten(3)
-    row_cells = functional.pad(query, (0, 0, before, after)).unflatten(2, (-1, stride)).flip(3).flatten(3)
-    row_cells = row_cells.unflatten(1, (kv_heads, -1))  # [batch, kv_heads, group, cells, stride * head_dim]
-    key_cells = key_cells.to(dtype).transpose(2, 3)
-    place = torch.arange(blocks * cells, device=query.device)
-    has_rows = ((place + 1) * stride > past) & (place * stride < n)
-    mass = query.new_zeros(batch, heads, blocks - first, blocks, dtype=torch.float32)
-    step = max(1, TILE_SCORES // (batch * heads * cells * blocks * cells))
-    for start in range(first, blocks, step):
-        stop = min(blocks, start + step)
-        at, seen = slice(start * cells, stop * cells), stop * cells
-        tile = row_cells[..., at.start - first * cells : at.stop - first * cells, :].to(dtype) * (scale / stride)
-        scores = (tile.flatten(2, 3) @ key_cells[..., :seen]).float().view(batch, heads, at.stop - at.start, seen)
-        if softcap is not None:
-            scores = softcap * torch.tanh(scores / softcap)
-        weights = scores.masked_fill_(place[:seen] > place[at, None], float("-inf")).softmax(dim=-1)
-        weights *= has_rows[at, None]
-        blockwise = weights.unflatten(3, (-1, cells)).unflatten(2, (-1, cells)).sum(dim=(3, 5))
-        mass[:, :, start - first : stop - first, :stop] = blockwise
-    return mass
-
-
 def best_blocks(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
     """The first block, that of the rows, and the best of the others until the threshold's share of the mass is reached.
 
     Args:
-        mass: float32 [batch, heads, row blocks, blocks], as `block_mass` gives it.
+        mass: float32 [batch, heads, row blocks, blocks], as `antidiagonal_mass` gives it.
         thresholds: shares, one for each head.
 
     Returns:
-        int64 [batch, heads, row blocks, m], -1 behind the last one chosen.
+        int64 [batch, heads, row blocks, m], -1 behind the last one chosen; m as in `listed_blocks`.
     """
     rows, blocks = mass.shape[2:]
     place = torch.arange(blocks, device=mass.device)
@@ -240,7 +196,8 @@ def best_blocks(mass: Tensor, thresholds: Sequence[float]) -> Tensor:
     ranked = mass.masked_fill((place == 0) | (place == own), float("inf")).masked_fill_(place > own, float("-inf"))
     order = ranked.argsort(dim=-1, descending=True, stable=True)
     reached = functional.pad(mass.gather(-1, order).cumsum(-1), (1, -1))  # by those before
-    share = torch.tensor(thresholds, device=mass.device).view(-1, 1, 1)
+    share = on_device(thresholds, torch.float32, mass.device).view(-1, 1, 1)
     wanted = (reached < share * mass.sum(-1, keepdim=True)) | (share >= 1)
     wanted = (wanted & (order <= own)) | (order == 0) | (order == own)
-    return order.masked_fill_(~wanted, -1)[..., : int(wanted.sum(-1).max())]
+    width = int(wanted.sum(-1).max()) if host_has(wanted) else blocks
+    return order.masked_fill_(~wanted, -1)[..., :width]

@@ -5,7 +5,7 @@ read once per kv head, and a tile of packed rows looks at one stretch of positio
 tile of keys, goes over the rows that see any of it and writes once: no atomics, the same sums every time.
 """
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -286,6 +286,70 @@ def mass_kernel(
     tl.store(p_out, tl.sum(b_mass, axis=0), mask=m_entry)
 
 
+def row_lse(query: Tensor, key: Tensor, *, scale: float, softcap: float | None) -> Tensor:
+    """LSE of the scores of the last rows, each over the entries up to its own: float32 [batch, heads, rows].
+
+    Args:
+        query: [batch, heads, rows, head_dim], those of the last entries, and key: [batch, kv_heads, n, head_dim]; channels side
+            by side.
+    """
+    rows, n = query.shape[2], key.shape[2]
+    scoring, strides = (scale, softcap, None, rows, n, n - rows), (*query.stride()[:3], *key.stride()[:3], 0, 0, 0)
+    return _row_lse(query, key, None, None, None, None, None, None, scoring, strides, None)
+
+
+def _row_lse(
+    query: Tensor,
+    key: Tensor,
+    at: Tensor | None,
+    positions: Tensor | None,
+    offsets: Tensor | None,
+    noise: Tensor | None,
+    warmth: Tensor | None,
+    sinks: Tensor | None,
+    scoring: tuple[Any, ...],
+    strides: tuple[int, ...],
+    splits: int | None,
+) -> Tensor:
+    """The first kernel, from what its launch takes: float32 [batch, heads, rows]."""
+    batch, heads, rows, head_dim = query.shape
+    kv_heads, n = key.shape[1], key.shape[2]
+    group = heads // kv_heads
+    chosen = lse_config(rows * group, head_dim, query.element_size(), query.device)
+    tiles = cdiv(rows * group, chosen.block_m)
+    if splits is None:
+        splits = split_count(n, tiles * batch * kv_heads, query.device)
+    per_split = cdiv(cdiv(n, splits), chosen.block_n) * chosen.block_n
+    splits = cdiv(n, per_split)
+    parts = query.new_empty(splits, batch, heads, rows, dtype=torch.float32)
+    launch(
+        lse_kernel,
+        (tiles, batch * kv_heads, splits),
+        query,
+        at,
+        key,
+        positions,
+        offsets,
+        noise,
+        warmth,
+        sinks,
+        parts,
+        *scoring,
+        per_split,
+        kv_heads,
+        group,
+        *strides,
+        TABLE=TABLE,
+        HEAD_DIM=head_dim,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_D=chosen.block_d,
+        num_warps=chosen.num_warps,
+        num_stages=chosen.num_stages,
+    )
+    return parts[0] if splits == 1 else parts.logsumexp(dim=0)
+
+
 def attention_mass(
     query: Tensor,
     row_positions: Tensor,
@@ -336,39 +400,7 @@ def attention_mass(
     )
     at = None if positions is None else row_positions
     if lse is None:
-        chosen = lse_config(rows * group, head_dim, query.element_size(), query.device)
-        tiles = cdiv(rows * group, chosen.block_m)
-        if splits is None:
-            splits = split_count(n, tiles * batch * kv_heads, query.device)
-        per_split = cdiv(cdiv(n, splits), chosen.block_n) * chosen.block_n
-        splits = cdiv(n, per_split)
-        parts = query.new_empty(splits, batch, heads, rows, dtype=torch.float32)
-        launch(
-            lse_kernel,
-            (tiles, batch * kv_heads, splits),
-            query,
-            at,
-            key,
-            positions,
-            offsets,
-            noise,
-            warmth,
-            sinks,
-            parts,
-            *scoring,
-            per_split,
-            kv_heads,
-            group,
-            *strides,
-            TABLE=TABLE,
-            HEAD_DIM=head_dim,
-            BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
-            BLOCK_D=chosen.block_d,
-            num_warps=chosen.num_warps,
-            num_stages=chosen.num_stages,
-        )
-        lse = parts[0] if splits == 1 else parts.logsumexp(dim=0)
+        lse = _row_lse(query, key, at, positions, offsets, noise, warmth, sinks, scoring, strides, splits)
     chosen = mass_config(rows * group, head_dim, query.element_size(), query.device)
     launch(
         mass_kernel,

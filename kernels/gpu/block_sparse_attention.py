@@ -136,7 +136,7 @@ def block_sparse_kernel(
     Lists of heads / share heads, ascending, p_x_counts saying how many of them the query block reads:
         p_columns [batch, ., column_width], p_is_column [batch, ., n];
         p_runs [batch, ., run_width], where a run of BLOCK_SIZE distances begins, p_is_run [batch, ., n + BLOCK_SIZE];
-        p_blocks [batch, ., query_blocks, block_width].
+        p_blocks [batch, ., query_blocks, block_width], in any order, -1 for none.
     A distance is that from the last row of the query block to the key.
     """
     PARTS: tl.constexpr = BLOCK_SIZE // BLOCK_N
@@ -201,9 +201,9 @@ def block_sparse_kernel(
         count = tl.load(p_block_counts + i_list)
         for part in range(0, count * PARTS):
             # [BLOCK_N]
-            block = tl.load(p_blocks + i_list * block_width + part // PARTS)
+            block = tl.load(p_blocks + i_list * block_width + part // PARTS).to(tl.int32)
             b_entry = block * BLOCK_SIZE + part % PARTS * BLOCK_N + o_n
-            m_read = (b_entry < n) & (b_entry <= last)
+            m_read = (block >= 0) & (b_entry < n) & (b_entry <= last)
             if p_columns is not None:
                 m_read = m_read & (tl.load(p_is_column + b_entry, mask=m_read, other=1) == 0)
             if p_runs is not None:
@@ -254,8 +254,10 @@ def block_sparse_attention(
     columns, column_counts, is_column = _columns(columns, lasts, n)
     runs, run_counts, is_run = _runs(diagonals, lasts, n, block_size)
     block_counts = None
-    if blocks is not None:
-        blocks, block_counts = _ascending(blocks, (blocks >= 0) & (blocks * block_size <= lasts[:, None]))
+    if blocks is not None and blocks.shape[-1]:
+        blocks, block_counts = blocks.contiguous(), _reach(blocks, lasts // block_size)
+    else:
+        blocks = None
 
     chosen = config(block_size, head_dim, query.element_size(), query.device)
     lists = (columns, runs, blocks)
@@ -303,6 +305,18 @@ def _ascending(numbers: Tensor, real: Tensor) -> tuple[Tensor, Tensor]:
     """The real ones of the last dimension in ascending order, int32 with the rest behind, and how many they are."""
     ordered = numbers.int().masked_fill(~real, torch.iinfo(torch.int32).max).sort(dim=-1).values
     return ordered, real.sum(dim=-1, dtype=torch.int32)
+
+
+def _reach(blocks: Tensor, own: Tensor) -> Tensor:
+    """How many places of each list [..., query blocks, m] hold all that is read: int32 [..., query blocks].
+
+    Lists are as a rule wider than what they hold, which comes first: nothing is sorted. What is -1 before that is passed over.
+
+    Args:
+        own: [query blocks], the last block that each query block sees.
+    """
+    place = torch.arange(1, blocks.shape[-1] + 1, dtype=torch.int32, device=blocks.device)
+    return (place * ((blocks >= 0) & (blocks <= own[:, None]))).amax(dim=-1)
 
 
 def _columns(columns: Tensor | None, lasts: Tensor, n: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

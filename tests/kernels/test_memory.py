@@ -7,6 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kvpress
+from kvpress.kernels import antidiagonal_mass as antidiagonal_module
 from kvpress.kernels import attention_mass as mass_module
 from kvpress.kernels import block_lists
 from kvpress.kernels import nearest_centre as centre_module
@@ -23,7 +24,6 @@ from kvpress.kernels.gumbel_noise import gumbel_noise
 from kvpress.kernels.nearest_centre import nearest_centre
 from kvpress.kernels.placed_attention import placed_attention
 from kvpress.kernels.prompt_attention import prompt_attention, prompt_attention_reference
-from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
 from support.kernel_calls import HEAD_DIM, HEADS, KV_HEADS, LINEAR, Largest, own_and_half_way, places, qkv
 
 
@@ -118,7 +118,6 @@ LINEAR_ON_TORCH = {
     ),
     "placed_attention": lambda q, k, v: placed_attention(q, k, v, places(q)[0], places(q)[0], scale=0.1),
     "prompt_attention": lambda q, k, v: prompt_attention(q, k, v, scale=0.1, with_mass=True),
-    "vertical_slash_mass": lambda q, k, v: vertical_slash_mass(q[:, :, -16:], k, scale=0.1),
     "block_means": lambda q, k, v: block_means(k, 0, 16),
     "gumbel_noise": lambda q, k, v: gumbel_noise(1, 0, places(q)[:, :1], k[..., 0].long(), HEADS),
 }
@@ -126,9 +125,9 @@ LINEAR_ON_TORCH = {
 
 def grows(call, monkeypatch, sizes=(128, 512), tile=1 << 10):
     """The largest tensor at four times the entries over that at one, tiles small."""
-    for module in (mass_module, placed_module, prompt_module, skip_module):
+    modules = (antidiagonal_module, mass_module, placed_module, prompt_module, skip_module, slash_module)
+    for module in modules:
         monkeypatch.setattr(module, "TILE_SCORES", tile)
-    monkeypatch.setattr(slash_module, "TILE_SCORES", tile)
     monkeypatch.setattr(block_lists, "TILE_NUMBERS", tile)
     monkeypatch.setattr(block_lists, "TILE_MARKS", tile)
     monkeypatch.setattr(centre_module, "TILE_SIMILARITIES", tile)
@@ -156,5 +155,5 @@ def test_memory_grows_with_the_entries(name, monkeypatch):
 def test_every_kernel_is_covered():
     """A new file in kernels/ has a case here."""
     files = {file.stem for folder in kvpress.__path__ for file in Path(folder).glob("kernels/*.py")}
-    helpers = {"backend", "block_lists", "launch_shapes"}
+    helpers = {"backend", "block_lists", "exponentials", "launch_shapes"}
     assert files - helpers == {name.partition("-")[0] for name in (*LINEAR, *LINEAR_ON_TORCH)}

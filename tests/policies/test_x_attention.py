@@ -13,8 +13,9 @@ import kvpress
 from kvpress import PolicyError
 from kvpress.calibrate import fit, write_table
 from kvpress.cli import app
+from kvpress.kernels.antidiagonal_mass import antidiagonal_mass
 from kvpress.policies import A2SF, H2O, AdaKV, Full, Quest, SnapKV, StreamingLLM, TidalDecode, TokenSelect, XAttention
-from kvpress.policies.x_attention import best_blocks, block_mass
+from kvpress.policies.x_attention import best_blocks
 from kvpress.policy import Attended
 from kvpress.registry import make_policies
 from oracles import h2o, snapkv, streaming_llm, x_attention
@@ -35,7 +36,7 @@ def model():
 def mass_of(query, keys, **fields):
     """Of one head: lists [n][d], the rows being the last entries."""
     query, keys = (torch.tensor(x, dtype=torch.float32)[None, None] for x in (query, keys))
-    return block_mass(query, keys, **{"scale": 1.0, **fields})[0, 0]
+    return antidiagonal_mass(query, keys, **{"scale": 1.0, **fields})[0, 0]
 
 
 def chosen(mass, *thresholds):
@@ -83,7 +84,7 @@ def test_a_block_that_crosses_the_share_is_read():
 def test_stride_one_is_the_attention_itself():
     query, keys = torch.randn(2, 1, 4, 32, 8, generator=torch.Generator().manual_seed(0))
     keys = keys[:, :2]
-    mass = block_mass(query, keys, scale=0.3, stride=1, block_size=8)
+    mass = antidiagonal_mass(query, keys, scale=0.3, stride=1, block_size=8)
     scores = 0.3 * query @ keys.repeat_interleave(2, dim=1).transpose(-1, -2)
     weights = scores.masked_fill(torch.ones(32, 32).triu(1) > 0, float("-inf")).softmax(-1)
     torch.testing.assert_close(mass, weights.view(1, 4, 4, 8, 4, 8).sum((3, 5)))
@@ -93,10 +94,10 @@ def test_stride_one_is_the_attention_itself():
 @pytest.mark.parametrize("tile", [1, 1 << 24])
 def test_estimate_is_the_oracles(n, rows, tile, monkeypatch):
     """Also where rows and entries end, or rows begin, inside of a cell; in tiles and whole."""
-    monkeypatch.setattr("kvpress.policies.x_attention.TILE_SCORES", tile)
+    monkeypatch.setattr("kvpress.kernels.antidiagonal_mass.TILE_SCORES", tile)
     query, keys = torch.randn(2, 2, 4, n, 6, generator=torch.Generator().manual_seed(n))
     query, keys = query[:, :, n - rows :], keys[:, :2]
-    mass = block_mass(query, keys, scale=0.7, stride=4, block_size=8)
+    mass = antidiagonal_mass(query, keys, scale=0.7, stride=4, block_size=8)
     for b in range(2):
         for head in range(4):
             of_rows = {n - rows + i: row for i, row in enumerate(query[b, head].tolist())}
@@ -342,7 +343,7 @@ def test_soft_capping_is_in_the_attention_that_is_wanted():
     policy = XAttention(stride=1, block_size=8)
     sharp, even = (policy.fit([[Attended(query, key, 1.0, cap, 0.0)]]).threshold[0][0] for cap in (None, 0.01))
     assert sharp < even
-    mass = block_mass(query, key, scale=1.0, softcap=2.0, stride=1, block_size=8)[0, 0]
+    mass = antidiagonal_mass(query, key, scale=1.0, softcap=2.0, stride=1, block_size=8)[0, 0]
     scores = 2.0 * torch.tanh(query[0, 0] @ key[0, 0].T / 2.0)
     weights = scores.masked_fill(torch.ones(64, 64).triu(1) > 0, float("-inf")).softmax(-1)
     torch.testing.assert_close(mass, weights.view(8, 8, 8, 8).sum((1, 3)))

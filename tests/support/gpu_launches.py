@@ -233,6 +233,28 @@ def mass(head_dim: int, dtype: torch.dtype, group: int, rows: int, full: bool, n
     )
 
 
+def antidiagonals(
+    head_dim: int,
+    dtype: torch.dtype,
+    group: int,
+    stride: int,
+    rows: int,
+    n: int = 4096,
+    softcap: float | None = None,
+) -> None:
+    """The estimate of XAttention, of a prompt's last rows."""
+    query = torch.empty(1, KV_HEADS * group, rows, head_dim, dtype=dtype)
+    gpu("antidiagonal_mass").antidiagonal_mass(
+        query, cache(head_dim, dtype, n)[0], scale=0.1, stride=stride, block_size=128, softcap=softcap
+    )
+
+
+def slashes(head_dim: int, dtype: torch.dtype, group: int, rows: int, softcap: float | None, n: int = 4096) -> None:
+    """The last rows' attention by entry and by distance."""
+    query = torch.empty(1, KV_HEADS * group, rows, head_dim, dtype=dtype)
+    gpu("vertical_slash_mass").vertical_slash_mass(query, cache(head_dim, dtype, n)[0], scale=0.1, softcap=softcap)
+
+
 def sparse(head_dim: int, dtype: torch.dtype, group: int, block_size: int, full: bool, n: int = 4096) -> None:
     """A chunk of a prompt over blocks, or over blocks, columns and diagonals."""
     heads, rows = KV_HEADS * group, n // 2
@@ -380,6 +402,29 @@ def mass_calls() -> Iterator[Callable[[], None]]:
     yield partial(mass, 128, FP16, 4, 2048, False)
 
 
+def antidiagonal_calls() -> Iterator[Callable[[], None]]:
+    for head_dim, dtype in product((64, 80, 128, 256), (FP32, BF16)):
+        yield partial(antidiagonals, head_dim, dtype, 4, 16, 2048)
+    for stride, dtype in ((1, FP32), (1, BF16), (8, BF16), (128, FP32)):
+        yield partial(antidiagonals, 128, dtype, 4, stride, 4096)
+    yield partial(antidiagonals, 128, FP16, 4, 16, 2048)
+    yield partial(antidiagonals, 256, BF16, 4, 1, 2048, softcap=50.0)
+    # Few rows: tiles of fewer cells.
+    for head_dim, dtype, group in product((80, 128), (FP32, BF16), (1, 4, 8)):
+        yield partial(antidiagonals, head_dim, dtype, group, 16, 16)
+    for head_dim, rows in product((80, 128), (16, 1024, 2048, 4096)):  # a cell is a block
+        yield partial(antidiagonals, head_dim, BF16, 4, 128, rows)
+
+
+def slash_calls() -> Iterator[Callable[[], None]]:
+    for head_dim, dtype in product(HEAD_DIMS, (FP32, BF16)):
+        yield partial(slashes, head_dim, dtype, 4, 64, None)
+    for head_dim, dtype, rows in product((64, 128, 256), (FP32, BF16), (8, 32)):
+        yield partial(slashes, head_dim, dtype, 4, rows, None)
+    yield partial(slashes, 128, FP16, 4, 128, None)
+    yield partial(slashes, 256, BF16, 4, 64, 50.0)
+
+
 def sparse_calls() -> Iterator[Callable[[], None]]:
     for head_dim, dtype, block_size in product((64, 128, 256), (FP32, BF16), (64, 128)):
         yield partial(sparse, head_dim, dtype, 4, block_size, head_dim == 128)
@@ -401,6 +446,7 @@ def skipping_calls() -> Iterator[Callable[[], None]]:
 
 
 CALLS: dict[str, list[Callable[[], None]]] = {
+    "antidiagonal_mass": list(antidiagonal_calls()),
     "attention_mass": list(mass_calls()),
     "block_sparse_attention": list(sparse_calls()),
     "decode_attention": list(decode_calls()),
@@ -438,6 +484,7 @@ CALLS: dict[str, list[Callable[[], None]]] = {
         partial(topk, n, dtype) for n in (100, 300, 600, 1200, 2400, 4800, 131072) for dtype in (FP32, BF16)
     ],
     "union_select": [partial(union, n, group) for n in (4096,) for group in (1, 4)],
+    "vertical_slash_mass": list(slash_calls()),
     "write_slot": [
         partial(write, d, t, own) for d in (64, 80, 96, 128, 256) for t in (FP32, BF16) for own in (False, True)
     ],

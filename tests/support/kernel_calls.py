@@ -4,6 +4,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from kvpress.kernels.antidiagonal_mass import antidiagonal_mass
 from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.compact_slots import compact_slots
@@ -20,6 +21,7 @@ from kvpress.kernels.skip_attention import skip_attention
 from kvpress.kernels.soft_vote import soft_vote
 from kvpress.kernels.topk_select import topk_select
 from kvpress.kernels.union_select import union_select
+from kvpress.kernels.vertical_slash_mass import vertical_slash_mass
 from kvpress.kernels.write_slot import write_slot
 
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64  # SmolLM2 135M
@@ -89,6 +91,10 @@ LINEAR = {
     "evict_slot": lambda q, k, v, b: evict_slot(
         k[..., 0], k[..., 0].int(), places(k)[0, -1:], places(k)[0, :1], backend=b
     ),
+    # Of one block of rows: the result has a number for each pair of blocks.
+    "antidiagonal_mass": lambda q, k, v, b: antidiagonal_mass(
+        q[:, :, -16:], k, scale=0.1, stride=4, block_size=16, backend=b
+    ),
     "attention_mass": lambda q, k, v, b: attention_mass(q, places(q), k, None, scale=0.1, backend=b),
     "block_sparse_attention": lambda q, k, v, b: block_sparse_attention(
         q, k, v, scale=0.1, blocks=own_and_half_way(q, 16), block_size=16, backend=b
@@ -110,6 +116,7 @@ LINEAR = {
     "skip_attention": lambda q, k, v, b: skip_attention(q, k, v, scale=0.1, skip=0.9, tile=16, backend=b),
     "soft_vote": lambda q, k, v, b: soft_vote(q[:, :, :2], k, scale=0.1, backend=b),
     "topk_select": lambda q, k, v, b: topk_select(k[..., 0], quarter(k)[..., 1], k.shape[2] // 4, backend=b),
+    "vertical_slash_mass": lambda q, k, v, b: vertical_slash_mass(q[:, :, -16:], k, scale=0.1, backend=b),
     "write_slot": lambda q, k, v, b: write_slot(
         k.clone(),
         v.clone(),

@@ -73,6 +73,10 @@ def test_shapes_lead_to_nothing_else() -> None:
             calls += [partial(launches.scores, head_dim, dtype, group, form, n=n) for form in ("pages", "votes")]
         for group, rows in product((1, 3, 8), (1, 2, 7, 32, 100, 4096)):
             calls += [partial(launches.mass, head_dim, dtype, group, rows, full) for full in (False, True)]
+            calls.append(partial(launches.slashes, head_dim, dtype, group, rows, None))
+            calls += [
+                partial(launches.antidiagonals, head_dim, dtype, group, stride, rows) for stride in (1, 8, 16, 128)
+            ]
         for block_size, full in product((64, 128), (False, True)):
             calls.append(partial(launches.sparse, head_dim, dtype, 3, block_size, full))
             tile = min(block_size, largest_tile(head_dim, dtype.itemsize))

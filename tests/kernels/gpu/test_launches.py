@@ -1,6 +1,6 @@
-"""How much a decode step launches on a GPU in each layer: Triton kernels, and torch's operations that are not views.
+"""How much a decode step launches on a GPU in each layer: Triton kernels, and torch's operations that are not views; and a plan.
 
-Counted in the interpreter, in a step in which nothing grows. What a policy launches beside its model costs a GPU with little to
+Counted in the interpreter, of a step in which nothing grows. What a policy launches beside its model costs a GPU with little to
 do more than reading the cache; so a number here may get smaller, and a larger one needs a reason.
 """
 
@@ -19,6 +19,9 @@ import kvpress
 from kvpress import attention
 from kvpress.compat import CACHE
 from kvpress.kernels import backend
+from kvpress.kernels.block_sparse_attention import listed_keys
+from kvpress.policies import FlexPrefill, MInference, XAttention
+from kvpress.policy import Pattern, View
 from support.matrix import CASES, rows_to_ask
 from support.models import tiny_llama, token_ids
 
@@ -54,6 +57,14 @@ MOST = {
     "finch": 24,
     "packed": 65,
 }
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "is_nonzero", "equal", "repeat_interleave"}
+# Each with the launches of a layer's plan, however many heads it has.
+PLANS = {
+    "x_attention": (XAttention(block_size=16, stride=4, threshold=0.6), 26),
+    "flex_prefill": (FlexPrefill(block_size=16, min_budget=16, gamma=0.5, tau=0.3), 93),
+    "minference": (MInference(default=("vertical_slash", 10, 12), sink=4, recent=8, block_size=16, probe=16), 34),
+    "minference of blocks": (MInference(default=("block_sparse", 4), block_size=16), 50),
+}
 FIRST = {case.policy.name: case for case in reversed(CASES)}
 
 
@@ -70,6 +81,16 @@ class Launches(TorchDispatchMode):
         if not self.in_kernel and name not in FREE:
             self.found[name] += 1
         return func(*args, **(kwargs or {}))
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kernel is Triton's, and numbers that a device would have to tell are not asked for."""
+    for file in Path(backend.__file__).parent.glob("*.py"):
+        module = importlib.import_module(f"kvpress.kernels.{file.stem}")
+        if file.stem != "backend" and hasattr(module, "use_triton"):
+            monkeypatch.setattr(module, "use_triton", lambda chosen, tensor: chosen != "torch")
+    for name in ("policy", "policies.x_attention", "policies.flex_prefill"):
+        monkeypatch.setattr(f"kvpress.{name}.host_has", lambda tensor: False)
 
 
 @contextmanager
@@ -107,10 +128,45 @@ def test_launches_of_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -> None
         cache = model(ids[:, :32], use_cache=True, **rows_to_ask(model, 32))[CACHE]
         for step in range(32, 36):
             model(ids[:, step : step + 1], **{CACHE: cache})
-        for file in Path(backend.__file__).parent.glob("*.py"):
-            module = importlib.import_module(f"kvpress.kernels.{file.stem}")
-            if file.stem != "backend" and hasattr(module, "use_triton"):
-                monkeypatch.setattr(module, "use_triton", lambda chosen, tensor: chosen != "torch")
+        as_on_a_gpu(monkeypatch)
         with counting(monkeypatch) as launches:
             model(ids[:, 36:], **{CACHE: cache})
     assert launches.found.total() <= MOST.get(name, 2) * LAYERS, dict(launches.found)
+
+
+def view_of(heads: int, kv_heads: int, rows: int = 140, n: int = 200) -> View:
+    """The last rows of a prompt, whose queries are near some keys, so that heads tell blocks apart."""
+    generator = torch.Generator().manual_seed(heads)
+    keys = torch.randn(1, kv_heads, n, 16, generator=generator)
+    query = torch.randn(1, heads, rows, 16, generator=generator)
+    query += keys.repeat_interleave(heads // kv_heads, dim=1)[:, :, :rows]
+    positions = torch.arange(n, dtype=torch.int32).expand(1, kv_heads, n)
+    seen = torch.tensor([n], dtype=torch.int32)
+    return View(0, 1, query, positions, None, seen, 0.3, None, None, {}, {}, lambda: keys, n, n - 1, n)
+
+
+def reads_of(pattern: Pattern | None, view: View) -> torch.Tensor:
+    """What the rows read, bool [1, heads, rows of whole blocks, n]."""
+    assert pattern is not None
+    n = view.keys.shape[2]
+    rows = n - (n - view.query.shape[2]) // pattern.block_size * pattern.block_size
+    return listed_keys(rows, n, view.query.shape[1], block_size=pattern.block_size, **pattern.lists)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_launches_of_a_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many for few heads as for many, none of them a wait for the device; what is read is what a CPU reads."""
+    policy, most = PLANS[name]
+    views = [view_of(4, 2), view_of(16, 4)]
+    expected = [reads_of(policy.plan(view), view) for view in views]
+    as_on_a_gpu(monkeypatch)
+    counts = []
+    for view, reads in zip(views, expected, strict=True):
+        with monkeypatch.context() as patched, counting(patched) as launches, launches:
+            pattern = policy.plan(view)
+        assert launches.found.keys() & WAITS == set()
+        assert torch.equal(reads_of(pattern, view), reads)
+        assert reads.sum() < 0.8 * torch.ones(reads.shape).tril(reads.shape[3] - reads.shape[2]).sum()
+        counts.append(launches.found)
+    assert counts[0] == counts[1]
+    assert counts[0].total() <= most, dict(counts[0])

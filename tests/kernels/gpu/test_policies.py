@@ -14,16 +14,19 @@ from kvpress.policies import (
     EMS,
     H2O,
     AdaKV,
+    FlexPrefill,
     H2OPrefill,
     HiP,
     InfiniteHiP,
     Kascade,
     Keyformer,
+    MInference,
     Quest,
     SnapKV,
     StreamingLLM,
     TidalDecode,
     TokenSelect,
+    XAttention,
 )
 from support import accelerator
 from support.models import tiny_llama, token_ids
@@ -68,6 +71,15 @@ POLICIES = {
     "kascade": (
         Kascade(k=10, tile=5, anchors=[0, 2], head_map=[[0, 1], [1, 1], [0, 1]]),
         (*COMMON, "decode_scores", "attention_mass"),
+    ),
+    "x_attention": (XAttention(block_size=4, stride=2, threshold=0.5), ("decode_attention", "antidiagonal_mass")),
+    "flex_prefill": (
+        FlexPrefill(block_size=4, min_budget=4, gamma=0.5),
+        ("decode_attention", "vertical_slash_mass", "union_select"),
+    ),
+    "minference": (
+        MInference(default=("vertical_slash", 6, 8), sink=2, recent=4, block_size=4, probe=8),
+        ("decode_attention", "vertical_slash_mass", "union_select"),
     ),
     "streaming_llm": (StreamingLLM(budget=16, sink=2), ("decode_attention", "rope_shift")),
     "ada_kv": (AdaKV(SnapKV(budget=16, window=4)), ("paged_attention", "attention_mass")),

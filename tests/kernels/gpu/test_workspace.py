@@ -108,6 +108,16 @@ CASES = {
     # The rows' LSE, in parts and whole.
     "mass of a window": (partial(launches.mass, HEAD_DIM, BF16, 4, 32, False), HEADS * 32 * (SPLITS + 1) * 4),
     "mass of a prompt": (partial(launches.mass, HEAD_DIM, BF16, 4, N, False), HEADS * N * 4),
+    "vertical and slash mass": (
+        partial(launches.slashes, HEAD_DIM, BF16, 4, 64, None),
+        HEADS * 64 * (SPLITS // 2 + 2) * 4,
+    ),
+    # The LSE of each cell; the result itself is larger than it.
+    "antidiagonals of a prompt": (partial(launches.antidiagonals, HEAD_DIM, BF16, 4, 16, N), HEADS * N // 16 * 4),
+    "antidiagonals of a chunk": (
+        partial(launches.antidiagonals, HEAD_DIM, BF16, 4, 16, 2048),
+        HEADS * 2048 // 16 * (SPLITS // 2 + 2) * 4,
+    ),
     # Tables of n numbers and lists per kv head; never rows times entries.
     "block sparse": (partial(launches.sparse, HEAD_DIM, BF16, 4, 64, True), KV_HEADS * N * 20),
     "gather": (partial(launches.gather, HEAD_DIM, BF16, "all"), 0),
@@ -141,6 +151,8 @@ def test_grids_of_eight_million_entries():
         partial(launches.rope, HEAD_DIM, BF16, 64, False, n=n),
         partial(launches.mass, HEAD_DIM, BF16, 4, 32, True, n=n),
         partial(launches.mass, HEAD_DIM, BF16, 4, n, False, n=n),
+        partial(launches.slashes, HEAD_DIM, BF16, 4, 64, None, n=n),
+        partial(launches.antidiagonals, HEAD_DIM, BF16, 4, 16, n, n=n),
         partial(launches.merge, HEAD_DIM, BF16, False, n=n),
         partial(launches.sparse, HEAD_DIM, BF16, 4, 64, False, n=n),
         partial(launches.topk, n, BF16),
