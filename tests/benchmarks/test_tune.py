@@ -80,13 +80,14 @@ def test_a_tiny_run_tries_every_kernel(tmp_path):
     out.write_text(json.dumps({"gpu": "x", "triton": "0", "shapes": {"other 1x2": {"block_n": 16}}}))
     done = run(SCRIPT, "--interpret", "--out", out)
     assert done.returncode == 0, done.stderr
-    for key in (
+    keys = (
         "decode_attention 16x16x2", "decode_attention.listed 16x16x2",
         "decode_attention.split", "attention_mass.lse 16x2", "attention_mass.mass 16x2",
-        "block_sparse_attention 16x16x2",
-    ):  # fmt: skip
+        "antidiagonal_mass 16x2", "vertical_slash_mass 16x2", "block_sparse_attention 16x16x2",
+    )  # fmt: skip
+    for key in keys:
         assert f"\n{key}\n" in "\n" + done.stdout
-    assert done.stdout.count("of the heuristic's time") == 12
+    assert done.stdout.count("of the heuristic's time") == 2 * len(keys)
     assert "wrong results" not in done.stdout
     shapes = json.loads(out.read_text())["shapes"]
     assert shapes["other 1x2"] == {"block_n": 16}
