@@ -231,8 +231,15 @@ def listed_pairs(
         counts = (at >= lists.past + skip) & (at < n)
         edges = firsts // size * size
         entries = edges + torch.arange(size if lists.past % size == 0 else 2 * size, device=device)
-        edge = lists.at_edge(start, stop, entries, at) & (entries < n)[:, None]
-        pairs += (edge & counts[..., None]).sum()
+        if lists.distances is None:
+            # The last row reads what is listed for all, and each row itself.
+            listed = lists.at_edge(start, stop, entries, at[:, -1:])[:, :, 0] & (entries < n)
+            readers = (counts[..., None] & (at[..., None] >= entries[:, None])).sum(1)
+            own = (at - entries[:, :1]).expand(len(listed), -1, -1)
+            pairs += (listed * readers).sum() + (counts & ~listed.gather(2, own)).sum()
+        else:
+            edge = lists.at_edge(start, stop, entries, at) & (entries < n)[:, None]
+            pairs += (edge & counts[..., None]).sum()
         width = (lists.past + (stop - 1) * size) // size * size  # entries before the last edge
         if not width:
             continue
