@@ -298,7 +298,7 @@ class InfiniteHiP(SelectionPolicy, PrefillPolicy):
             queries = [view.turn(query, place) for place in places]
 
         def score(entries: Tensor) -> tuple[Tensor, Tensor]:
-            entries = entries.clamp(0, n - 1)
+            entries = entries.clamp(0, (n if order is None else order.shape[2]) - 1)  # of a chunk that is none any
             slots = entries.reshape(batch, kv_heads, -1)
             found = gather_slots(keys, slots if order is None else order.gather(2, slots)).view(*entries.shape, -1)
             if by_chunk:

@@ -55,7 +55,8 @@ class SkipSoftmax(PrefillPolicy):
         scale: the threshold times the number of entries; 0 skips nothing. None for a * exp(b * target).
         target: the share of tiles to be skipped, in [0, 1), which gives `scale` where it is None, and is what
             `kvpress calibrate --policy skip_softmax` fits `scale` to.
-        a, b: coefficients of the model (authors, Qwen3-30B-A3B: 7.9189 and 8.6152).
+        a: factor of the model (authors, Qwen3-30B-A3B: 7.9189).
+        b: exponent of the model (authors, Qwen3-30B-A3B: 8.6152).
         tile: rows and entries of a tile, a power of two (authors: 128).
         min_len: a pass that ends before so many entries is exact.
 

@@ -20,6 +20,7 @@ KERNELS = {
     "decode_attention, selected", "decode_attention", "topk_select", "attention_mass", "block_sparse_attention",
     "decode_scores", "page_bounds", "page_scores", "soft_vote", "union_select", "attention_mass, window",
     "compact_slots", "rope_shift", "merge_slots", "block_sparse_attention, flex", "paged_attention",
+    "antidiagonal_mass", "vertical_slash_mass",
 }  # fmt: skip
 
 

@@ -125,7 +125,7 @@ def test_batches_give_the_answers_of_single_samples(rows, tmp_path, monkeypatch,
     parts = {"defaults": {"task": task | depths, "query_aware": query_aware}, "sweep": grids}
     single = rows(plan("tiny", tmp_path / "1", **parts))
     batched = rows(plan("tiny", tmp_path / "3", batch_size=3, **parts))
-    assert len(single) == (len(POLICIES) + 11 if query_aware else 6)
+    assert len(single) == (len(POLICIES) + 12 if query_aware else 6)
     for policy, own in single.items():
         for index, row in own.items():
             other = batched[policy][index]
