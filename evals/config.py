@@ -16,9 +16,9 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from kvpress.errors import PolicyError, nearest
 from kvpress.evals.locations import ConfigError, KeyPath, Locations, expand, load, location_of
 from kvpress.evals.task import Task, TaskError
-from kvpress.evals.tasks import find_task, make_task, task_origin
+from kvpress.evals.tasks import OUTSIDE, find_task, make_task, task_origin
 from kvpress.policy import Policy, check_budget
-from kvpress.registry import absolute, make_policies, origin, read_budget
+from kvpress.registry import POLICIES, absolute, make_policies, origin, read_budget
 
 LENGTH_FIELDS = ("length", "lengths", "max_length")
 """The fields in which tasks take a length; the first that a task has is what `length` sets."""
@@ -257,8 +257,9 @@ def read_plan(path: Path, settings: Sequence[str] = ()) -> Plan:
     sweep = tree.get("sweep")
     for part in (tree.get("defaults"), *(sweep if isinstance(sweep, list) else [sweep])):
         for key in part if isinstance(part, dict) else ():
-            if key.partition(".")[0] in ("policy", "task"):  # files of classes are relative to this file
-                part[key] = absolute(part[key], path.parent)
+            kind = {"policy": POLICIES, "task": OUTSIDE}.get(key.partition(".")[0])
+            if kind is not None:  # files that policies name, and those of classes, are relative to this file
+                part[key] = absolute(part[key], path.parent, kind)
     return make_plan(tree, locations, settings)
 
 

@@ -291,7 +291,7 @@ def calibrate(
                 return
             layers = getattr(fitted, str(chosen.calibrated))
             write_table(table, layers)
-            write_policy(path, fitted, **{str(chosen.calibrated): str(table)})
+            write_policy(path, fitted, **{str(chosen.calibrated): table.name})
             numbers = [number for heads in layers for number in heads]
             console.print(
                 f"{chosen.calibrated} of {len(layers)} layers, {min(numbers):.3f} to {max(numbers):.3f}, mean "
@@ -302,7 +302,7 @@ def calibrate(
         if chosen.head_values:
             heads = calibrate_heads(loaded, chosen, [example.prompt for example in examples], metric)
             write_heads(table, heads, metric)
-            write_policy(path, chosen, **{str(chosen.calibrated): str(table)})
+            write_policy(path, chosen, **{str(chosen.calibrated): table.name})
             kinds = Counter(" ".join(map(str, one.value)) for layer in heads for one in layer)
             for kind, count in kinds.most_common():
                 console.print(f"{count} heads: {kind}", highlight=False)

@@ -38,6 +38,7 @@ class Kind:
         package: the package of kvpress that holds its own.
         parent: what messages say to derive from.
         error: what is raised.
+        files: endings of the files that a description may name, besides those of classes.
     """
 
     noun: str
@@ -46,6 +47,7 @@ class Kind:
     package: str
     parent: str
     error: type[Exception]
+    files: tuple[str, ...] = (".yaml", ".yml")
 
     @property
     def forms(self) -> str:
@@ -53,7 +55,16 @@ class Kind:
         return f"package.module:My{self.noun.title()} or ./my_{self.noun}.py:My{self.noun.title()}"
 
 
-POLICIES = Kind("policy", Policy, "kvpress.policies", "kvpress.policies", "kvpress.EvictionPolicy", PolicyError)
+# A JSON file holds what was calibrated. Those of tasks are data, and not looked for beside the description.
+POLICIES = Kind(
+    "policy",
+    Policy,
+    "kvpress.policies",
+    "kvpress.policies",
+    "kvpress.EvictionPolicy",
+    PolicyError,
+    files=(".yaml", ".yml", ".json"),
+)
 
 _FILE = re.compile(r"(?P<file>.+\.py)(?::(?P<attribute>[\w.]+))?")
 _DOTTED = re.compile(r"(?P<module>\w+(?:\.\w+)*):(?P<attribute>\w+(?:\.\w+)*)")
@@ -70,14 +81,14 @@ def is_reference(text: str) -> bool:
     return any(form.fullmatch(text) for form in (_FILE, _DOTTED, _DOTS_ONLY))
 
 
-def absolute(spec: Any, folder: Path) -> Any:
-    """What describes a policy or a task (a text, a mapping, a list), with Python and YAML files in it that are relative to
-    `folder` made absolute."""
+def absolute(spec: Any, folder: Path, kind: Kind) -> Any:
+    """What describes a policy or a task (a text, a mapping, a list), with files in it that are relative to `folder` made
+    absolute: those of classes, and of the kind's `files`."""
     if isinstance(spec, dict):
-        return {key: absolute(value, folder) for key, value in spec.items()}
+        return {key: absolute(value, folder, kind) for key, value in spec.items()}
     if isinstance(spec, list):
-        return [absolute(item, folder) for item in spec]
-    if isinstance(spec, str) and spec.endswith((".yaml", ".yml")):
+        return [absolute(item, folder, kind) for item in spec]
+    if isinstance(spec, str) and spec.endswith(kind.files):
         return os.path.abspath(folder / Path(spec).expanduser())
     file = _FILE.fullmatch(spec) if isinstance(spec, str) else None
     if file is None:
@@ -141,7 +152,7 @@ def load_class(reference: str, kind: Kind = POLICIES) -> type[Any]:
         raise kind.error(f"{reference!r} names no {kind.noun} class; write {kind.forms}")
     parts = form.groupdict()
     if "file" in parts:
-        module = _run_file(Path(absolute(parts["file"], Path.cwd())), reference, kind)
+        module = _run_file(Path(absolute(parts["file"], Path.cwd(), kind)), reference, kind)
     else:
         with _importing(reference, parts["module"], kind):
             module = importlib.import_module(parts["module"])

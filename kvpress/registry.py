@@ -10,7 +10,7 @@ import yaml
 
 from kvpress import outside
 from kvpress.errors import PolicyError, nearest
-from kvpress.outside import absolute
+from kvpress.outside import POLICIES, absolute
 from kvpress.policy import Budget, Policy, check_budget, entries_for
 
 PolicySpec = Policy | str | Path | Mapping[str, Any] | Sequence[Any]
@@ -198,7 +198,7 @@ def _read_spec(spec: Any) -> tuple[str, Mapping[str, Any]]:
     if isinstance(spec, Path) and spec.suffix == ".py":
         spec = str(spec)
     if isinstance(spec, Path) or (isinstance(spec, str) and spec.endswith((".yaml", ".yml"))):
-        source, spec = str(spec), absolute(_read_yaml(Path(spec)), Path(spec).parent)
+        source, spec = str(spec), absolute(_read_yaml(Path(spec)), Path(spec).parent, POLICIES)
     if isinstance(spec, str):
         spec = {"name": spec}
     if not isinstance(spec, Mapping):

@@ -346,6 +346,10 @@ def test_the_command(tmp_path, monkeypatch):
     with kvpress.patch(small, tmp_path / "found.yaml") as handle:
         assert handle.policies[0] == MInference(patterns=table, candidates=given["candidates"])
         small(torch.tensor([prompt(300)]))
+    for name in ("found.json", "found.yaml"):  # the second names the first, wherever both are
+        (tmp_path / "elsewhere").mkdir(exist_ok=True)
+        (tmp_path / name).rename(tmp_path / "elsewhere" / name)
+    assert kvpress.make_policy(tmp_path / "elsewhere" / "found.yaml").patterns == handle.policies[0].patterns
     short = CliRunner().invoke(app, ["calibrate", "--policy", "minference", "--lengths", "400", "--samples", "1"])
     assert short.exit_code == 2 and "reads all of a prompt of 400 tokens" in " ".join(short.output.split())
 

@@ -414,6 +414,12 @@ def test_the_command(tmp_path, monkeypatch):
     with kvpress.patch(small, tmp_path / "found.yaml") as handle:
         assert handle.policies[0] == XAttention(threshold=table)
         small(torch.tensor([prompt(300)]))
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = CliRunner().invoke(app, [*arguments, "--out", "elsewhere/found.yaml"])
+    assert elsewhere.exit_code == 0, elsewhere.output
+    monkeypatch.chdir("/")
+    assert kvpress.make_policy(tmp_path / "elsewhere" / "found.yaml") == XAttention(threshold=table)
+    monkeypatch.chdir(tmp_path)
     set_ = CliRunner().invoke(app, ["inspect", "--set", "threshold=found.json", "--length", "400"])
     assert set_.exit_code == 0 and "recall" in set_.output, set_.output
     same = CliRunner().invoke(app, [*arguments, "--out", "found.json"])
