@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from kvpress.kernels.backend import Backend, use_triton
-from kvpress.kernels.exponentials import exp_, logsumexp
+from kvpress.kernels.exponentials import exp_, softmax_
 from kvpress.kernels.prompt_attention import prompt_attention
 
 # Scores of one tile of rows, in float32 numbers (16 MiB).
@@ -230,12 +230,13 @@ def _walk(
         at = torch.arange(past + first, seen, device=query.device)
         pairs = (at[:, None] + 1 - starts).clamp_(0, tile).sum(0)
         skipped[some, :, first // tile] = (gone * pairs).sum(-1).int()
-        of_rows = logsumexp(scores)
+        weights, of_rows = softmax_(scores)
         if sinks is not None:
             column = sinks.float().view(1, kv_heads, -1, 1).expand(batch, -1, -1, -1).flatten(0, 1)
-            of_rows = torch.logaddexp(of_rows, column[some])
+            both = torch.logaddexp(of_rows, column[some])
+            weights, of_rows = weights.mul_(exp_(of_rows - both)[..., None]), both
         lse[some, :, first:last] = of_rows
-        weights = exp_(scores[..., :seen].sub_(of_rows[..., None])).to(value.dtype)
+        weights = weights[..., :seen].to(value.dtype)
         part = weights.flatten(1, 2) @ values[some, :seen]
         output[some, :, first:last] = part.view(*weights.shape[:3], -1).to(output.dtype)
     return (
