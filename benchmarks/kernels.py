@@ -24,6 +24,7 @@ from kvpress.kernels.attention_mass import attention_mass
 from kvpress.kernels.block_sparse_attention import block_sparse_attention
 from kvpress.kernels.decode_attention import decode_attention, decode_attention_reference
 from kvpress.kernels.decode_scores import decode_scores, decode_scores_reference
+from kvpress.kernels.exponentials import exp_
 from kvpress.kernels.gather_slots import gather_slots
 from kvpress.kernels.page_scores import page_scores, page_scores_reference
 from kvpress.kernels.rope_shift import rope_shift
@@ -251,6 +252,18 @@ def rope(shape: Shape, dtype: torch.dtype, n: int) -> Case:
     )
 
 
+def exponentials(shape: Shape, dtype: torch.dtype, n: int) -> Case:
+    """Weights of blocks of 128 rows and entries, half of them masked or of scores far below the largest; float32 always."""
+    near = random(shape.heads, max(1, n // 128), 128, 128, dtype=torch.float32)
+    later = torch.ones(128, 128, dtype=torch.bool).triu(1)
+    by_depth = {f"{depth:g}": near.masked_fill(later, depth) for depth in (-95.0, -200.0, float("-inf"))}
+    calls: dict[str, Callable[[], Any]] = {OURS: lambda: exp_(by_depth["-95"].clone())}
+    for name, scores in {"near": near, **by_depth}.items():
+        calls[f"exp, {name}"] = lambda scores=scores: scores.clone().exp_()
+        calls[f"exp2, {name}"] = lambda scores=scores: exp_(scores.clone())
+    return Case(f"{near.numel()} scores", calls)
+
+
 # Name -> what makes the case, and its length.
 CASES: dict[str, tuple[Callable[[Shape, torch.dtype, int], Case], int]] = {
     "decode": (decode, 32768),
@@ -262,6 +275,7 @@ CASES: dict[str, tuple[Callable[[Shape, torch.dtype, int], Case], int]] = {
     "gather_slots": (gather, 32768),
     "page_scores": (pages, 32768),
     "rope_shift": (rope, 8192),
+    "exponentials": (exponentials, 8192),
 }
 
 

@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 import yaml
-from common import RESULTS, Rows
-from transformers import AutoModelForCausalLM, LlamaConfig
+from common import RESULTS, Rows, ratios
+from gpu_decode import PLAIN, TINY, random_model
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import kvpress
@@ -35,7 +35,6 @@ from kvpress import attention
 from kvpress.models import load_model
 from kvpress.policy import Policy, PrefillPolicy
 
-PLAIN = "transformers"
 LLAMA_1B = {
     "vocab_size": 1024,
     "hidden_size": 2048,
@@ -107,13 +106,8 @@ def smollm2(layers: int, dtype: str) -> tuple[Any, Any]:
 
 def llama(layers: int, dtype: str) -> tuple[Any, None]:
     """Layers of Llama-3.2-1B's shape with random weights."""
-    config = LlamaConfig(
-        **LLAMA_1B, num_hidden_layers=layers, rope_parameters={"rope_type": "default", "rope_theta": 500000.0}
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
-    return model.eval(), None
+    shape = TINY._replace(config={**LLAMA_1B, "num_hidden_layers": layers}, dtype=getattr(torch, dtype))
+    return random_model(shape, torch.device("cpu")), None
 
 
 def prompt(tokenizer: Any, context: int) -> torch.Tensor:
@@ -144,29 +138,24 @@ def once(model: Any, policy: Policy | None, ids: torch.Tensor) -> dict[str, floa
 
 def compare(model: Any, policies: list[Policy], ids: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
     """A row for each policy: medians of the ratios to transformers in the same round, and their extremes."""
-    found: dict[str, list[dict[str, float]]] = {}
+    runs: dict[str, list[dict[str, float]]] = {}
     once(model, None, ids[:, :512])  # warm up
     for _ in range(rounds):
-        plain = once(model, None, ids)
         for policy in (None, *policies):
-            figures = plain if policy is None else once(model, policy, ids)
-            found.setdefault(PLAIN if policy is None else policy.describe(), []).append(
-                {
-                    "attention": figures["attention"] / plain["attention"],
-                    "planning": figures["planning"] / plain["attention"],
-                    "prompt": figures["prompt"] / plain["prompt"],
-                    "density": figures["density"],
-                    "seconds": figures["prompt"],
-                }
-            )
-    rows = []
-    for name, runs in found.items():
-        row: dict[str, Any] = {"policy": name, "density": round(runs[0]["density"], 3)}
-        for key in ("attention", "planning", "prompt"):
-            values = sorted(run[key] for run in runs)
-            row |= {key: round(statistics.median(values), 3), f"{key}_range": f"{values[0]:.2f} to {values[-1]:.2f}"}
-        rows.append({**row, "seconds": round(statistics.median(run["seconds"] for run in runs), 2)})
-    return rows
+            runs.setdefault(PLAIN if policy is None else policy.describe(), []).append(once(model, policy, ids))
+    rows: dict[str, dict[str, Any]] = {
+        name: {"policy": name, "density": round(of_name[0]["density"], 3)} for name, of_name in runs.items()
+    }
+    for key, of in (("attention", "attention"), ("planning", "attention"), ("prompt", "prompt")):
+        times = {name: [run[key] for run in of_name] for name, of_name in runs.items()}
+        baseline = {"baseline": [run[of] for run in runs[PLAIN]]}
+        for name, figures in ratios(times | baseline, "baseline").items():
+            if name in rows:
+                extremes = f"{figures['ratio_low']:.2f} to {figures['ratio_high']:.2f}"
+                rows[name] |= {key: figures["ratio"], f"{key}_range": extremes}
+    for name, row in rows.items():
+        row["seconds"] = round(statistics.median(run["prompt"] for run in runs[name]), 2)
+    return list(rows.values())
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = [
     "decode", "decode_selected", "decode_scores", "attention_mass", "block_sparse", "topk_select", "gather_slots",
-    "page_scores", "rope_shift",
+    "page_scores", "rope_shift", "exponentials",
 ]  # fmt: skip
 
 
